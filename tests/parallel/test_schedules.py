@@ -1,0 +1,280 @@
+from collections import defaultdict
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from llm3d.parallel.schedules import Action, Kind, gpipe, make_schedule, one_f_one_b, peer, with_communication
+from llm3d.parallel.simulate import DeadlockError, ScheduleError, simulate
+
+COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
+SENDS = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+NAMES = ["gpipe", "1f1b", "interleaved"]
+
+quick = settings(max_examples=60, deadline=None)
+durations = st.floats(min_value=1e-3, max_value=1e3)
+
+
+@st.composite
+def shapes(draw, names=(*NAMES, "forward_only")):
+    """A schedule's name, stages, chunks and microbatches that go together."""
+    name = draw(st.sampled_from(names))
+    num_stages = draw(st.integers(1, 8))
+    num_chunks = draw(st.integers(1, 4)) if name in ("interleaved", "forward_only") else 1
+    if name == "interleaved":
+        return name, num_stages, num_chunks, num_stages * draw(st.integers(1, 3))
+    return name, num_stages, num_chunks, draw(st.integers(1, 20))
+
+
+def build(shape):
+    name, num_stages, num_chunks, num_microbatches = shape
+    forward_only = name == "forward_only"
+    return make_schedule(
+        "1f1b" if forward_only else name, num_stages, num_chunks, num_microbatches, forward_only
+    )
+
+
+def of_kind(actions, *kinds):
+    return [action for action in actions if action.kind in kinds]
+
+
+# What is computed
+
+
+@given(shapes())
+@quick
+def test_every_rank_computes_every_chunk_of_every_microbatch_once(shape):
+    name, _, num_chunks, num_microbatches = shape
+    work = [(chunk, microbatch) for chunk in range(num_chunks) for microbatch in range(num_microbatches)]
+    for actions in build(shape):
+        forwards = of_kind(actions, Kind.FORWARD)
+        backwards = of_kind(actions, Kind.BACKWARD)
+        assert sorted((a.chunk, a.microbatch) for a in forwards) == work
+        assert sorted((a.chunk, a.microbatch) for a in backwards) == ([] if name == "forward_only" else work)
+
+
+@given(shapes(NAMES))
+@quick
+def test_backward_comes_after_its_own_forward(shape):
+    for actions in build(shape):
+        for at, action in enumerate(actions):
+            if action.kind is Kind.BACKWARD:
+                assert Action(Kind.FORWARD, action.chunk, action.microbatch) in actions[:at]
+
+
+@given(shapes(NAMES))
+@quick
+def test_gradients_add_up_in_the_order_of_microbatches_under_every_schedule(shape):
+    _, _, num_chunks, num_microbatches = shape
+    for actions in build(shape):
+        for chunk in range(num_chunks):
+            order = [a.microbatch for a in of_kind(actions, Kind.BACKWARD) if a.chunk == chunk]
+            assert order == list(range(num_microbatches))
+
+
+@given(shapes(["interleaved"]))
+@quick
+def test_evaluation_runs_the_forwards_of_training(shape):
+    _, num_stages, num_chunks, num_microbatches = shape
+    evaluation = make_schedule("interleaved", num_stages, num_chunks, num_microbatches, forward_only=True)
+    for actions, trained in zip(evaluation, build(shape), strict=True):
+        assert of_kind(actions, *COMPUTE) == of_kind(trained, Kind.FORWARD)
+
+
+# What is communicated
+
+
+@given(shapes())
+@quick
+def test_each_channel_is_sent_in_the_order_in_which_it_is_received(shape):
+    _, num_stages, num_chunks, num_microbatches = shape
+    sent, received = defaultdict(list), defaultdict(list)
+    for rank, actions in enumerate(build(shape)):
+        for action in actions:
+            if action.kind in COMPUTE:
+                continue
+            other = peer(action.kind, rank, num_stages)
+            cargo = action.kind.value.split("_")[1]
+            stage = action.chunk * num_stages + rank
+            if action.kind in SENDS:
+                target = stage + 1 if cargo == "forward" else stage - 1
+                assert target % num_stages == other
+                sent[cargo, rank, other].append((target, action.microbatch))
+            else:
+                received[cargo, other, rank].append((stage, action.microbatch))
+    assert sent == received
+    num_directions = 1 if shape[0] == "forward_only" else 2
+    num_messages = num_directions * (num_stages * num_chunks - 1) * num_microbatches
+    assert sum(map(len, sent.values())) == num_messages
+
+
+@given(shapes())
+@quick
+def test_receives_are_posted_one_compute_action_ahead_and_sends_right_behind(shape):
+    _, num_stages, num_chunks, _ = shape
+    first, last = (0, 0), (num_stages - 1, num_chunks - 1)
+    for rank, actions in enumerate(build(shape)):
+        computed = of_kind(actions, *COMPUTE)
+        for number, compute in enumerate(computed):
+            at = actions.index(compute)
+            forward = compute.kind is Kind.FORWARD
+            source, sink = (first, last) if forward else (last, first)
+            receive, send = (
+                Action(kind, compute.chunk, compute.microbatch)
+                for kind in (
+                    (Kind.RECV_FORWARD, Kind.SEND_FORWARD)
+                    if forward
+                    else (Kind.RECV_BACKWARD, Kind.SEND_BACKWARD)
+                )
+            )
+            assert (receive in actions) == ((rank, compute.chunk) != source)
+            assert (send in actions) == ((rank, compute.chunk) != sink)
+            if receive in actions:
+                between = actions[actions.index(receive) : at]
+                assert of_kind(between, *COMPUTE) == computed[max(number - 1, 0) : number]
+            if send in actions:
+                assert actions[at + 1] == send
+
+
+@given(st.integers(1, 8), st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0]))
+@quick
+def test_transfers_hide_behind_compute_but_for_the_first_way_out_and_the_last_way_back(p, m, transfer_time):
+    timeline = simulate(make_schedule("gpipe", p, 1, m), 1, transfer_time=transfer_time)
+    assert timeline.makespan == (m + p - 1) * 3 + 2 * (p - 1) * transfer_time
+
+
+def test_a_slow_link_carries_one_message_at_a_time():
+    timeline = simulate(make_schedule("1f1b", 2, 1, 5, forward_only=True), 1, transfer_time=4)
+    assert timeline.makespan == 1 + 5 * 4 + 1
+
+
+# Time and memory
+
+
+@given(shapes(), durations, durations, durations)
+@quick
+def test_no_schedule_deadlocks_whatever_the_times(shape, forward_time, backward_time, transfer_time):
+    num_chunks = shape[2]
+    timeline = simulate(build(shape), num_chunks, forward_time, backward_time, transfer_time)
+    for actions, spans in zip(build(shape), timeline.spans, strict=True):
+        assert [span.action for span in spans] == actions
+        assert all(span.start <= span.end for span in spans)
+        computed = [span for span in spans if span.action.kind in COMPUTE]
+        assert all(a.end <= b.start for a, b in zip(computed, computed[1:], strict=False))
+
+
+@given(shapes())
+@quick
+def test_the_bubble_is_that_of_the_papers(shape):
+    """(p - 1) forwards and backwards of one chunk are idle, of v * m: exact in small integers."""
+    _, num_stages, num_chunks, num_microbatches = shape
+    assume(num_microbatches % num_stages == 0 or num_chunks == 1)
+    timeline = simulate(build(shape), num_chunks, forward_time=1, backward_time=2)
+    assert timeline.bubble_fraction == (num_stages - 1) / (num_chunks * num_microbatches)
+
+
+def test_interleaving_divides_the_bubble_by_the_chunks():
+    def bubble_time(name, num_chunks):
+        schedule = make_schedule(name, 4, num_chunks, 8)
+        return simulate(schedule, num_chunks, 1 / num_chunks, 2 / num_chunks).makespan - 8 * 3
+
+    assert bubble_time("1f1b", 1) == 9
+    assert bubble_time("interleaved", 2) == 4.5
+    assert bubble_time("interleaved", 4) == 2.25
+
+
+@given(shapes())
+@quick
+def test_activations_in_flight_are_those_of_the_papers(shape):
+    name, p, v, m = shape
+    warmup = [v * m if m == p else (p - rank - 1) * 2 + (v - 1) * p for rank in range(p)]
+    expected = {
+        "gpipe": [m] * p,
+        "1f1b": [min(m, p - rank) for rank in range(p)],
+        "interleaved": [min(v * m, warmup[rank] + 1) for rank in range(p)],
+        "forward_only": [0] * p,
+    }
+    assert simulate(build(shape), v).max_in_flight == expected[name]
+
+
+# The simulator catches broken schedules
+
+
+@given(shapes(), st.data())
+@quick
+def test_exchanging_two_messages_of_a_rank_is_caught(shape, data):
+    schedule = build(shape)
+    actions = data.draw(st.sampled_from(schedule))
+    kind = data.draw(st.sampled_from(Kind))
+    same = [at for at, action in enumerate(actions) if action.kind is kind]
+    assume(kind not in COMPUTE and len(same) > 1)
+    i, j = data.draw(st.lists(st.sampled_from(same), min_size=2, max_size=2, unique=True))
+    actions[i], actions[j] = actions[j], actions[i]
+    with pytest.raises(ScheduleError):
+        simulate(schedule, shape[2])
+
+
+@given(shapes(), st.data())
+@quick
+def test_a_lost_or_doubled_message_is_caught(shape, data):
+    schedule = build(shape)
+    actions = data.draw(st.sampled_from(schedule))
+    messages = [at for at, action in enumerate(actions) if action.kind not in COMPUTE]
+    assume(messages)
+    at = data.draw(st.sampled_from(messages))
+    actions[at : at + 1] = data.draw(st.sampled_from([[], [actions[at]] * 2]))
+    with pytest.raises(ScheduleError):
+        simulate(schedule, shape[2])
+
+
+@given(shapes(NAMES), st.data())
+@quick
+def test_backward_before_forward_is_caught(shape, data):
+    schedule = build(shape)
+    actions = data.draw(st.sampled_from(schedule))
+    forward = data.draw(st.sampled_from(of_kind(actions, Kind.FORWARD)))
+    i = actions.index(forward)
+    j = actions.index(Action(Kind.BACKWARD, forward.chunk, forward.microbatch))
+    actions[i], actions[j] = actions[j], actions[i]
+    with pytest.raises(ScheduleError, match="without"):
+        simulate(schedule, shape[2])
+
+
+def test_computing_twice_is_caught():
+    order = one_f_one_b(1, 3)[0]
+    with pytest.raises(ScheduleError, match=r"BACKWARD\(chunk 0, microbatch 2\) twice"):
+        simulate([order + order[-1:]], 1)
+
+
+def test_ranks_that_forward_in_different_orders_are_caught():
+    orders = gpipe(2, 3)
+    orders[0][0], orders[0][1] = orders[0][1], orders[0][0]
+    with pytest.raises(
+        ScheduleError,
+        match=r"SEND_FORWARD\(chunk 0, microbatch 1\) meets RECV_FORWARD\(chunk 0, microbatch 0",
+    ):
+        simulate(with_communication(orders, 1), 1)
+
+
+def test_a_message_that_nobody_receives_is_caught():
+    schedule = make_schedule("1f1b", 2, 1, 2)
+    schedule[1].append(Action(Kind.SEND_FORWARD, 0, 1))
+    with pytest.raises(ScheduleError, match="rank 1 meets nothing"):
+        simulate(schedule, 1)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 5])
+def test_ranks_that_wait_for_each_other_are_a_deadlock(num_microbatches):
+    """Rank 0 wants the first gradient before its last forward; rank 1 wants the last forward before."""
+    orders = gpipe(2, num_microbatches)
+    last_forward, first_backward = num_microbatches - 1, num_microbatches
+    order = orders[0]
+    order[last_forward], order[first_backward] = order[first_backward], order[last_forward]
+    with pytest.raises(DeadlockError, match="rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"):
+        simulate(with_communication(orders, 1), 1)
+
+
+def test_ranks_under_different_schedules_are_a_deadlock():
+    orders = [one_f_one_b(2, 4)[1], gpipe(2, 4)[1]]
+    with pytest.raises(DeadlockError):
+        simulate(with_communication(orders, 1), 1)
