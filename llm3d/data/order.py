@@ -1,0 +1,184 @@
+"""The order of pretraining samples as a pure function of the sample's number.
+
+Global sample k belongs to a source by a fixed blend, to a place in an epoch of that source, and to a window
+of its tokens by a keyed permutation of that epoch. No index is built or stored, every rank computes the same,
+and neither the length of the run nor the layout enters.
+"""
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
+
+CYCLE = 1 << 16
+ROUNDS = 8
+_MASK = (1 << 64) - 1
+
+
+def mix(value: IntOrArray) -> IntOrArray:
+    """splitmix64's output function (Steele, Lea and Flood 2014), a scattering bijection of 64-bit integers.
+
+    value: int or uint64 array.
+    """
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def derive_key(*parts: int) -> int:
+    """One 64-bit key out of several integers, such as (seed, source, epoch)."""
+    key = 0
+    for part in parts:
+        key = mix(key ^ mix(part & _MASK))
+    return key
+
+
+def permute(index: IntOrArray, size: int, key: int) -> IntOrArray:
+    """Where the keyed permutation of range(size) puts `index`.
+
+    index: int, or an integer array (then the result is an int64 array of its shape), each in [0, size).
+    A Feistel network on the smallest number of bits that holds `size`, walked until it lands inside (Black
+    and Rogaway 2002): fewer than two steps on average, no memory.
+    """
+    if isinstance(index, np.ndarray):
+        return _permute_array(index, size, key)
+    assert 0 <= index < size, (index, size)
+    bits, keys = (size - 1).bit_length(), _round_keys(key)
+    index = _feistel(int(index), bits, keys)
+    while index >= size:
+        index = _feistel(index, bits, keys)
+    return index
+
+
+def _permute_array(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    assert not len(index) or (index.min() >= 0 and index.max() < size)
+    bits, keys = (size - 1).bit_length(), _round_keys(key)
+    result = _feistel(index.astype(np.uint64), bits, keys)
+    outside = np.flatnonzero(result >= size)
+    while len(outside):
+        result[outside] = _feistel(result[outside], bits, keys)
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64)
+
+
+def _round_keys(key: int) -> list[int]:
+    return [derive_key(key, i) for i in range(ROUNDS)]
+
+
+def _feistel(value: IntOrArray, bits: int, keys: list[int]) -> IntOrArray:
+    """A bijection of [0, 2**bits): each half in turn is xored with a hash of the other."""
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    low, high = value & low_mask, value >> low_bits
+    for i, key in enumerate(keys):
+        if i % 2:
+            low = low ^ (mix(high ^ key) & low_mask)
+        else:
+            high = high ^ (mix(low ^ key) & high_mask)
+    return high << low_bits | low
+
+
+class Blend:
+    """Which source each sample comes from, in proportion to weights.
+
+    weights: positive, any scale. They are rounded to parts in 65,536 (largest remainder, at least one part
+    each; `.weights` says what they became), and a fixed cycle of 65,536 samples is repeated. After any k
+    samples every source has been drawn k * weight times, give or take less than one: within the cycle the
+    j-th draw of a source with weight w falls in slots [floor((j - 1) / w), ceil(j / w)), earliest deadline
+    first, which is always possible (proportionate fairness, Baruah et al. 1996).
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        assert all(w > 0 and math.isfinite(w) for w in weights), weights
+        self._counts = _apportion(weights, CYCLE)
+        self._sources = _lay_out(self._counts)
+        self._ranks = np.empty(CYCLE, dtype=np.int64)  # how often the slot's source came earlier in the cycle
+        for source, count in enumerate(self._counts):
+            self._ranks[self._sources == source] = np.arange(count)
+
+    @property
+    def weights(self) -> list[float]:
+        """The share of each source, as rounded; sums to 1."""
+        return [float(count) / CYCLE for count in self._counts]
+
+    def source_and_index(self, k: IntOrArray) -> tuple[IntOrArray, IntOrArray]:
+        """The source of global sample k, and how many earlier samples it gave. Ints, or int arrays."""
+        cycle, slot = k // CYCLE, k % CYCLE
+        source = self._sources[slot]
+        index = cycle * self._counts[source] + self._ranks[slot]
+        return (source, index) if isinstance(k, np.ndarray) else (int(source), int(index))
+
+
+def _apportion(weights: Sequence[float], parts: int) -> np.ndarray:
+    """Whole parts that sum to `parts`, by largest remainder, none zero."""
+    assert len(weights) <= parts, f"{len(weights)} sources; a blend holds at most {parts}"
+    exact = np.array(weights, dtype=np.float64)
+    exact = exact / exact.sum() * parts
+    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while counts.sum() != parts:
+        if counts.sum() < parts:
+            counts[np.argmax(exact - counts)] += 1
+        else:
+            counts[np.argmin(np.where(counts > 1, exact - counts, np.inf))] -= 1
+    return counts
+
+
+def _lay_out(counts: np.ndarray) -> np.ndarray:
+    """The source of each slot of the cycle. int64 [sum of counts]."""
+    parts = int(counts.sum())
+    waiting = [(0, _deadline(1, int(count), parts), source, 1) for source, count in enumerate(counts)]
+    heapq.heapify(waiting)  # by the slot at which the draw may first happen
+    ready: list[tuple[int, int, int]] = []  # by the slot before which it must have happened
+    layout = np.empty(parts, dtype=np.int64)
+    for slot in range(parts):
+        while waiting and waiting[0][0] <= slot:
+            _, deadline, source, draw = heapq.heappop(waiting)
+            heapq.heappush(ready, (deadline, source, draw))
+        _, source, draw = heapq.heappop(ready)
+        layout[slot] = source
+        count = int(counts[source])
+        if draw < count:
+            release = draw * parts // count
+            heapq.heappush(waiting, (release, _deadline(draw + 1, count, parts), source, draw + 1))
+    return layout
+
+
+def _deadline(draw: int, count: int, parts: int) -> int:
+    return -(-draw * parts // count)
+
+
+def sample_window(k: int, blend: Blend, windows_per_source: Sequence[int], seed: int) -> tuple[int, int, int]:
+    """Global sample k as (source, epoch, window): each epoch of a source visits each of its windows once."""
+    source, index = blend.source_and_index(k)
+    size = windows_per_source[source]
+    epoch, place = divmod(index, size)
+    return source, epoch, permute(place, size, derive_key(seed, source, epoch))
+
+
+def order_digest(
+    num_tokens: Sequence[int],
+    num_documents: Sequence[int],
+    weights: Sequence[float],
+    sequence_length: int,
+    seed: int,
+) -> str:
+    """16 hex digits that change when the order of samples, or the data under it, changes.
+
+    A checkpoint keeps it, and compares on resume. num_tokens, num_documents, weights: one entry a source.
+    """
+    described = {
+        "order": "feistel8-splitmix64/pfair65536/v1",
+        "num_tokens": [int(n) for n in num_tokens],
+        "num_documents": [int(n) for n in num_documents],
+        "weights": Blend(weights).weights,
+        "sequence_length": int(sequence_length),
+        "seed": int(seed),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
