@@ -26,8 +26,8 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -124,7 +124,7 @@ class ModelConfig(Section):
 class RunConfig(Section):
     dir: Name
     """Where config.yaml, metrics.jsonl, TensorBoard events and checkpoints go."""
-    seed: Annotated[Whole, Field(lt=2**63)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole)] = 1234
 
 
 class ParallelConfig(Section):
@@ -163,12 +163,9 @@ def _as_list(value: object) -> object:
     return tuple(values) if isinstance(values, list) else values
 
 
-Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)]
-
-
 class DataConfig(Section):
-    train: Annotated[Sources, Field(min_length=1)]
-    valid: Sources = ()
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    valid: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
     sequence_length: Positive
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one."""
@@ -269,7 +266,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int
 def make_config(settings: Mapping[Any, Any], world_size: int | None = 1) -> Config:
     """The settings in a dictionary as YAML would give it. Raises InputError."""
     filled = _with_defaults(settings)
-    if isinstance(filled["model"], dict):
+    if isinstance(filled.get("model"), dict):
         filled["model"] = _resolve_model(filled["model"])
     config = _validate(Config, filled)
     check_layout(config, world_size)
@@ -303,8 +300,10 @@ def json_schema() -> dict[str, Any]:
     del model["required"]  # model.preset or model.path may stand in for the shape
     preset = {"enum": list(PRESETS), "description": "A shape by name; other keys override its fields."}
     model["properties"] = {"preset": preset} | model["properties"]
-    sources = {"anyOf": [{"type": "string"}, dict(source)]}
-    schema["$defs"]["DataSource"] = sources
+    schema["$defs"]["DataSource"] = {"anyOf": [{"type": "string"}, dict(source)]}
+    for sources in (schema["$defs"]["DataConfig"]["properties"][name] for name in ("train", "valid")):
+        sources["anyOf"] = [{"$ref": "#/$defs/DataSource"}, {"type": "array", "items": sources.pop("items")}]
+        del sources["type"]
     rope = schema["$defs"]["RopeScaling"]
     rope["properties"]["type"] = rope["properties"]["rope_type"] | {"description": "Old name of rope_type."}
     rope["required"] = ["factor"]
@@ -317,8 +316,8 @@ def json_schema() -> dict[str, Any]:
 
 def _with_defaults(settings: Mapping[Any, Any]) -> dict[Any, Any]:
     """A section that is absent or empty takes its defaults, or has its own settings named as missing."""
-    sections = [name for name in Config.model_fields if name != "recompute"]
-    filled = {**settings} | {name: {} for name in sections if settings.get(name) is None}
+    filled = {name: given for name, given in settings.items() if given is not None or name == "recompute"}
+    filled = {name: {} for name in Config.model_fields if name not in ("model", "recompute")} | filled
     optim, train = filled["optim"], filled["train"]
     if isinstance(optim, dict) and optim.get("schedule") == "wsd" and optim.get("decay_steps") is None:
         steps = _whole(train.get("steps")) if isinstance(train, dict) else None
@@ -337,16 +336,14 @@ def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:
     if preset is not None and path is not None:
         raise InputError("model: preset and path exclude each other; keep one")
     if preset is not None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(
                 f"model.preset: {_show(preset)} is not one of {', '.join(PRESETS)}{_nearest(preset, PRESETS)}"
             )
         return PRESETS[preset] | rest
     if isinstance(path, str):
         return _from_directory(path, rest)
-    if not rest:
-        raise InputError("model: missing; give preset, path, or the sizes (hidden_size, ...)")
-    return given | rest
+    return rest if path is None else given
 
 
 def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
@@ -354,14 +351,15 @@ def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
     file = Path(path) / "config.json"
     fields = hugging_face_shape(file) | {"path": path}
     stored = _validate(ModelConfig, fields, ("model",), source=f" (in {file})")
-    asked = _validate(ModelConfig, fields | rest, ("model",))
-    for name in ModelConfig.model_fields:
+    shape = stored.model_dump(mode="json")
+    asked = _validate(ModelConfig, shape | rest, ("model",))
+    for name in rest:
         if getattr(asked, name) != getattr(stored, name):
             raise InputError(
-                f"model.{name}: {_show(rest[name])} is not what {file} says, "
-                f"{_show(stored.model_dump(mode='json')[name])}; with model.path, leave the shape out"
+                f"model.{name}: {_show(rest[name])} is not what {file} says, {_show(shape[name])}; "
+                f"with model.path, leave the shape out"
             )
-    return stored.model_dump(mode="json")
+    return shape
 
 
 # ---- checks across sections ----
@@ -403,7 +401,7 @@ def _model_problems(config: Config) -> Iterator[str]:
 def _stage_problems(config: Config) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_hidden_layers
     stages = parallel.pipeline * parallel.chunks
-    count = f"parallel.pipeline {parallel.pipeline} x parallel.chunks {parallel.chunks} = {stages}"
+    count = f"{parallel.pipeline} x parallel.chunks {parallel.chunks} = {stages} stages"
     interleaved = parallel.schedule == "interleaved"
     if parallel.chunks > 1 and not interleaved:
         yield (
@@ -417,14 +415,14 @@ def _stage_problems(config: Config) -> Iterator[str]:
     if parallel.layers_per_stage is not None:
         given = list(parallel.layers_per_stage)
         if len(given) != stages:
-            yield f"parallel.layers_per_stage: {given} has {len(given)} entries, not {count}"
+            yield f"parallel.layers_per_stage: {given} has {len(given)} entries for parallel.pipeline {count}"
         elif sum(given) != layers:
             yield (
                 f"parallel.layers_per_stage: {given} adds up to {sum(given)}, "
                 f"not model.num_hidden_layers {layers}"
             )
     if stages > layers:
-        yield f"parallel.pipeline: {count} stages are more than model.num_hidden_layers {layers}"
+        yield f"parallel.pipeline: {count}, more than model.num_hidden_layers {layers}"
 
 
 def _step_problems(config: Config) -> Iterator[str]:
@@ -484,7 +482,9 @@ def _validate(kind: type[S], settings: dict[Any, Any], path: tuple[str, ...] = (
             if error["type"] != "default_factory_not_called":
                 where, allowed = _locate((*path, *error["loc"]))
                 problems.setdefault(where, f"{where}: {_describe(error, where, allowed)}{source}")
-        raise InputError("\n".join(problems.values())) from None
+        # Of a union's complaints about one setting, keep those about its entries.
+        outer = {where.partition("[")[0] for where in problems if "[" in where}
+        raise InputError("\n".join(problems[where] for where in problems if where not in outer)) from None
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
@@ -496,7 +496,8 @@ def _locate(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
             where += f"[{part}]"
         elif section is not None:
             fields = {field.alias or name: field for name, field in section.model_fields.items()}
-            allowed, where = list(fields), f"{where}.{part}" if where else part
+            allowed = [*fields, "preset"] if section is ModelConfig else list(fields)
+            where = f"{where}.{part}" if where else part
             section = _section_in(fields[part].annotation) if part in fields else None
         # else: pydantic names the member of a union here; the user does not
     return where, allowed
@@ -515,15 +516,15 @@ _SAYS = {
     "float_type": "is not a number",
     "finite_number": "is not a finite number",
     "bool_type": "is neither true nor false",
-    "string_type": "is not text; quote it if it is meant as text",
+    "string_type": "is not text (a number that is meant as text needs quotes)",
     "string_too_short": "is empty",
     "tuple_type": "is not a list",
     "too_short": "has fewer entries than the {min_length} needed",
     "too_long": "has more entries than the {max_length} allowed",
     "model_type": "is not a section with settings of its own",
-    "greater_than": "is not above {gt}",
-    "greater_than_equal": "is below {ge}, the least allowed",
-    "less_than": "is not below {lt}",
+    "greater_than": "is not above {gt:g}",
+    "greater_than_equal": "is below {ge:g}, the least allowed",
+    "less_than": "is not below {lt:g}",
     "literal_error": "is not {expected}",
 }
 
@@ -531,7 +532,7 @@ _SAYS = {
 def _describe(error: Any, where: str, allowed: list[str]) -> str:
     kind, given = error["type"], error["input"]
     if kind == "missing":
-        return "missing"
+        return "missing" + ("; give its preset, path or sizes" if where == "model" else "")
     if kind == "extra_forbidden":
         return _unknown(where, allowed)
     if kind == "value_error":

@@ -60,6 +60,8 @@ PRESETS: dict[str, Shape] = {
     "llama-tiny": shape(128, 352, 4, 4) | {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "llama-20m": shape(384, 1024, 8, 8) | {"num_key_value_heads": 4, "tie_word_embeddings": True},
     "llama-160m": shape(768, 3072, 12, 12),
+    # Llama 3.2 1B
+    "llama-1b": long_context(32.0) | shape(2048, 8192, 16, 32) | {"tie_word_embeddings": True},
     # LLaMA, Touvron et al., February 2023
     "llama-7b": LLAMA_1 | shape(4096, 11_008, 32, 32),
     "llama-13b": LLAMA_1 | shape(5120, 13_824, 40, 40),
@@ -75,8 +77,6 @@ PRESETS: dict[str, Shape] = {
     "llama-3.1-8b": long_context(8.0) | shape(4096, 14_336, 32, 32),
     "llama-3.1-70b": long_context(8.0) | shape(8192, 28_672, 80, 64),
     "llama-3.1-405b": long_context(8.0) | shape(16_384, 53_248, 126, 128),
-    "llama-3.2-1b": long_context(32.0) | shape(2048, 8192, 16, 32) | {"tie_word_embeddings": True},
-    "llama-3.2-3b": long_context(32.0) | shape(3072, 8192, 28, 24) | {"tie_word_embeddings": True},
 }
 
 # What a config.json may say of a shape, and what transformers takes where it is silent.

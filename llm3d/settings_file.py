@@ -71,7 +71,7 @@ def _read_yaml(path: str | Path) -> DictConfig:
     except yaml.YAMLError as error:
         raise InputError(f"{path}{_yaml_problem(error)}") from None
     except OmegaConfBaseException as error:
-        raise InputError(f"{path}: {error.full_key or ''}: {_first_line(error)}") from None
+        raise InputError(f"{path}: {error.full_key or 'top level'}: {_first_line(error)}") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
 
@@ -103,5 +103,7 @@ def _apply_override(settings: DictConfig, override: str) -> None:
         OmegaConf.update(settings, key, parsed, merge=False, force_add=True)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: {getattr(error, 'problem', None) or error}") from None
-    except (OmegaConfBaseException, IndexError, ValueError, RecursionError) as error:
+    except (IndexError, ValueError):
+        raise InputError(f"override {override!r}: {key} names no entry of its list") from None
+    except (OmegaConfBaseException, RecursionError) as error:
         raise InputError(f"override {override!r}: {_first_line(error)}") from None

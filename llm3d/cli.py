@@ -1,0 +1,222 @@
+"""One command for each thing that a user does.
+
+Every command imports what it needs when it runs, so that `llm3d --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import llm3d
+from llm3d.errors import InputError, TrainingAborted
+
+if TYPE_CHECKING:
+    from llm3d.config import Config
+
+
+def main() -> NoReturn:
+    app(prog_name="llm3d")
+    raise SystemExit(0)
+
+
+def ends_as_promised(command: Callable[..., None]) -> Callable[..., None]:
+    """Exit code 2 and the message for wrong input, 3 for aborted training, 130 for Ctrl-C; a bug's traceback.
+
+    Every rank ends with the code; the first one speaks.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except InputError as error:
+            end(str(error), 2)
+        except TrainingAborted as error:
+            end(str(error), 3)
+        except KeyboardInterrupt:
+            end("interrupted", 130)
+
+    return guarded
+
+
+def end(message: str, code: int) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":
+        for line in message.splitlines():
+            print(f"llm3d: {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def group(about: str) -> typer.Typer:
+    # Plain help and tracebacks: rich would double the time that --help takes.
+    return typer.Typer(
+        help=about,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+
+app = group("Train LLaMA models under tensor, pipeline and data parallelism.")
+tokenizer_app = group("Train tokenizers.")
+data_app = group("Prepare data.")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="section.key=value",
+        help="Settings that replace the file's, such as parallel.tensor=2. "
+        "A model.preset or model.path replaces the file's whole model section.",
+        show_default=False,
+    ),
+]
+TextFiles = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILES...", help=".txt, .jsonl(.gz, .zst) or .parquet.", show_default=False),
+]
+Output = Annotated[Path, typer.Option(help="The directory to write.", show_default=False)]
+TextField = Annotated[str, typer.Option(help="The field of .jsonl and .parquet that holds the text.")]
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"llm3d {llm3d.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- data ----
+
+
+class TokenizerKind(str, Enum):
+    sentencepiece = "sentencepiece"
+    byte_level = "byte-level"
+
+
+@tokenizer_app.command("train")
+@ends_as_promised
+def tokenizer_train(
+    files: TextFiles,
+    output: Output,
+    vocab_size: Annotated[
+        int, typer.Option(min=1, help="Tokens, special ones included.", show_default=False)
+    ],
+    kind: Annotated[
+        TokenizerKind, typer.Option(help="LLaMA-1/2 style, or LLaMA-3 style.")
+    ] = TokenizerKind.sentencepiece,
+    text_field: TextField = "text",
+) -> None:
+    """Train a BPE tokenizer on text."""
+    from llm3d.data.tokenizer import train_tokenizer
+
+    train_tokenizer(files, output, kind.value, vocab_size, text_field=text_field)
+
+
+@data_app.command("tokenize")
+@ends_as_promised
+def data_tokenize(
+    files: TextFiles,
+    output: Output,
+    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's file or directory.", show_default=False)],
+    text_field: TextField = "text",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: a core each]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of documents and of the split.")] = 1234,
+    valid_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Documents kept for validation.")
+    ] = 0.01,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be read.")] = False,
+) -> None:
+    """Turn text into the .bin and .idx files that training reads."""
+    from llm3d.data.corpus import tokenize_corpus
+
+    tokenize_corpus(
+        files,
+        output,
+        tokenizer,
+        text_field=text_field,
+        workers=workers,
+        seed=seed,
+        valid_fraction=valid_fraction,
+        skip_bad=skip_bad,
+    )
+
+
+# ---- runs ----
+
+
+@app.command("config")
+@ends_as_promised
+def show_config(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Settings.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Check the layout against this many devices, too.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of a settings file.")
+    ] = False,
+) -> None:
+    """Print the settings as a run would have them, every default filled in."""
+    import json
+
+    from llm3d.config import config_to_yaml, json_schema, load_config
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+    elif config is None:
+        raise InputError("config: give a CONFIG.yaml, or --schema")
+    else:
+        print(config_to_yaml(load_config(config, overrides or [], world_size)), end="")
+
+
+@app.command()
+@ends_as_promised
+def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train on tokens from `llm3d data tokenize`, or from Megatron."""
+    settings = load_for_this_world(config, overrides)
+    from llm3d.stages.pretrain import run
+
+    run(settings)
+
+
+@app.command("eval")
+@ends_as_promised
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Loss and perplexity on the validation data."""
+    settings = load_for_this_world(config, overrides)
+    from llm3d.stages.evaluate import run
+
+    run(settings)
+
+
+def load_for_this_world(config: Path, overrides: list[str] | None) -> Config:
+    """The settings, checked before torch is imported; torchrun says how many ranks there are."""
+    from llm3d.config import load_config
+
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not world_size.isdecimal():
+        raise InputError(f"environment variable WORLD_SIZE: {world_size!r} is not a whole number")
+    return load_config(config, overrides or [], int(world_size))
