@@ -1,0 +1,325 @@
+"""Documents out of text files: which files a user meant, how they divide into items of work, what they hold.
+
+    .txt                              a document a file, or split at a separator
+    .jsonl, .jsonl.gz, .jsonl.zst     a document a line, in a named field
+    .parquet                          a document a row, in a named column
+
+A big file becomes many items, so that processes can share it; the documents of the items, in order, are the
+documents of the file, however it was divided.
+"""
+
+import glob
+import gzip
+import io
+import json
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import BinaryIO
+
+from llm3d.errors import InputError
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".parquet": "parquet",
+}
+ITEM_BYTES = 1 << 22
+BOM = b"\xef\xbb\xbf"
+LINE_START = re.compile(rb"\n(?=\S)")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How documents lie in files. separator: what ends a document in a .txt file; None: its end does."""
+
+    text_field: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A part of a file that one process reads.
+
+    start, stop: bytes, or row groups of a parquet file.  data: those bytes, of a compressed file.
+    first: lines or rows before it in the file; None: to be counted when an error needs it.
+    whole: this is all of its document(s); otherwise it is one of the parts of a .txt file's only document.
+    read: bytes of the file that are behind it, for progress.
+    """
+
+    path: str
+    kind: str
+    start: int
+    stop: int
+    read: int
+    data: bytes | None = None
+    first: int | None = None
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A document that could not be read: where (file and line) and why."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files that paths, directories (searched through) and glob patterns name, in order, each once.
+
+    Raises InputError for a path that matches nothing, or a file of a kind that is not read.
+    """
+    found: dict[Path, None] = {}
+    for given in map(str, paths):
+        for path in _matches(given):
+            if path.is_dir():
+                inside = [p for p in sorted(path.rglob("*")) if file_kind(p) and _is_visible(p, path)]
+                if not inside:
+                    raise InputError(f"{path}: no {', '.join(KINDS)} files in this directory")
+                found.update(dict.fromkeys(inside))
+            elif file_kind(path) is None:
+                raise InputError(f"{path}: not a kind of file that is read ({', '.join(KINDS)}); convert it")
+            else:
+                found[path] = None
+    if not found:
+        raise InputError("no input files given; name files, directories or patterns such as 'data/*.jsonl'")
+    return list(found)
+
+
+def file_kind(path: Path) -> str | None:
+    """'text', 'jsonl' or 'parquet' by the file's name, None for other files."""
+    return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
+
+
+def _matches(given: str) -> list[Path]:
+    if Path(given).exists():
+        return [Path(given)]
+    matches = sorted(map(Path, glob.glob(given, recursive=True)))
+    if not matches:
+        near = [p.name for p in Path(given).parent.glob("*")] if Path(given).parent.is_dir() else []
+        hint = get_close_matches(Path(given).name, near, n=1)
+        raise InputError(f"{given}: no such file" + (f"; did you mean {hint[0]}?" if hint else ""))
+    return matches
+
+
+def _is_visible(path: Path, root: Path) -> bool:
+    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def divide(path: Path, form: Format) -> Iterator[Item]:
+    """The items of a file, in order. Compressed files are read here, others by whoever reads the item."""
+    kind = file_kind(path)
+    if kind == "parquet":
+        yield from _divide_parquet(path, form)
+    elif path.suffix in (".gz", ".zst"):
+        yield from _divide_compressed(path)
+    else:
+        yield from _divide_plain(path, form, str(kind))
+
+
+def _divide_plain(path: Path, form: Format, kind: str) -> Iterator[Item]:
+    size = path.stat().st_size
+    if size == 0:
+        return
+    split = kind == "text" and form.separator is None
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        start = 0
+        while start < size:
+            stop = size
+            if start + ITEM_BYTES < size:
+                stop = _boundary(mapped, start + ITEM_BYTES, kind, form.separator)
+            whole = not split or stop - start == size
+            yield Item(str(path), kind, start, stop, stop - start, whole=whole)
+            start = stop
+
+
+def _boundary(mapped: mmap.mmap, at: int, kind: str, separator: str | None) -> int:
+    """The first place from `at` on where no document or token ends up cut."""
+    if kind == "text" and separator is None:
+        match = LINE_START.search(mapped, at)
+        return match.end() if match else len(mapped)
+    mark = b"\n" if kind == "jsonl" else str(separator).encode()
+    found = mapped.find(mark, at)
+    return len(mapped) if found < 0 else found + len(mark)
+
+
+def _divide_compressed(path: Path) -> Iterator[Item]:
+    lines_before, read_before, rest = 0, 0, b""
+    with open(path, "rb") as raw:
+        stream = _decompress(path, raw)
+        while True:
+            try:
+                block = stream.read(ITEM_BYTES)
+            except Exception as error:  # each library raises its own
+                raise InputError(f"{path}: damaged or truncated ({error}); copy the file again") from error
+            data = rest + block
+            cut = data.rfind(b"\n") + 1 if block else len(data)
+            data, rest = data[:cut], data[cut:]
+            if data:
+                read = raw.tell()
+                yield Item(str(path), "jsonl", 0, len(data), read - read_before, data, lines_before)
+                lines_before, read_before = lines_before + data.count(b"\n"), read
+            if not block:
+                return
+
+
+def _decompress(path: Path, raw: BinaryIO) -> BinaryIO | io.BufferedIOBase:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    import zstandard
+
+    reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(raw, read_across_frames=True)
+    return io.BufferedReader(reader, buffer_size=1 << 17)
+
+
+def _divide_parquet(path: Path, form: Format) -> Iterator[Item]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
+    with file:
+        if form.text_field not in file.schema_arrow.names:
+            raise InputError(f"{path}: no column {form.text_field!r} {_fields_hint(file.schema_arrow.names)}")
+        kind = file.schema_arrow.field(form.text_field).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
+            raise InputError(
+                f"{path}: column {form.text_field!r} holds {kind}, not text; name another column"
+            )
+        rows, groups = 0, file.num_row_groups
+        share = path.stat().st_size // max(groups, 1)
+        for group in range(groups):
+            yield Item(str(path), "parquet", group, group + 1, share, first=rows)
+            rows += file.metadata.row_group(group).num_rows
+
+
+def read_item(item: Item, form: Format) -> Iterator[str | BadRecord]:
+    """The documents of an item, in order; a BadRecord in the place of one that cannot be read."""
+    if item.kind == "jsonl":
+        return _read_jsonl(item, form)
+    if item.kind == "parquet":
+        return _read_parquet(item, form)
+    return _read_text(item, form)
+
+
+def _read_bytes(item: Item) -> bytes:
+    if item.data is not None:
+        return item.data
+    with open(item.path, "rb") as file:
+        file.seek(item.start)
+        return file.read(item.stop - item.start)
+
+
+def _lines_before(item: Item) -> int:
+    if item.first is not None:
+        return item.first
+    with open(item.path, "rb") as file:
+        left, lines = item.start, 0
+        while left:
+            block = file.read(min(left, 1 << 24))
+            lines, left = lines + block.count(b"\n"), left - len(block)
+    return lines
+
+
+def _read_text(item: Item, form: Format) -> Iterator[str | BadRecord]:
+    data = _read_bytes(item)
+    data = data.removeprefix(BOM) if item.start == 0 else data
+    parts = data.split(form.separator.encode()) if form.separator else [data]
+    line = 0
+    for part in parts:
+        try:
+            text = part.decode()
+        except UnicodeDecodeError as error:
+            line_in_item = line + part.count(b"\n", 0, error.start)
+            yield BadRecord(f"{item.path} line {_lines_before(item) + line_in_item + 1}", _bad_utf8(error))
+        else:
+            yield text.strip("\r\n") if form.separator else text
+        line += part.count(b"\n") + (form.separator or "").count("\n")
+
+
+def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
+    data = _read_bytes(item)
+    data = data.removeprefix(BOM) if item.start == 0 and not item.first else data
+    lines_before = None
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line or line.isspace():
+            continue
+        text, why = _parse(line, form.text_field)
+        if why is None:
+            yield text
+        else:
+            lines_before = _lines_before(item) if lines_before is None else lines_before
+            yield BadRecord(f"{item.path} line {lines_before + number}", why)
+
+
+def _parse(line: bytes, field: str) -> tuple[str, None] | tuple[str, str]:
+    """The text of a JSON line, or why it has none."""
+    try:
+        record = json.loads(line.decode())
+        text = record[field]
+        if type(text) is str:
+            if b"\\u" in line:
+                text.encode()
+            return text, None
+        return "", f"field {field!r} holds {_json_kind(text)}, not text"
+    except UnicodeDecodeError as error:
+        return "", _bad_utf8(error)
+    except UnicodeEncodeError:
+        return "", f"field {field!r} has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+    except ValueError as error:
+        return "", f"not valid JSON ({_first_line(error)})"
+    except RecursionError:
+        return "", "not readable JSON (nested too deeply)"
+    except KeyError:
+        return "", f"no field {field!r} {_fields_hint(list(record))}"
+    except (TypeError, IndexError):
+        return "", f"{_json_kind(record)} where an object with a field {field!r} must stand"
+
+
+def _read_parquet(item: Item, form: Format) -> Iterator[str | BadRecord]:
+    import pyarrow.parquet as pq
+
+    row = item.first or 0
+    with pq.ParquetFile(item.path) as file:
+        batches = file.iter_batches(1024, row_groups=range(item.start, item.stop), columns=[form.text_field])
+        for batch in batches:
+            for value in batch.column(0):
+                row += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    yield BadRecord(f"{item.path} row {row}", _bad_utf8(error))
+                    continue
+                if text is None:
+                    yield BadRecord(f"{item.path} row {row}", f"column {form.text_field!r} is null")
+                else:
+                    yield text
+
+
+def _bad_utf8(error: UnicodeDecodeError) -> str:
+    return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
+
+
+def _json_kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _fields_hint(names: Sequence[str]) -> str:
+    shown = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+    return f"(there are: {shown or 'none'}); name the one that holds the text"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

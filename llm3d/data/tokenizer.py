@@ -1,0 +1,306 @@
+"""Tokenizers: load one, train one, save it so that transformers' AutoTokenizer loads the directory.
+
+Two libraries, one face: sentencepiece (`tokenizer.model`, LLaMA 1 and 2) and tokenizers (`tokenizer.json`,
+LLaMA 3 and most others). Text is only ever text: a special token that is spelled out in it is encoded as the
+characters that it is made of, as with `split_special_tokens=True` in transformers, so that no document can
+forge the end of a document.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm3d.errors import InputError
+
+SIDE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+COMMON_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]")
+COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
+META_SPACE = "\u2581"  # how sentencepiece writes a space inside its pieces
+LONG_TEXT = 1 << 22  # characters above which any text is encoded in parts, to bound memory
+SENTENCEPIECE_TEXT = 1 << 14  # the same where parts are faster and provably the same
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    vocab_size: highest id + 1.  bos_id, eos_id: int or None.  digest: hex SHA-256 of the tokenizer's file.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def __init__(self, file: Path, directory: Path | None):
+        self.file = file
+        self.directory = directory  # where side files lie; None: the file stands alone
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.newline = np.zeros(0, dtype=np.int32)
+        self.newline = self._encode_whole(["\n"])[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; no special tokens are added."""
+        return self.encode_arrays([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, as `encode` gives them."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, an int32 array [tokens] each. The fast way for many texts."""
+        raise NotImplementedError
+
+    def encode_next(self, text: str) -> np.ndarray:
+        """Token ids of a text that continues another one, int32 [tokens].
+
+        Differs from `encode` for tokenizers that put a space before every text. Exact where the text before
+        ended in a newline that is a token of its own.
+        """
+        ids = self._encode_whole(["\n" + text])[0]
+        if np.array_equal(ids[: len(self.newline)], self.newline):
+            return ids[len(self.newline) :]
+        return self._encode_whole([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def save_to(self, directory: str | Path) -> None:
+        """Copy the tokenizer into a directory (made if missing) that transformers' AutoTokenizer loads."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        sources = {self._file_name: self.file}
+        if self.directory is not None:
+            sources |= {name: self.directory / name for name in SIDE_FILES}
+        for name, source in sources.items():
+            if source.is_file() and source.resolve() != (directory / name).resolve():
+                shutil.copyfile(source, directory / name)
+        if not (directory / "tokenizer_config.json").exists():
+            write_json(directory / "tokenizer_config.json", self._config())
+
+    _file_name: str
+
+    def _config(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise NotImplementedError
+
+    def _encode_in_parts(self, text: str, limit: int) -> np.ndarray:
+        parts = split_text(text, limit)
+        ids = [self._encode_whole([parts[0]])[0], *(self.encode_next(part) for part in parts[1:])]
+        return np.concatenate(ids)
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Cut a text into parts of about `limit` characters.
+
+    After a newline before a character that is no space, where the usual splitting rules cut as well; failing
+    that before a space; failing that anywhere.
+    """
+    parts, start = [], 0
+    while len(text) - start > limit:
+        stop = _cut(text, start + limit // 2, start + limit)
+        parts.append(text[start:stop])
+        start = stop
+    return [*parts, text[start:]]
+
+
+def _cut(text: str, low: int, high: int) -> int:
+    at = high
+    while (at := text.rfind("\n", low, at)) >= 0:
+        if not text[at + 1].isspace():
+            return at + 1
+    at = high
+    while (at := text.rfind(" ", low, at)) >= 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+    return high
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    _file_name = "tokenizer.model"
+
+    def __init__(self, file: Path, directory: Path | None):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{file}: not a sentencepiece model; give the right file") from error
+        model = self._model
+        self.vocab_size = model.vocab_size()
+        self.bos_id = model.bos_id() if model.bos_id() >= 0 else None
+        self.eos_id = model.eos_id() if model.eos_id() >= 0 else None
+        self._meta_space = np.array(
+            [model.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()], dtype=np.int32
+        )
+        self._escapes = all(model.is_byte(int(i)) for i in self._meta_space)
+        super().__init__(file, directory)
+        pieces = model.id_to_piece(list(range(self.vocab_size)))
+        newline_alone = self._escapes and model.piece_to_id("<0x0A>") in self.newline
+        self._limit = LONG_TEXT
+        if newline_alone and not any("\n" in piece for piece in pieces):
+            self._limit = SENTENCEPIECE_TEXT
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._encode_whole([text if len(text) <= self._limit else "" for text in texts])
+        for i, text in enumerate(texts):
+            if len(text) > self._limit:
+                ids[i] = self._encode_in_parts(text, self._limit)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; bos, eos and padding have none."""
+        return self._model.decode([int(i) for i in ids])
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._model.encode_as_numpy(list(texts), num_threads=1)
+        if self._escapes:
+            for i, text in enumerate(texts):
+                if META_SPACE in text:
+                    ids[i] = self._encode_meta_spaces(text)
+        return ids
+
+    def _encode_meta_spaces(self, text: str) -> np.ndarray:
+        """U+2581 itself, which the library cannot tell from a space, goes through its UTF-8 bytes."""
+        first, *rest = text.split(META_SPACE)
+        # A text that starts with U+2581 still needs what the model puts before every text, if anything.
+        parts = [self._encode_whole([first])[0] if first else self._prefix()]
+        for part in rest:
+            parts += [self._meta_space, self.encode_next(part)]
+        return np.concatenate(parts)
+
+    def _prefix(self) -> np.ndarray:
+        """What the model puts before every text: nothing, or the token of a space. int32 [0 or 1]."""
+        return self.newline[: len(self.newline) - 1]
+
+    def _config(self) -> dict[str, Any]:
+        piece = self._model.id_to_piece
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._model.unk_id()}
+        return {
+            "tokenizer_class": "LlamaTokenizer",
+            "add_prefix_space": len(self._prefix()) > 0,
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": False,
+            "clean_up_tokenization_spaces": False,
+            **{name: piece(index) for name, index in names.items() if index is not None},
+        }
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of the tokenizers library."""
+
+    _file_name = "tokenizer.json"
+
+    def __init__(self, file: Path, directory: Path | None):
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise InputError(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True
+        vocab = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.bos_id = _special_id("bos", vocab, directory, COMMON_BOS)
+        self.eos_id = _special_id("eos", vocab, directory, COMMON_EOS)
+        super().__init__(file, directory)
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        ids = self._encode_whole([text if len(text) <= LONG_TEXT else "" for text in texts])
+        for i, text in enumerate(texts):
+            if len(text) > LONG_TEXT:
+                ids[i] = self._encode_in_parts(text, LONG_TEXT)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def _config(self) -> dict[str, Any]:
+        names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        tokens = {n: self._model.id_to_token(i) for n, i in names.items() if i is not None}
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **tokens,
+        }
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer from a sentencepiece `.model` file, a `tokenizer.json`, or a directory that holds either.
+
+    A directory that holds both gives the `tokenizer.json`, as in transformers. Raises InputError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name, kind in (("tokenizer.json", JsonTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
+            if (path / name).is_file():
+                return kind(path / name, path)
+        raise InputError(f"{path}: holds neither tokenizer.json nor tokenizer.model; name a tokenizer")
+    if not path.is_file():
+        raise InputError(f"{path}: no such tokenizer; name a .model file, a tokenizer.json or a directory")
+    directory = path.parent if path.name in ("tokenizer.json", "tokenizer.model") else None
+    if path.suffix == ".json":
+        return JsonTokenizer(path, directory)
+    return SentencePieceTokenizer(path, directory)
+
+
+def _special_id(
+    name: str, vocab: dict[str, int], directory: Path | None, common: Sequence[str]
+) -> int | None:
+    """The id of bos or eos: what the files beside the tokenizer say, else a common name that it knows."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
+        config = _read_json(directory / file) if directory else {}
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and token in vocab:
+            return vocab[token]
+        ids = config.get(f"{name}_token_id")
+        index = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(index, int):
+            return index
+    return next((vocab[token] for token in common if token in vocab), None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); repair or remove it") from error
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def train_tokenizer(
+    files: Sequence[str | Path], output: str | Path, kind: str, vocab_size: int, **options: Any
+) -> dict[str, Any]:
+    """Train a tokenizer on text files: `llm3d.data.tokenizer_training.train_tokenizer`, options as there."""
+    from llm3d.data.tokenizer_training import train_tokenizer as train
+
+    return train(files, output, kind, vocab_size, **options)
