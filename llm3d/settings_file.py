@@ -5,6 +5,7 @@ Knows YAML's ways of going wrong, not what the settings mean: that is `llm3d.con
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,17 @@ def settings_to_yaml(settings: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(_escape(settings)))
 
 
+# With the backslashes before it, which OmegaConf then reads in pairs.
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+
+
 def _escape(value: Any) -> Any:
     """Text that OmegaConf would take for an interpolation."""
     if isinstance(value, dict):
         return {key: _escape(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_escape(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    return _INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _read_yaml(path: str | Path) -> DictConfig:

@@ -1,0 +1,44 @@
+# Each target does its own set-up; a stamp in .venv keeps it from being done twice.
+#   make demo     from text to a trained model, on two CPU cores
+#   make test     every test
+PYTHON ?= python3
+PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INPUTS := setup.py pyproject.toml constraints.txt
+
+.PHONY: install demo test lint format clean
+.DELETE_ON_ERROR:
+
+install: .venv/installed-all
+
+# What running needs. PyTorch goes first: building the package needs it.
+.venv/installed: $(INPUTS)
+	@echo "Installing PyTorch and llm3d into .venv ..."
+	$(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel torch
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# And what the tests compare against.
+.venv/installed-all: .venv/installed
+	@echo "Installing what tests and checks need ..."
+	$(PIP) --no-build-isolation --editable ".[test,dev,megatron]"
+	@touch $@
+
+demo: .venv/installed
+	.venv/bin/python launch/demo.py
+
+# One thread a process: the tests start many.
+test: install
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+lint: install
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: install
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
