@@ -2,4 +2,6 @@
 
 from llm3d.cli import main
 
-main()
+# Processes that a command starts import this file again; they must not start the command again.
+if __name__ == "__main__":
+    main()

@@ -83,11 +83,21 @@ Overrides = Annotated[
     ),
 ]
 TextFiles = Annotated[
-    list[Path],
-    typer.Argument(metavar="FILES...", help=".txt, .jsonl(.gz, .zst) or .parquet.", show_default=False),
+    list[str],
+    typer.Argument(
+        metavar="FILES...",
+        help="Files, directories or patterns: .txt, .jsonl(.gz, .zst), .parquet.",
+        show_default=False,
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="The directory to write.", show_default=False)]
 TextField = Annotated[str, typer.Option(help="The field of .jsonl and .parquet that holds the text.")]
+Separator = Annotated[
+    str | None,
+    typer.Option(help="What ends a document in .txt files, such as '\\n\\n'. [default: the end of the file]"),
+]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out, and count, what cannot be read.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 
 
 def show_version(asked: bool) -> None:
@@ -123,14 +133,39 @@ def tokenizer_train(
         int, typer.Option(min=1, help="Tokens, special ones included.", show_default=False)
     ],
     kind: Annotated[
-        TokenizerKind, typer.Option(help="LLaMA-1/2 style, or LLaMA-3 style.")
+        TokenizerKind, typer.Option(help="BPE in the style of LLaMA 1 and 2, or of Llama 3.")
     ] = TokenizerKind.sentencepiece,
     text_field: TextField = "text",
+    separator: Separator = None,
+    max_bytes: Annotated[
+        int, typer.Option(min=1, help="Of more text than this, a random part is trained on.")
+    ] = 1_000_000_000,
+    character_coverage: Annotated[
+        float,
+        typer.Option(min=0.9, max=1, help="Share of characters that sentencepiece does not spell in bytes."),
+    ] = 0.9995,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Train a BPE tokenizer on text."""
+    """Train a tokenizer on text."""
     from llm3d.data.tokenizer import train_tokenizer
 
-    train_tokenizer(files, output, kind.value, vocab_size, text_field=text_field)
+    trained = train_tokenizer(
+        files,
+        output,
+        kind.value,
+        vocab_size,
+        text_field=text_field,
+        separator=unescaped(separator),
+        max_bytes=max_bytes,
+        character_coverage=character_coverage,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+    )
+    text = f"{trained['documents']:,} documents, {trained['bytes'] / 1e6:,.1f} MB"
+    print(f"{output}: {trained['vocab_size']:,} tokens, trained on {text}")
+    if trained["skipped"]:
+        print(f"left out: {trained['skipped']:,} records that cannot be read", file=sys.stderr)
 
 
 @data_app.command("tokenize")
@@ -140,26 +175,41 @@ def data_tokenize(
     output: Output,
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer's file or directory.", show_default=False)],
     text_field: TextField = "text",
+    separator: Separator = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: a core each]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of documents and of the split.")] = 1234,
     valid_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Documents kept for validation.")
+        float, typer.Option(min=0, max=0.99, help="Share of documents that is kept for validation.")
     ] = 0.01,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be read.")] = False,
+    skip_bad: SkipBad = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn text into the .bin and .idx files that training reads."""
     from llm3d.data.corpus import tokenize_corpus
 
-    tokenize_corpus(
+    corpus = tokenize_corpus(
         files,
         output,
         tokenizer,
         text_field=text_field,
+        separator=unescaped(separator),
         workers=workers,
         seed=seed,
         valid_fraction=valid_fraction,
         skip_bad=skip_bad,
+        overwrite=overwrite,
     )
+    for split, documents in corpus["documents"].items():
+        print(f"{output / split}: {documents:,} documents, {corpus['tokens'][split]:,} tokens")
+    bad = corpus["bad_records"]
+    if bad["total"]:
+        print(f"left out: {bad['total']:,} records that cannot be read; the first:", file=sys.stderr)
+        print(*(f"  {record}" for record in bad["first"]), sep="\n", file=sys.stderr)
+
+
+def unescaped(separator: str | None) -> str | None:
+    """Line ends and tabs are hard to type in a shell."""
+    return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 # ---- runs ----

@@ -1,0 +1,79 @@
+"""Who may enter which room; and what asking for help does not wait for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llm3d"
+
+# cli -> stages -> {train, generate, data}; {train, generate} -> models -> parallel -> kernels;
+# plan and scaling -> anything below stages; everyone may read the settings.
+NEXT_BELOW = {
+    "kernels": set[str](),
+    "parallel": {"kernels"},
+    "models": {"parallel"},
+    "data": set[str](),
+    "train": {"models", "data"},
+    "generate": {"models", "data"},
+    "plan": {"train", "generate"},
+    "scaling": {"train", "generate", "plan"},
+    "stages": {"train", "generate"},
+    "cli": {"stages", "plan", "scaling"},
+}
+FOR_ALL = {"config", "errors"}
+SETTINGS = {"config", "errors", "presets", "settings_file"}
+
+
+def below(room: str) -> set[str]:
+    return NEXT_BELOW[room] | {deeper for lower in NEXT_BELOW[room] for deeper in below(lower)}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, wherever in the file."""
+    here = ["llm3d", *path.relative_to(PACKAGE).with_suffix("").parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else []
+            module = [*base, *(node.module or "").split(".")]
+            # `from llm3d import config` names a module after the import.
+            yield from (".".join([*filter(None, module), alias.name]) for alias in node.names)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_imports_upward(path: Path) -> None:
+    own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if own in ("__init__", "__main__"):
+        return
+    allowed = SETTINGS if own in SETTINGS else FOR_ALL | {own} | below(own)
+    entered = {room(module) for module in imports(path) if module.startswith("llm3d.")}
+    assert entered - {"__version__"} <= allowed
+
+
+def loaded_by(module: str) -> set[str]:
+    """What a fresh interpreter has loaded after importing a module."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(output.stdout.split())
+
+
+def test_help_waits_for_no_heavy_library() -> None:
+    assert not {"torch", "numpy", "pydantic", "omegaconf", "rich"} & loaded_by("llm3d.cli")
+
+
+def test_settings_are_read_without_torch() -> None:
+    assert not {"torch", "numpy"} & loaded_by("llm3d.config")
