@@ -241,15 +241,6 @@ class Config(Section):
         """Microbatches a step on each data-parallel rank."""
         return self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size))
 
-    @property
-    def layers_per_stage(self) -> tuple[int, ...]:
-        """Layers of each virtual stage in model order; what does not divide goes to the first stages."""
-        if self.parallel.layers_per_stage is not None:
-            return self.parallel.layers_per_stage
-        stages = self.parallel.pipeline * self.parallel.chunks
-        layers, extra = divmod(self.model.num_hidden_layers, stages)
-        return tuple(layers + (stage < extra) for stage in range(stages))
-
 
 # ---- loading and writing ----
 

@@ -92,18 +92,6 @@ def test_one_setting_may_be_taken_from_another(settings: Path) -> None:
     assert load_config(settings, ["optim.warmup_steps=${train.steps}"]).optim.warmup_steps == 100
 
 
-@pytest.mark.parametrize(
-    ("pipeline", "chunks", "expected"),
-    [(1, 1, (12,)), (5, 1, (3, 3, 2, 2, 2)), (2, 4, (2, 2, 2, 2, 1, 1, 1, 1)), (12, 1, (1,) * 12)],
-)
-def test_layers_are_spread_evenly_over_the_stages(
-    settings: Path, pipeline: int, chunks: int, expected: tuple[int, ...]
-) -> None:
-    schedule = "interleaved" if chunks > 1 else "1f1b"
-    layout = [f"parallel.pipeline={pipeline}", f"parallel.chunks={chunks}", f"parallel.schedule={schedule}"]
-    assert load_config(settings, layout, world_size=None).layers_per_stage == expected
-
-
 def test_a_step_is_the_same_sequences_on_any_number_of_ranks(settings: Path) -> None:
     config = load_config(settings, ["parallel.tensor=2", "parallel.pipeline=3"], world_size=12)
     assert config.data_parallel_size(12) == 2
