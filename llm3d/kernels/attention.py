@@ -1,0 +1,41 @@
+"""Causal attention over packed sequences, through PyTorch's fused kernels. Dao et al. 2022."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Each token attends to itself and the tokens before it in its own sequence.
+
+    q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], kv_heads divides heads.
+    cu_seqlens: int32 [sequences + 1], where each sequence starts, and the number of tokens; max_seqlen: the longest.
+    -> [tokens, heads, head_dim]
+    """
+    if q.is_cuda and q.dtype != torch.float32:
+        return _varlen(q, k, v, cu_seqlens, max_seqlen)
+    lengths = cu_seqlens.diff().tolist()
+    if max(lengths) == min(lengths):
+        return _batched(q, k, v, len(lengths))
+    outputs = [_batched(*parts, 1) for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)]
+    return torch.cat(outputs)
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
+    """Sequences of one length through SDPA, which wants [sequences, heads, length, head_dim]."""
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out

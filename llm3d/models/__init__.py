@@ -1,0 +1,1 @@
+"""The LLaMA transformer and its heads, written with tensor-parallel layers."""

@@ -1,0 +1,85 @@
+"""From settings to this rank's part of a model, with storage and first weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from llm3d.config import ModelConfig, ParallelConfig
+from llm3d.models.llama import LlamaStage
+from llm3d.parallel.boxes import Box
+from llm3d.parallel.flat import FlatParameters
+from llm3d.parallel.mesh import Mesh
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BLOCK_ROWS = 64
+
+
+def build_stages(
+    config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, recompute: str = "none"
+) -> list[LlamaStage]:
+    """This rank's stages, in model order, without storage. Chunk c is virtual stage c * pipeline + rank."""
+    counts = parallel.layers_per_stage or spread_layers(
+        config.num_hidden_layers, parallel.pipeline * parallel.chunks
+    )
+    stages = []
+    for chunk in range(parallel.chunks):
+        stage = chunk * mesh.pipeline_size + mesh.pipeline_rank
+        start = sum(counts[:stage])
+        stages.append(
+            LlamaStage(
+                config,
+                mesh,
+                range(start, start + counts[stage]),
+                sequence_parallel=parallel.sequence and mesh.tensor_size > 1,
+                recompute=recompute,
+            )
+        )
+    return stages
+
+
+def spread_layers(num_layers: int, num_stages: int) -> list[int]:
+    """Layers a virtual stage, as even as possible; the middle stages get the odd ones.
+
+    The first and the last stage also have the embedding and the head.
+    """
+    counts = [num_layers // num_stages] * num_stages
+    middle_first = sorted(range(num_stages), key=lambda stage: abs(2 * stage - (num_stages - 1)))
+    for stage in middle_first[: num_layers % num_stages]:
+        counts[stage] += 1
+    return counts
+
+
+def initialise(flat: FlatParameters, master: Tensor, config: ModelConfig, seed: int) -> None:
+    """Fill `master`, a fp32 tensor laid out like `flat.parameters`, with random weights that no layout changes."""
+    for piece, view in flat.pieces(master):
+        view.copy_(initial_value(piece.box, config, seed))
+
+
+def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
+    """fp32 first weights of a box: norms one, the rest normal with standard deviation initializer_range.
+
+    The projections that write into the residual stream have it divided by sqrt(2 * layers), as in GPT-2 and
+    Megatron-LM. Each block of rows of a global tensor has its own stream, keyed by seed, name and block, so that
+    a rank draws only the rows it holds.
+    """
+    if len(box.shape) == 1:
+        return torch.ones(box.size)
+    std = config.initializer_range
+    if box.name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.num_hidden_layers)
+    first, last = box.offset[0] // _BLOCK_ROWS, -(-(box.offset[0] + box.size[0]) // _BLOCK_ROWS)
+    blocks = [_random_block(box, block, seed) for block in range(first, last)]
+    start = box.offset[0] - first * _BLOCK_ROWS
+    columns = slice(box.offset[1], box.offset[1] + box.size[1])
+    return torch.cat(blocks)[start : start + box.size[0], columns] * std
+
+
+def _random_block(box: Box, block: int, seed: int) -> Tensor:
+    key = hashlib.blake2b(f"{seed}/{box.name}/{block}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+    rows = min(_BLOCK_ROWS, box.shape[0] - block * _BLOCK_ROWS)
+    return torch.randn(rows, box.shape[1], generator=generator)

@@ -1,0 +1,248 @@
+"""A LLaMA transformer, whole or one pipeline stage of it. Touvron et al. 2023; Grattafiori et al. 2024 (Llama 3).
+
+Activations are [tokens, hidden]: the sequences of a microbatch under each other, told apart by `cu_seqlens`.
+Only attention knows about sequences. Under sequence parallelism each tensor rank holds its share of the tokens
+between the sublayers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
+
+from llm3d.config import ModelConfig
+from llm3d.kernels.attention import attention
+from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
+from llm3d.kernels.swiglu import swiglu
+from llm3d.models.heads import LanguageModelHead
+from llm3d.parallel.boxes import Box, Piece, stack
+from llm3d.parallel.layers import (
+    ColumnParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    split_evenly,
+)
+from llm3d.parallel.mesh import Mesh
+
+
+class Batch(Protocol):
+    """What the model reads of a microbatch; `llm3d.data.pretraining.Microbatch` is one."""
+
+    @property
+    def tokens(self) -> Tensor: ...  # int64 [tokens]
+    @property
+    def targets(self) -> Tensor: ...  # int64 [tokens], -100 where there is none
+    @property
+    def positions(self) -> Tensor: ...  # int64 [tokens], from 0 in each sequence
+    @property
+    def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
+    @property
+    def max_seqlen(self) -> int: ...
+
+
+class Context(NamedTuple):
+    """What attention needs beside the activations; the same for every layer."""
+
+    cos: Tensor  # [tokens, 1, head_dim / 2]
+    sin: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
+class LlamaStage(nn.Module):
+    """Layers `layers` of a LLaMA; the first stage has the embedding, the last the final norm and the head.
+
+    sequence_parallel: split the tokens over the tensor group between sublayers.
+    recompute: "none"; "selective" keeps neither the inputs of attention (queries, keys, values) nor those of
+        the cross-entropy (logits) for backward; "full" keeps only the input of each layer.
+    The parameters have no storage until `FlatParameters` gives it to them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        layers: range,
+        *,
+        sequence_parallel: bool = False,
+        recompute: str = "none",
+    ) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
+        self.config, self.recompute = config, recompute
+        table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
+        shared = mesh.embedding if config.tie_word_embeddings else None
+        self.embedding: VocabParallelEmbedding | None = None
+        if layers.start == 0:
+            self.embedding = VocabParallelEmbedding(table, mesh.tensor, sequence_parallel, partial=shared)
+        kv_replicas = key_value_replicas(config, mesh)
+        self.layers = nn.ModuleDict(
+            {str(i): LlamaLayer(config, mesh, i, kv_replicas, sequence_parallel, recompute) for i in layers}
+        )
+        self.head: LanguageModelHead | None = None
+        if layers.stop == config.num_hidden_layers:
+            self.norm = _norm("model.norm.weight", config, mesh, sequence_parallel)
+            if not config.tie_word_embeddings:
+                table = Box.whole("lm_head.weight", table.shape)
+            tied = (
+                self.embedding.weight if config.tie_word_embeddings and self.embedding is not None else None
+            )
+            self.head = LanguageModelHead(table, mesh.tensor, sequence_parallel, tied, shared)
+        scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
+        frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
+        """hidden: None on the first stage, else the stage before's output.
+
+        -> [tokens, hidden_size] ([tokens / n, hidden_size] under sequence parallelism); from the last stage the
+        fp32 sum over target tokens of the cross-entropy.
+        """
+        hidden = self.transform(hidden, batch)
+        if self.head is None:
+            return hidden
+        return self._recomputed(self.head.loss, self.recompute != "none")(hidden, batch.targets)
+
+    def transform(self, hidden: Tensor | None, batch: Batch) -> Tensor:
+        """Everything but the head: the embedding, the layers and the final norm that this stage has."""
+        if self.embedding is not None:
+            hidden = self.embedding(batch.tokens)
+        assert hidden is not None, "stages after the first get an input"
+        context = self._context(batch, hidden.dtype)
+        for layer in self.layers.values():
+            hidden = self._recomputed(layer, self.recompute == "full")(hidden, context)
+        return self.norm(hidden) if self.head is not None else hidden
+
+    def _context(self, batch: Batch, dtype: torch.dtype) -> Context:
+        assert isinstance(self.rope_frequencies, Tensor)
+        cos, sin = rope_tables(batch.positions, self.rope_frequencies, dtype)
+        return Context(cos, sin, batch.cu_seqlens, batch.max_seqlen)
+
+    def _recomputed(self, function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
+        return recomputed(function) if wanted and torch.is_grad_enabled() else function
+
+
+class LlamaLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        index: int,
+        kv_replicas: ProcessGroup | None,
+        sequence_parallel: bool,
+        recompute: str,
+    ) -> None:
+        super().__init__()
+        prefix = f"model.layers.{index}"
+        self.attention_norm = _norm(f"{prefix}.input_layernorm.weight", config, mesh, sequence_parallel)
+        self.attention = Attention(config, mesh, f"{prefix}.self_attn", kv_replicas, sequence_parallel)
+        self.mlp_norm = _norm(f"{prefix}.post_attention_layernorm.weight", config, mesh, sequence_parallel)
+        self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel)
+        self.recompute_attention = recompute == "selective"
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        attend: Callable[..., Tensor] = self._attend
+        if self.recompute_attention and torch.is_grad_enabled():
+            attend = recomputed(attend)
+        hidden = hidden + attend(hidden, context)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def _attend(self, hidden: Tensor, context: Context) -> Tensor:
+        return self.attention(self.attention_norm(hidden), context)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; heads spread over the tensor group. Ainslie et al. 2023."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        prefix: str,
+        kv_replicas: ProcessGroup | None,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads // mesh.tensor_size
+        self.num_kv_heads = max(1, config.num_key_value_heads // mesh.tensor_size)
+        pieces = _qkv_pieces(config, mesh, prefix, kv_replicas)
+        self.qkv = ColumnParallelLinear(pieces, mesh.tensor, sequence_parallel)
+        output = Box.whole(
+            f"{prefix}.o_proj.weight", (config.hidden_size, config.num_attention_heads * self.head_dim)
+        )
+        self.output = RowParallelLinear(output, mesh.tensor, sequence_parallel)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
+        qkv = rope(qkv, context.cos, context.sin, self.num_heads + self.num_kv_heads)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return self.output(attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); the intermediate dimension is spread over the tensor group."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, prefix: str, sequence_parallel: bool) -> None:
+        super().__init__()
+        part = split_evenly(config.intermediate_size, mesh.tensor)
+        pieces = [
+            Piece(
+                Box.whole(f"{prefix}.{name}.weight", (config.intermediate_size, config.hidden_size)).rows(
+                    part.start, len(part)
+                )
+            )
+            for name in ("gate_proj", "up_proj")
+        ]
+        self.gate_up = ColumnParallelLinear(stack(pieces), mesh.tensor, sequence_parallel)
+        down = Box.whole(f"{prefix}.down_proj.weight", (config.hidden_size, config.intermediate_size))
+        self.down = RowParallelLinear(down, mesh.tensor, sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, with its inner activations computed again in backward instead of kept. Chen et al. 2016."""
+
+    def run(*args: Any) -> Tensor:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+    return run
+
+
+def key_value_replicas(config: ModelConfig, mesh: Mesh) -> ProcessGroup | None:
+    """The tensor ranks that hold the same key/value head as this one, where there are fewer heads than ranks."""
+    if mesh.tensor_size <= config.num_key_value_heads:
+        return None
+    return mesh.tensor_blocks(mesh.tensor_size // config.num_key_value_heads)
+
+
+def _qkv_pieces(
+    config: ModelConfig, mesh: Mesh, prefix: str, kv_replicas: ProcessGroup | None
+) -> tuple[Piece, ...]:
+    """This rank's query rows, key rows and value rows, under each other."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q = Box.whole(f"{prefix}.q_proj.weight", (heads * head_dim, config.hidden_size))
+    queries = split_evenly(heads * head_dim, mesh.tensor)
+    pieces = [Piece(q.rows(queries.start, len(queries)))]
+    count = max(1, kv_heads // mesh.tensor_size)
+    first = mesh.tensor_rank * kv_heads // mesh.tensor_size
+    owned = kv_replicas is None or kv_replicas.rank() == 0
+    for name in ("k_proj", "v_proj"):
+        box = Box.whole(f"{prefix}.{name}.weight", (kv_heads * head_dim, config.hidden_size))
+        pieces.append(Piece(box.rows(first * head_dim, count * head_dim), owned=owned, partial=kv_replicas))
+    return stack(pieces)
+
+
+def _norm(name: str, config: ModelConfig, mesh: Mesh, sequence_parallel: bool) -> RMSNorm:
+    box = Box.whole(name, (config.hidden_size,))
+    return RMSNorm(box, config.rms_norm_eps, mesh.tensor, sequence_parallel)

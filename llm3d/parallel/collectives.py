@@ -1,0 +1,107 @@
+"""Collectives with their backward, over a tensor group; each is the identity on a group of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+# torch 2.13 renamed these two; 2.10 to 2.12 have only the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def gather_rows(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
+    """[rows, ...] of each rank -> [n * rows, ...] in rank order. Each rank receives n - 1 times x. No backward."""
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    return out, _all_gather(out, x.contiguous(), group=group, async_op=async_op)
+
+
+def scatter_sum_rows(
+    x: Tensor, group: ProcessGroup, async_op: bool = False
+) -> tuple[Tensor, dist.Work | None]:
+    """[n * rows, ...], partial sums -> this rank's [rows, ...] of the sum. No backward.
+
+    Each rank sends (n - 1) / n of x.
+    """
+    assert x.shape[0] % group.size() == 0, (
+        "configuration guarantees that tensor divides the tokens of a microbatch"
+    )
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return out, _reduce_scatter(out, x.contiguous(), group=group, async_op=async_op)
+
+
+class _AllReduce(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        dist.all_reduce(x, group=group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _ReduceScatterTokens(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return scatter_sum_rows(x, group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_rows(grads[0], ctx.group)[0], None
+
+
+def all_reduce_partial_sums(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum x over the tensor group, in place.
+
+    x: [tokens, hidden], partial sums -> [tokens, hidden], the same on all ranks.
+    Each rank sends about 2 (n - 1) / n of x. Backward: identity (the gradient is the same on all ranks).
+    Shoeybi et al. 2019, section 3, the operator g.
+    """
+    return x if group.size() == 1 else _AllReduce.apply(x, group)
+
+
+def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum partial results over the tensor group; keep this rank's share of the tokens.
+
+    x: [tokens, hidden], partial sums  ->  [tokens / n, hidden], n = group.size().
+    Each rank sends (n - 1) / n of x. Backward: all_gather of the tokens.
+    Sequence parallelism, Korthikanti et al. 2022, section 4.2.2.
+    """
+    return x if group.size() == 1 else _ReduceScatterTokens.apply(x, group)
+
+
+def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum x over the group, in place, without a backward; returns x."""
+    if group.size() > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def broadcast_from_last(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Give every rank the last rank's x, in place; returns x."""
+    if group.size() > 1:
+        dist.broadcast(x, group=group, group_src=group.size() - 1)
+    return x
+
+
+def gather_bytes(payload: bytes, group: ProcessGroup) -> list[bytes]:
+    """Each rank's bytes, in rank order, on every rank; over CPU tensors, without pickle."""
+    if group.size() == 1:
+        return [payload]
+    sizes = torch.zeros(group.size(), dtype=torch.int64)
+    sizes[group.rank()] = len(payload)
+    dist.all_reduce(sizes, group=group)
+    longest = int(sizes.max())
+    mine = torch.zeros(longest, dtype=torch.uint8)
+    mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else mine[:0]
+    everyone = torch.empty(group.size() * longest, dtype=torch.uint8)
+    _all_gather(everyone, mine, group=group)
+    return [bytes(everyone[i * longest : i * longest + int(n)].numpy()) for i, n in enumerate(sizes)]

@@ -1,0 +1,241 @@
+"""Tensor-parallel layers: parallel by construction, plain layers on a group of one.
+
+Weight gradients never pass through `.grad`: each layer adds them to its parameter's fp32 `main_grad`, which is
+one matrix product with accumulation in fp32, and tells the parameter so (`FlatParameters` then reduces whole
+buckets over the data group while the rest of the backward pass still runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
+
+from llm3d.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from llm3d.parallel.boxes import Box, Piece, ShardedParameter
+from llm3d.parallel.collectives import (
+    all_reduce_partial_sums,
+    gather_rows,
+    reduce_scatter_tokens,
+    scatter_sum_rows,
+)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x W^T with the rows of W (output features) spread over the tensor group.
+
+    x: [tokens, in], or this rank's [tokens / n, in] under sequence parallelism -> [tokens, out / n].
+    Forward: nothing, or all_gather of x. Backward: all_reduce or reduce_scatter of the gradient of x, while the
+    gradient of W is computed. Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], group: ProcessGroup, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        self.weight = ShardedParameter.on_meta(pieces)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel)
+
+
+class RowParallelLinear(nn.Module):
+    """y = x W^T with the columns of W (input features) spread over the tensor group.
+
+    x: [tokens, in / n] -> [tokens, out], or this rank's [tokens / n, out] under sequence parallelism.
+    Forward: all_reduce or reduce_scatter of y. Backward: nothing, or all_gather of the gradient of y.
+    """
+
+    def __init__(self, box: Box, group: ProcessGroup, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        columns = split_evenly(box.size[1], group)
+        self.weight = ShardedParameter.on_meta([Piece(box.columns(columns.start, len(columns)))])
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Linear.apply(x, self.weight)
+        reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
+        return reduce(y, self.group)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows of a table [vocab, hidden] that is spread over the tensor group by vocabulary.
+
+    tokens: int64 [tokens] -> [tokens, hidden], or this rank's [tokens / n, hidden] under sequence parallelism.
+    A vocabulary that the group's size does not divide leaves the last ranks fewer rows: nothing is padded.
+    Forward: all_reduce or reduce_scatter. Backward: nothing, or all_gather of the gradient.
+    """
+
+    def __init__(
+        self,
+        box: Box,
+        group: ProcessGroup,
+        sequence_parallel: bool = False,
+        partial: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary_range(box.size[0], group)
+        part = box.rows(self.vocabulary.start, len(self.vocabulary))
+        self.weight = ShardedParameter.on_meta([Piece(part, partial=partial)])
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = _Embedding.apply(self.weight, tokens, self.vocabulary.start)
+        reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
+        return reduce(y, self.group)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension. x: [tokens, hidden] -> [tokens, hidden].
+
+    Under sequence parallelism each rank sees a part of the tokens, so the weight's gradient is a partial sum
+    over the tensor group. Zhang and Sennrich 2019.
+    """
+
+    def __init__(self, box: Box, eps: float, group: ProcessGroup, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        partial = group if sequence_parallel and group.size() > 1 else None
+        self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=partial)])
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+def split_evenly(extent: int, group: ProcessGroup) -> range:
+    """This rank's part of range(extent); the group's size divides it."""
+    assert extent % group.size() == 0, "configuration guarantees divisibility"
+    part = extent // group.size()
+    return range(group.rank() * part, (group.rank() + 1) * part)
+
+
+def vocabulary_range(vocab_size: int, group: ProcessGroup) -> range:
+    """This rank's token ids: ceil(vocab / n) each, the last ranks what is left."""
+    part = -(-vocab_size // group.size())
+    start = min(group.rank() * part, vocab_size)
+    return range(start, min(start + part, vocab_size))
+
+
+def column_parallel_linear(
+    x: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence_parallel: bool = False
+) -> Tensor:
+    """x: [tokens, in] -> [tokens, weight rows]; see ColumnParallelLinear. Also used with a tied embedding's weight."""
+    if group.size() == 1:
+        return _Linear.apply(x, weight)
+    return _ColumnParallelLinear.apply(x, weight, group, sequence_parallel)
+
+
+def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
+    """Add a gradient shaped like the weight to its fp32 sum."""
+    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    weight.main_grad.add_(gradient)
+    weight.accumulated()
+
+
+def _add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
+    """main_grad += grad_output^T x, accumulated in fp32."""
+    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    if grad_output.dtype == torch.float32:
+        weight.main_grad.addmm_(grad_output.t(), x)
+    elif grad_output.is_cuda:
+        weight.main_grad.add_(torch.mm(grad_output.t(), x, out_dtype=torch.float32))
+    else:
+        weight.main_grad.add_(grad_output.t() @ x)
+    weight.accumulated()
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: ShardedParameter) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (grad_output,), (x,) = grads, ctx.saved_tensors
+        grad_input = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            _add_linear_gradient(ctx.weight, grad_output, x)
+        return grad_input, None
+
+
+class _ColumnParallelLinear(Function):
+    """Collectives run beside matrix products: see the order of the lines in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence: bool) -> Tensor:
+        ctx.save_for_backward(x)  # only this rank's tokens are kept; backward gathers them again
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence
+        gathered = gather_rows(x, group)[0] if sequence else x
+        return gathered @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_output,), (x,) = grads, ctx.saved_tensors
+        gathering = None
+        if ctx.sequence and ctx.needs_input_grad[1]:
+            x, gathering = gather_rows(x, ctx.group, async_op=True)
+        grad_input = grad_output @ ctx.weight
+        if ctx.sequence:
+            grad_input, reducing = scatter_sum_rows(grad_input, ctx.group, async_op=True)
+        else:
+            reducing = dist.all_reduce(grad_input, group=ctx.group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        if ctx.needs_input_grad[1]:
+            _add_linear_gradient(ctx.weight, grad_output, x)
+        assert reducing is not None
+        reducing.wait()
+        return grad_input, None, None, None
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: ShardedParameter, tokens: Tensor, first: int) -> Tensor:
+        local = tokens - first
+        elsewhere = (local < 0) | (local >= weight.shape[0])
+        ctx.save_for_backward(local.masked_fill(elsewhere, -1))
+        ctx.weight = weight
+        if not len(weight):
+            return weight.new_zeros(len(tokens), weight.shape[1])
+        y = torch.nn.functional.embedding(local.masked_fill(elsewhere, 0), weight)
+        return y.masked_fill_(elsewhere[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (grad_output,), (local,), weight = grads, ctx.saved_tensors, ctx.weight
+        if len(weight):
+            # The index that is passed over ("padding") marks tokens of other ranks. Deterministic on CUDA too.
+            gradient = torch.ops.aten.embedding_dense_backward(
+                grad_output.float(),
+                local.masked_fill(local < 0, len(weight)),
+                len(weight) + 1,
+                len(weight),
+                False,
+            )
+            add_to_main_grad(weight, gradient[:-1])
+        else:
+            weight.accumulated()
+        return None, None, None
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: ShardedParameter, eps: float) -> Tensor:
+        y, inverse_rms = rms_norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, inverse_rms)
+        ctx.weight = weight
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, inverse_rms = ctx.saved_tensors
+        grad_input, grad_weight = rms_norm_backward(grads[0], x, ctx.weight, inverse_rms)
+        if ctx.needs_input_grad[1]:
+            add_to_main_grad(ctx.weight, grad_weight)
+        return grad_input, None, None

@@ -1,0 +1,134 @@
+"""Runs a pipeline schedule: the actions of this rank, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.schedules import Action, Kind, peer
+
+
+class _Transfer(NamedTuple):
+    work: dist.Work
+    tensor: Tensor  # kept alive until the transfer is done
+
+
+class Pipeline:
+    """The stages of this rank (chunk c is virtual stage c * pipeline_size + pipeline_rank) and what they exchange.
+
+    stages: called with (input, microbatch). The input is None on the first virtual stage; the last returns the
+        microbatch's loss, an fp32 scalar, the others [rows, hidden] activations.
+    activation: a tensor on any device with the shape and dtype of what crosses between stages; it is static.
+    """
+
+    def __init__(self, mesh: Mesh, stages: Sequence[nn.Module], activation: Tensor) -> None:
+        self.mesh, self.stages, self.activation = mesh, list(stages), activation
+        self.last_stage = len(self.stages) * mesh.pipeline_size - 1
+
+    def run(
+        self, actions: Iterable[Action], microbatches: Sequence[Any], scale: float = 1.0
+    ) -> Tensor | None:
+        """Run a step's actions; -> the sum of the microbatches' losses on the last stage, None on the others.
+
+        scale: what backward multiplies the loss by, one over the step's number of target tokens.
+        Activations, [rows, hidden] in the compute dtype, go to the next stage, and as much comes back.
+        """
+        step = _Step(self, microbatches, scale)
+        for action in actions:
+            step.run(action)
+        for transfer in step.sent:
+            transfer.work.wait()
+        assert not step.received and not step.inputs, (
+            "every activation received was used and given its gradient"
+        )
+        return step.loss
+
+
+class _Step:
+    """What is in flight during one run of a schedule. Keys are (chunk, microbatch)."""
+
+    def __init__(self, pipeline: Pipeline, microbatches: Sequence[Any], scale: float) -> None:
+        self.pipeline, self.mesh, self.microbatches, self.scale = pipeline, pipeline.mesh, microbatches, scale
+        self.received: dict[tuple[Kind, int, int], _Transfer] = {}
+        self.ready: dict[tuple[Kind, int, int], Tensor] = {}  # computed, to be sent
+        self.sent: list[_Transfer] = []
+        self.inputs: dict[tuple[int, int], Tensor | None] = {}
+        self.outputs: dict[tuple[int, int], Tensor] = {}
+        self.loss: Tensor | None = None
+        self._run = {
+            Kind.RECV_FORWARD: self.receive,
+            Kind.FORWARD: self.forward,
+            Kind.SEND_FORWARD: self.send,
+            Kind.RECV_BACKWARD: self.receive,
+            Kind.BACKWARD: self.backward,
+            Kind.SEND_BACKWARD: self.send,
+        }
+
+    def run(self, action: Action) -> None:
+        self._run[action.kind](action)
+
+    def receive(self, action: Action) -> None:
+        buffer = torch.empty_like(self.pipeline.activation, device=self.mesh.device)
+        source = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
+        work = dist.irecv(buffer, group=self.channel(action.kind), group_src=source)
+        assert work is not None, "this rank is in its pipeline group"
+        self.received[action.kind, action.chunk, action.microbatch] = _Transfer(work, buffer)
+
+    def send(self, action: Action) -> None:
+        tensor = self.ready.pop((action.kind, action.chunk, action.microbatch))
+        target = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
+        work = dist.isend(tensor, group=self.channel(action.kind), group_dst=target)
+        assert work is not None, "this rank is in its pipeline group"
+        self.sent = [transfer for transfer in self.sent if not transfer.work.is_completed()]
+        self.sent.append(_Transfer(work, tensor))
+
+    def forward(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        hidden = None if self.stage_of(action) == 0 else self.wait((Kind.RECV_FORWARD, *key))
+        training = torch.is_grad_enabled()
+        if hidden is not None and training:
+            hidden.requires_grad_()
+        output = self.pipeline.stages[action.chunk](hidden, self.microbatches[action.microbatch])
+        if training:
+            self.inputs[key], self.outputs[key] = hidden, output
+        if self.stage_of(action) == self.pipeline.last_stage:
+            loss = output.detach()
+            self.loss = loss.clone() if self.loss is None else self.loss.add_(loss)
+        else:
+            assert output.shape == self.pipeline.activation.shape, "shapes that cross the pipeline are static"
+            self.ready[(Kind.SEND_FORWARD, *key)] = output.detach().contiguous()
+
+    def backward(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        output, hidden = self.outputs.pop(key), self.inputs.pop(key)
+        if self.stage_of(action) == self.pipeline.last_stage:
+            gradient = torch.full_like(output, self.scale)
+        else:
+            gradient = self.wait((Kind.RECV_BACKWARD, *key))
+        torch.autograd.backward(output, gradient)
+        if hidden is not None:
+            assert hidden.grad is not None, "the loss depends on every stage's input"
+            self.ready[(Kind.SEND_BACKWARD, *key)] = hidden.grad
+
+    def wait(self, key: tuple[Kind, int, int]) -> Tensor:
+        transfer = self.received.pop(key)
+        transfer.work.wait()
+        return transfer.tensor
+
+    def stage_of(self, action: Action) -> int:
+        return action.chunk * self.mesh.pipeline_size + self.mesh.pipeline_rank
+
+    def channel(self, kind: Kind) -> dist.ProcessGroup:
+        """The group for one direction of traffic over one link, so that its messages match in order."""
+        forward = kind in (Kind.RECV_FORWARD, Kind.SEND_FORWARD)
+        sender = kind in (
+            Kind.SEND_FORWARD,
+            Kind.RECV_BACKWARD,
+        )  # the end of the link where forward traffic starts
+        at_edge = self.mesh.pipeline_size - 1 if sender else 0
+        return self.mesh.channels["forward" if forward else "backward", self.mesh.pipeline_rank == at_edge]

@@ -1,0 +1,94 @@
+"""A model under one layout with its optimiser, and what one step does to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm3d.config import Config
+from llm3d.models.build import DTYPES, build_stages, initialise
+from llm3d.models.llama import Batch
+from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
+from llm3d.parallel.flat import FlatParameters
+from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.pipeline import Pipeline
+from llm3d.parallel.schedules import Action, make_schedule
+from llm3d.train.optimizer import Optimizer
+
+
+class StepResult(NamedTuple):
+    loss: float  # mean over the step's target tokens, of all ranks
+    grad_norm: float  # before clipping
+    num_targets: int
+
+
+class Trainer:
+    """Every rank of the mesh holds one and calls its methods at the same time."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.dtype = DTYPES[config.precision.compute]
+        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute)
+        self.flat = FlatParameters(self.stages, mesh, self.dtype)
+        self.optimizer = Optimizer(self.flat, config.optim)
+        rows = config.batch.micro * config.data.sequence_length
+        if config.parallel.sequence:
+            rows //= mesh.tensor_size
+        activation = torch.empty(rows, config.model.hidden_size, dtype=self.dtype, device="meta")
+        self.pipeline = Pipeline(mesh, self.stages, activation)
+
+    def initialise(self) -> None:
+        """Random first weights, from run.seed."""
+        initialise(self.flat, self.optimizer.master, self.config.model, self.config.run.seed)
+        self.optimizer.publish()
+
+    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update on this data rank's microbatches of the step.
+
+        Where the loss or the gradient is not finite, the weights stay as they are; see the result.
+        """
+        num_targets = self._count_targets(microbatches)
+        self.flat.begin_step(len(microbatches))
+        loss = self.pipeline.run(
+            self._actions(len(microbatches)), microbatches, scale=1 / max(1, num_targets)
+        )
+        self.flat.finish_gradients()
+        norm = self.flat.gradient_norm().item()
+        mean_loss = self._total_loss(loss) / max(1, num_targets)
+        if math.isfinite(norm) and math.isfinite(mean_loss):
+            self._clip(norm)
+            self.optimizer.step(lr)
+        return StepResult(mean_loss, norm, num_targets)
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[Batch]) -> tuple[float, int]:
+        """Sum of the loss over all ranks' target tokens, and their number."""
+        loss = self.pipeline.run(self._actions(len(microbatches), forward_only=True), microbatches)
+        return self._total_loss(loss), self._count_targets(microbatches)
+
+    def _actions(self, num_microbatches: int, forward_only: bool = False) -> list[Action]:
+        layout = self.config.parallel
+        schedule = make_schedule(
+            layout.schedule, layout.pipeline, layout.chunks, num_microbatches, forward_only=forward_only
+        )
+        return schedule[self.mesh.pipeline_rank]
+
+    def _count_targets(self, microbatches: Sequence[Batch]) -> int:
+        count = torch.stack([(batch.targets >= 0).sum() for batch in microbatches]).sum()
+        return int(all_reduce_sum(count, self.mesh.data))
+
+    def _total_loss(self, loss: Tensor | None) -> float:
+        """From the last stage's sum over its microbatches: the sum over the data group, on every rank."""
+        total = torch.zeros(1, device=self.mesh.device, dtype=torch.float64)
+        if loss is not None:
+            total += all_reduce_sum(loss.double(), self.mesh.data)
+        return float(broadcast_from_last(total, self.mesh.pipeline))
+
+    def _clip(self, norm: float) -> None:
+        limit = self.config.optim.clip_grad_norm
+        if limit is not None and norm > limit:
+            self.flat.gradients.mul_(limit / norm)

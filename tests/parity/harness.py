@@ -1,0 +1,156 @@
+"""A few training steps under any layout, reported in global coordinates."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm3d.config import Config
+from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.parallel.mesh import Mesh
+from llm3d.train.trainer import Trainer
+from tests import pool
+
+SEQUENCE_LENGTH = 24
+GLOBAL_BATCH = 8
+LEARNING_RATE = 3e-4
+VOCAB_SIZE = 515
+
+# Grouped queries, nothing a power of two, a vocabulary that two does not divide, more stages than divide the layers.
+MODEL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 120,
+    "intermediate_size": 172,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    chunks: int = 1
+    schedule: str = "1f1b"
+    sequence: bool = False
+    recompute: str = "none"
+    micro: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
+    model: tuple[tuple[str, Any], ...] = ()
+    compute: str = "fp32"
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def __str__(self) -> str:
+        words = [f"t{self.tensor}p{self.pipeline}d{self.data}"]
+        words += [f"{self.schedule}x{self.chunks}"] if self.pipeline > 1 else []
+        words += ["sequence"] * self.sequence + [self.recompute] * (self.recompute != "none")
+        words += [f"micro{self.micro}"] * (self.micro > 1) + ["uneven"] * (self.layers_per_stage is not None)
+        return "-".join(words + [f"{name}={value}" for name, value in self.model])
+
+
+@dataclass
+class Run:
+    """What training did, every tensor whole and under its global name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the first step
+    weights: dict[str, Tensor] = field(default_factory=dict)  # after the last
+
+
+def train(layout: Layout, steps: int = 5) -> Run:
+    """Train on the pool's first ranks and put the parts together."""
+    parts = pool.run(train_on_rank, layout.world_size, layout, steps)
+    run = parts[0][0]
+    for name in ("gradients", "weights"):
+        whole: dict[str, Tensor] = {}
+        for other, pieces in parts:
+            assert (other.losses, other.grad_norms) == (run.losses, run.grad_norms), (
+                "every rank reports the same"
+            )
+            for box, value in pieces[name]:
+                target = whole.setdefault(box.name, torch.full(box.shape, torch.nan))
+                target[tuple(slice(a, a + n) for a, n in zip(box.offset, box.size, strict=True))] = value
+        setattr(run, name, whole)
+    return run
+
+
+def train_on_rank(layout: Layout, steps: int) -> tuple[Run, dict[str, Any]]:
+    mesh = Mesh(layout.tensor, layout.pipeline)
+    trainer = Trainer(settings(layout), mesh)
+    trainer.initialise()
+    run, pieces = Run([], []), {}
+    for step in range(steps):
+        result = trainer.step(microbatches(layout, step, mesh.data_rank), lr=LEARNING_RATE)
+        run.losses.append(result.loss)
+        run.grad_norms.append(result.grad_norm)
+        if step == 0:
+            # Clipping has scaled the gradients by now; undo it to see what backward gave.
+            unclip = max(1.0, result.grad_norm)
+            pieces["gradients"] = owned_pieces(trainer, trainer.flat.gradients * unclip)
+    pieces["weights"] = owned_pieces(trainer, trainer.optimizer.master)
+    return run, pieces
+
+
+def settings(layout: Layout) -> Config:
+    return Config.model_validate_json(
+        json.dumps(
+            {
+                "run": {"dir": "unused", "seed": 7},
+                "model": {**MODEL, **dict(layout.model)},
+                "parallel": {
+                    "tensor": layout.tensor,
+                    "pipeline": layout.pipeline,
+                    "chunks": layout.chunks,
+                    "schedule": layout.schedule,
+                    "sequence": layout.sequence,
+                    "layers_per_stage": layout.layers_per_stage,
+                },
+                "precision": {"compute": layout.compute},
+                "recompute": layout.recompute,
+                "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
+                "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},
+                "optim": {"lr": LEARNING_RATE},
+                "train": {"steps": 5},
+                "checkpoint": {},
+                "log": {},
+            }
+        )
+    )
+
+
+def microbatches(layout: Layout, step: int, data_rank: int) -> list[Microbatch]:
+    """This data rank's share of a global batch that does not depend on the layout."""
+    generator = random.Random(step)
+    samples = [_sample(generator) for _ in range(GLOBAL_BATCH)]
+    share = GLOBAL_BATCH // layout.data
+    mine = samples[data_rank * share : (data_rank + 1) * share]
+    return [collate(mine[i : i + layout.micro]) for i in range(0, share, layout.micro)]
+
+
+def _sample(generator: random.Random) -> Sample:
+    # Low ids are more frequent, so that there is something to learn.
+    ids = [int(VOCAB_SIZE * generator.random() ** 3) for _ in range(SEQUENCE_LENGTH + 1)]
+    tokens = torch.tensor(ids)
+    starts = sorted(generator.sample(range(1, SEQUENCE_LENGTH), generator.randrange(4)))
+    return Sample(tokens, [0, *starts], ends_document=generator.random() < 0.3)
+
+
+def owned_pieces(trainer: Trainer, flat: Tensor) -> list[tuple[Any, Tensor]]:
+    """Boxes and values of a flat tensor that this rank owns, from the first data rank only."""
+    if trainer.mesh.data_rank:
+        return []
+    return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(flat) if piece.owned]
