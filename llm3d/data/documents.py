@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llm3d.errors import InputError
 
@@ -31,6 +31,7 @@ KINDS = {
 }
 ITEM_BYTES = 1 << 22
 BOM = b"\xef\xbb\xbf"
+JSON_SPACES = " \t\r\n"
 LINE_START = re.compile(rb"\n(?=\S)")
 
 
@@ -48,7 +49,7 @@ class Item:
 
     start, stop: bytes, or row groups of a parquet file.  data: those bytes, of a compressed file.
     first: lines or rows before it in the file; None: to be counted when an error needs it.
-    whole: this is all of its document(s); otherwise it is one of the parts of a .txt file's only document.
+    starts, ends: False where a .txt file's only document goes on from the item before, or into the next one.
     read: bytes of the file that are behind it, for progress.
     """
 
@@ -59,7 +60,8 @@ class Item:
     read: int
     data: bytes | None = None
     first: int | None = None
-    whole: bool = True
+    starts: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class BadRecord:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.why}"
+
+
+_decode_json = json.JSONDecoder().raw_decode
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
@@ -137,8 +142,8 @@ def _divide_plain(path: Path, form: Format, kind: str) -> Iterator[Item]:
             stop = size
             if start + ITEM_BYTES < size:
                 stop = _boundary(mapped, start + ITEM_BYTES, kind, form.separator)
-            whole = not split or stop - start == size
-            yield Item(str(path), kind, start, stop, stop - start, whole=whole)
+            starts, ends = not split or start == 0, not split or stop == size
+            yield Item(str(path), kind, start, stop, stop - start, starts=starts, ends=ends)
             start = stop
 
 
@@ -252,10 +257,19 @@ def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
     data = _read_bytes(item)
     data = data.removeprefix(BOM) if item.start == 0 and not item.first else data
     lines_before = None
-    for number, line in enumerate(data.split(b"\n"), 1):
+    field = form.text_field
+    for number, line in enumerate(_lines(data), 1):
+        try:
+            record, end = _decode_json(line)
+            text = record[field]
+            if end == len(line) and type(text) is str and "\\u" not in line:
+                yield text
+                continue
+        except (ValueError, TypeError, LookupError, RecursionError, StopIteration):
+            pass  # the line is looked at again with care
         if not line or line.isspace():
             continue
-        text, why = _parse(line, form.text_field)
+        text, why = _parse(line, field)
         if why is None:
             yield text
         else:
@@ -263,13 +277,24 @@ def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
             yield BadRecord(f"{item.path} line {lines_before + number}", why)
 
 
-def _parse(line: bytes, field: str) -> tuple[str, None] | tuple[str, str]:
+def _lines(data: bytes) -> list[Any]:
+    """The lines of a block; as bytes if some are not valid UTF-8, for `_parse` to find which."""
+    try:
+        return data.decode().split("\n")
+    except UnicodeDecodeError:
+        return data.split(b"\n")
+
+
+def _parse(line: str | bytes, field: str) -> tuple[str, None] | tuple[str, str]:
     """The text of a JSON line, or why it has none."""
     try:
-        record = json.loads(line.decode())
+        line = (line if isinstance(line, str) else line.decode()).strip(JSON_SPACES)
+        record, end = _decode_json(line)
+        if end != len(line):
+            return "", f"not valid JSON (more after its end, at column {end + 1})"
         text = record[field]
         if type(text) is str:
-            if b"\\u" in line:
+            if "\\u" in line:
                 text.encode()
             return text, None
         return "", f"field {field!r} holds {_json_kind(text)}, not text"
