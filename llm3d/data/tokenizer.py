@@ -8,6 +8,7 @@ forge the end of a document.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -118,19 +119,20 @@ class Tokenizer:
 def split_text(text: str, limit: int) -> list[str]:
     """Cut a text into parts of about `limit` characters.
 
-    After a newline before a character that is no space, where the usual splitting rules cut as well; failing
-    that before a space; failing that anywhere.
+    After a newline before a character that is no space, or before a lone space, where the usual splitting rules
+    cut as well; anywhere only where LONG_TEXT characters have no such place.
     """
     parts, start = [], 0
     while len(text) - start > limit:
         stop = _cut(text, start + limit // 2, start + limit)
+        stop = stop or _cut(text, start + limit, start + LONG_TEXT) or start + LONG_TEXT
         parts.append(text[start:stop])
         start = stop
     return [*parts, text[start:]]
 
 
-def _cut(text: str, low: int, high: int) -> int:
-    at = high
+def _cut(text: str, low: int, high: int) -> int | None:
+    at = high = min(high, len(text) - 1)
     while (at := text.rfind("\n", low, at)) >= 0:
         if not text[at + 1].isspace():
             return at + 1
@@ -138,7 +140,7 @@ def _cut(text: str, low: int, high: int) -> int:
     while (at := text.rfind(" ", low, at)) >= 0:
         if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at
-    return high
+    return None
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -162,9 +164,12 @@ class SentencePieceTokenizer(Tokenizer):
         )
         self._escapes = all(model.is_byte(int(i)) for i in self._meta_space)
         super().__init__(file, directory)
-        pieces = "".join(model.id_to_piece(list(range(self.vocab_size))))
-        newline_alone = self._escapes and model.piece_to_id("<0x0A>") in self.newline
-        self._limit = SENTENCEPIECE_TEXT if newline_alone and "\n" not in pieces else LONG_TEXT
+        pieces = "\r".join(model.id_to_piece(list(range(self.vocab_size))))
+        words_alone = not re.search(
+            f"[^\r{META_SPACE}]{META_SPACE}", pieces
+        )  # no space inside or after a word
+        newline_alone = self._escapes and "\n" not in pieces and model.piece_to_id("<0x0A>") in self.newline
+        self._limit = SENTENCEPIECE_TEXT if newline_alone and words_alone else LONG_TEXT
         nul = self._encode_whole(["\0"])[0]
         alone = newline_alone and "\0" not in pieces and len(nul) == len(self.newline)
         self._nul = int(nul[-1]) if alone else None  # the token of NUL, where it never merges with others

@@ -31,7 +31,6 @@ MODEL = {
     "num_key_value_heads": 2,
     "rope_theta": 10000.0,
     "max_position_embeddings": 64,
-    "initializer_range": 0.1,
 }
 
 
