@@ -11,9 +11,10 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -168,7 +169,7 @@ def _encode_files(
     else:
         results = _encode_in_processes(items, job, shards, workers)
     encoded: list[tuple[Item, _Encoded]] = []
-    with _Progress(size, progress) as bar:
+    with closing(results), _Progress(size, progress) as bar:
         for item, result in results:
             if result.num_bad and not job.skip_bad:
                 raise InputError(f"{result.bad[0]}; correct it, or skip bad records")
@@ -179,7 +180,7 @@ def _encode_files(
 
 def _encode_here(
     items: Iterable[Item], job: _Job, shards: Path, tokenizer: Tokenizer
-) -> Iterator[tuple[Item, _Encoded]]:
+) -> Generator[tuple[Item, _Encoded], None, None]:
     """Encode items in this process, on one core, as a small corpus is not worth the start of others."""
     setting = os.environ.get(PARALLELISM)
     os.environ[PARALLELISM] = "false"
@@ -189,13 +190,13 @@ def _encode_here(
             yield item, _encode_item(worker, item)
     finally:
         worker.shard.close()
-        os.environ.pop(PARALLELISM)
-        os.environ |= {} if setting is None else {PARALLELISM: setting}
+        del os.environ[PARALLELISM]
+        os.environ.update({} if setting is None else {PARALLELISM: setting})
 
 
 def _encode_in_processes(
     items: Iterable[Item], job: _Job, shards: Path, workers: int
-) -> Iterator[tuple[Item, _Encoded]]:
+) -> Generator[tuple[Item, _Encoded], None, None]:
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     pool = ProcessPoolExecutor(workers, context, initializer=_start_process, initargs=(job, shards, stop))
@@ -212,7 +213,7 @@ def _encode_in_processes(
 
 def _in_order(
     pool: ProcessPoolExecutor, items: Iterable[Item], ahead: int
-) -> Iterator[tuple[Item, _Encoded]]:
+) -> Generator[tuple[Item, _Encoded], None, None]:
     """Encode items, at most `ahead` of them at a time; yield them in their order, without their data."""
     waiting: deque[tuple[Item, Future[_Encoded]]] = deque()
     for item in items:

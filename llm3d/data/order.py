@@ -10,6 +10,7 @@ import heapq
 import json
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -98,7 +99,7 @@ class Blend:
     def __init__(self, weights: Sequence[float]):
         assert all(w > 0 and math.isfinite(w) for w in weights), weights
         self._counts = _apportion(weights, CYCLE)
-        self._sources = _lay_out(self._counts)
+        self._sources = _lay_out(tuple(self._counts.tolist()))
         self._ranks = np.empty(CYCLE, dtype=np.int64)  # how often the slot's source came earlier in the cycle
         for source, count in enumerate(self._counts):
             self._ranks[self._sources == source] = np.arange(count)
@@ -130,10 +131,11 @@ def _apportion(weights: Sequence[float], parts: int) -> np.ndarray:
     return counts
 
 
-def _lay_out(counts: np.ndarray) -> np.ndarray:
+@lru_cache(maxsize=16)
+def _lay_out(counts: tuple[int, ...]) -> np.ndarray:
     """The source of each slot of the cycle. int64 [sum of counts]."""
-    parts = int(counts.sum())
-    waiting = [(0, _deadline(1, int(count), parts), source, 1) for source, count in enumerate(counts)]
+    parts = sum(counts)
+    waiting = [(0, _deadline(1, count, parts), source, 1) for source, count in enumerate(counts)]
     heapq.heapify(waiting)  # by the slot at which the draw may first happen
     ready: list[tuple[int, int, int]] = []  # by the slot before which it must have happened
     layout = np.empty(parts, dtype=np.int64)
@@ -143,7 +145,7 @@ def _lay_out(counts: np.ndarray) -> np.ndarray:
             heapq.heappush(ready, (deadline, source, draw))
         _, source, draw = heapq.heappop(ready)
         layout[slot] = source
-        count = int(counts[source])
+        count = counts[source]
         if draw < count:
             release = draw * parts // count
             heapq.heappush(waiting, (release, _deadline(draw + 1, count, parts), source, draw + 1))

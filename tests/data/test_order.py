@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3d.data.order import CYCLE, Blend, derive_key, order_digest, permute, sample_window
@@ -30,6 +30,7 @@ def test_every_order_of_a_few_windows_occurs():
     assert len(orders) == 24
 
 
+@settings(max_examples=20)
 @given(weights=weights_lists)
 def test_blend_keeps_to_its_weights_at_every_prefix(weights):
     blend = Blend(weights)
@@ -40,6 +41,7 @@ def test_blend_keeps_to_its_weights_at_every_prefix(weights):
         assert np.abs(drawn - (k + 1) * weight).max() < 1
 
 
+@settings(max_examples=20)
 @given(weights=weights_lists)
 def test_blend_rounds_weights_to_parts_of_its_cycle(weights):
     blend = Blend(weights)
@@ -49,6 +51,7 @@ def test_blend_rounds_weights_to_parts_of_its_cycle(weights):
         assert abs(rounded - weight / sum(weights)) <= len(weights) / CYCLE
 
 
+@settings(max_examples=20)
 @given(weights=weights_lists, start=st.integers(0, 10**12))
 def test_blend_numbers_the_draws_of_each_source_without_gaps(weights, start):
     blend = Blend(weights)
@@ -58,6 +61,7 @@ def test_blend_numbers_the_draws_of_each_source_without_gaps(weights, start):
     assert blend.source_and_index(start) == (sources[0], indices[0])
 
 
+@settings(max_examples=30)
 @given(windows=st.lists(st.integers(1, 50), min_size=1, max_size=3), seed=st.integers(0, 2**63))
 def test_each_epoch_visits_every_window_once(windows, seed):
     blend = Blend([1.0] * len(windows))
