@@ -41,8 +41,8 @@ def ends_as_promised(command: Callable[..., None]) -> Callable[..., None]:
             end(str(error), 2)
         except TrainingAborted as error:
             end(str(error), 3)
-        except KeyboardInterrupt:
-            end("interrupted", 130)
+        except KeyboardInterrupt as error:
+            end(str(error) or "interrupted", 130)
 
     return guarded
 

@@ -10,3 +10,7 @@ class InputError(ValueError):
 
 class TrainingAborted(RuntimeError):
     """Training cannot go on: a loss that is not finite, no space left. Ends the command with exit code 3."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run after all was saved, and the message says where. Ends the command with exit code 130."""

@@ -44,6 +44,7 @@ class Batch(Protocol):
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
     def max_seqlen(self) -> int: ...
+    def to(self, device: torch.device | str) -> Batch: ...
 
 
 class Context(NamedTuple):

@@ -50,12 +50,12 @@ class Pipeline:
 
 
 class _Step:
-    """What is in flight during one run of a schedule. Keys are (chunk, microbatch)."""
+    """What is in flight during one run of a schedule. Its keys are (chunk, microbatch)."""
 
     def __init__(self, pipeline: Pipeline, microbatches: Sequence[Any], scale: float) -> None:
         self.pipeline, self.mesh, self.microbatches, self.scale = pipeline, pipeline.mesh, microbatches, scale
-        self.received: dict[tuple[Kind, int, int], _Transfer] = {}
-        self.ready: dict[tuple[Kind, int, int], Tensor] = {}  # computed, to be sent
+        self.received: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
+        self.ready: dict[tuple[Kind, tuple[int, int]], Tensor] = {}  # computed, to be sent
         self.sent: list[_Transfer] = []
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
@@ -77,10 +77,10 @@ class _Step:
         source = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
         work = dist.irecv(buffer, group=self.channel(action.kind), group_src=source)
         assert work is not None, "this rank is in its pipeline group"
-        self.received[action.kind, action.chunk, action.microbatch] = _Transfer(work, buffer)
+        self.received[action.kind, (action.chunk, action.microbatch)] = _Transfer(work, buffer)
 
     def send(self, action: Action) -> None:
-        tensor = self.ready.pop((action.kind, action.chunk, action.microbatch))
+        tensor = self.ready.pop((action.kind, (action.chunk, action.microbatch)))
         target = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
         work = dist.isend(tensor, group=self.channel(action.kind), group_dst=target)
         assert work is not None, "this rank is in its pipeline group"
@@ -89,7 +89,7 @@ class _Step:
 
     def forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        hidden = None if self.stage_of(action) == 0 else self.wait((Kind.RECV_FORWARD, *key))
+        hidden = None if self.stage_of(action) == 0 else self.wait(Kind.RECV_FORWARD, key)
         training = torch.is_grad_enabled()
         if hidden is not None and training:
             hidden.requires_grad_()
@@ -101,7 +101,7 @@ class _Step:
             self.loss = loss.clone() if self.loss is None else self.loss.add_(loss)
         else:
             assert output.shape == self.pipeline.activation.shape, "shapes that cross the pipeline are static"
-            self.ready[(Kind.SEND_FORWARD, *key)] = output.detach().contiguous()
+            self.ready[Kind.SEND_FORWARD, key] = output.detach().contiguous()
 
     def backward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
@@ -109,14 +109,14 @@ class _Step:
         if self.stage_of(action) == self.pipeline.last_stage:
             gradient = torch.full_like(output, self.scale)
         else:
-            gradient = self.wait((Kind.RECV_BACKWARD, *key))
+            gradient = self.wait(Kind.RECV_BACKWARD, key)
         torch.autograd.backward(output, gradient)
         if hidden is not None:
             assert hidden.grad is not None, "the loss depends on every stage's input"
-            self.ready[(Kind.SEND_BACKWARD, *key)] = hidden.grad
+            self.ready[Kind.SEND_BACKWARD, key] = hidden.grad.contiguous()
 
-    def wait(self, key: tuple[Kind, int, int]) -> Tensor:
-        transfer = self.received.pop(key)
+    def wait(self, kind: Kind, key: tuple[int, int]) -> Tensor:
+        transfer = self.received.pop((kind, key))
         transfer.work.wait()
         return transfer.tensor
 

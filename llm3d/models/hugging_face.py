@@ -1,0 +1,222 @@
+"""A LLaMA as a plain Hugging Face directory: written from any layout, read into any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm3d.config import ModelConfig
+from llm3d.errors import InputError
+from llm3d.parallel.agreement import input_errors_on_all
+from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
+from llm3d.parallel.boxes import Box
+from llm3d.parallel.collectives import gather_bytes
+from llm3d.parallel.flat import FlatParameters
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+# ---- writing ----
+
+
+def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
+    """Write the model's weights, in their compute dtype, as sharded safetensors under `folder`.
+
+    Called on all ranks. A file holds whole tensors of one pipeline stage, about box_files.FILE_BYTES; its writer,
+    one rank of one tensor group, receives their parts from that group. Files go round the data ranks, which hold
+    the same weights, and round the tensor ranks, so that many disks or links share the work.
+    """
+    mesh = flat.mesh
+    parts = _owned_parts(flat)
+    names = sorted({box.name for boxes in parts for box in boxes}, key=_model_order)
+    shapes = {box.name: box.shape for boxes in parts for box in boxes}
+    item_size = flat.parameters.element_size()
+    runs = split_by_size([Box.whole(name, shapes[name]).numel * item_size for name in names])
+    counts = [int(count) for count in gather_bytes(str(len(runs)).encode(), mesh.pipeline)]
+    first, total = sum(counts[: mesh.pipeline_rank]), sum(counts)
+    views = {piece.box: view for piece, view in flat.pieces(flat.parameters) if piece.owned}
+    for i, run in enumerate(runs):
+        if i % mesh.data_size != mesh.data_rank:
+            continue
+        writing_rank = i // mesh.data_size % mesh.tensor_size
+        whole = [Box.whole(name, shapes[name]) for name in names[run.start : run.stop]]
+        values = [_gather(box, parts, views, flat, writing_rank) for box in whole]
+        if mesh.tensor_rank == writing_rank:
+            file = f"model-{first + i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else _SINGLE
+            keys = [box.name for box in whole]
+            writer.tensors(f"{folder}/{file}", list(zip(keys, whole, values, strict=True)))
+
+
+def _owned_parts(flat: FlatParameters) -> list[list[Box]]:
+    """The boxes that each rank of the tensor group owns, in rank order."""
+    mine = [asdict(piece.box) for piece, _ in flat.pieces(flat.parameters) if piece.owned]
+    everyone = gather_bytes(json.dumps(mine).encode(), flat.mesh.tensor)
+    return [[box_of(fields) for fields in json.loads(boxes)] for boxes in everyone]
+
+
+def _gather(
+    whole: Box, parts: list[list[Box]], views: dict[Box, Tensor], flat: FlatParameters, writing_rank: int
+) -> Tensor:
+    """A global tensor on the host of one rank of the tensor group, to which the others send their parts of it.
+
+    On the other ranks, what is returned is empty.
+    """
+    group, rank = flat.mesh.tensor, flat.mesh.tensor_rank
+    values = torch.empty(whole.size if rank == writing_rank else 0, dtype=flat.parameters.dtype)
+    for source, boxes in enumerate(parts):
+        for box in (box for box in boxes if box.name == whole.name):
+            if rank == writing_rank:
+                part = views[box] if source == rank else flat.parameters.new_empty(box.size)
+                if source != rank:
+                    dist.recv(part, group=group, group_src=source)
+                values[box.slices_within(whole)].copy_(part)
+            elif rank == source:
+                dist.send(views[box].contiguous(), group=group, group_dst=writing_rank)
+    return values
+
+
+def _model_order(name: str) -> list[int | str]:
+    """Layers by number. Only numbers meet numbers: names that differ in kind differ earlier."""
+    return [int(part) if part.isdigit() else part for part in name.split(".")]
+
+
+def index_of(stored: Sequence[StoredBox]) -> tuple[str, str] | None:
+    """File name and content of the index of sharded weights; None where one file holds them all."""
+    files = {box.key: Path(box.file).name for box in stored}
+    if len(set(files.values())) == 1:
+        return None
+    size = sum(box.box.numel * getattr(torch, box.dtype).itemsize for box in stored)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+    return _INDEX, json.dumps(index, indent=2) + "\n"
+
+
+def config_files(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
+    """config.json and generation_config.json, by name. transformers 4 and 5 both read them."""
+    files = {"config.json": _config(config, str(dtype).removeprefix("torch."))}
+    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if tokens["eos_token_id"] is not None:
+        files["generation_config.json"] = {"_from_model_config": True} | tokens
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+
+
+def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    fields = config.model_dump(mode="json", exclude={"path", "rope_scaling", "rope_theta"})
+    scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **fields,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        # transformers 4 reads these two, transformers 5 the third.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {"rope_theta": config.rope_theta, **(scaling or {"rope_type": "default"})},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+# ---- reading ----
+
+
+def read_weights(directory: Path, flat: FlatParameters, into: Tensor, config: ModelConfig) -> None:
+    """Fill `into`, a tensor laid out like flat.parameters, from a Hugging Face directory; each rank reads its boxes.
+
+    Called on all ranks. A tied model's output weights may be stored under the embedding's name, the head's or
+    both. Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
+    """
+    names = model_names(flat)
+    with input_errors_on_all(flat.mesh.everyone):
+        reader = BoxReader(directory)
+        files = _files(reader)
+        if config.tie_word_embeddings:
+            head = files.pop(_HEAD, None)
+            if head is not None and _EMBEDDING not in files:
+                files[_EMBEDDING] = head
+        _check_names(directory, names, files)
+        for piece, view in flat.pieces(into):
+            stored = _find(reader, files[piece.box.name], piece.box.name)
+            check_shape(directory, piece.box, stored)
+            reader.read(piece.box, [stored], view)
+
+
+def model_names(flat: FlatParameters) -> set[str]:
+    """Names of all tensors of the model, whichever ranks hold them. Called on all ranks."""
+    mine = sorted({piece.box.name for piece, _ in flat.pieces(flat.parameters)})
+    return {
+        name
+        for names in gather_bytes(json.dumps(mine).encode(), flat.mesh.model)
+        for name in json.loads(names)
+    }
+
+
+def check_shape(directory: Path, wanted: Box, stored: StoredBox) -> None:
+    if stored.box.shape != wanted.shape:
+        raise InputError(
+            f"{directory / stored.file}: tensor {wanted.name} has shape {list(stored.box.shape)}, "
+            f"but the model's settings make it {list(wanted.shape)}"
+        )
+
+
+def _files(reader: BoxReader) -> dict[str, str]:
+    """The file of each tensor, by name."""
+    directory = reader.directory
+    if (directory / _INDEX).is_file():
+        return _read_index(directory / _INDEX)
+    if (directory / _SINGLE).is_file():
+        return dict.fromkeys(reader.keys(_SINGLE), _SINGLE)
+    pickled = sorted(directory.glob("pytorch_model*.bin"))
+    if pickled:
+        raise InputError(
+            f"{pickled[0]}: pickled weights are not read, since reading them runs any code they hold; where you "
+            f"trust them, let transformers write safetensors: "
+            f"LlamaForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+        )
+    raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_bytes())["weight_map"]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError, KeyError, TypeError):
+        raise InputError(f"{path}: damaged, it has no weight_map from tensors to files") from None
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{path}: damaged, its weight_map does not give each tensor a file")
+    return dict(files)
+
+
+def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> None:
+    missing = sorted(names - files.keys(), key=_model_order)
+    if missing:
+        raise InputError(f"{directory}: holds no tensor {missing[0]} ({len(missing)} missing in all)")
+    # Old conversions of LLaMA store the rotary frequencies, which follow from the settings.
+    unknown = sorted(name for name in files.keys() - names if not name.endswith(".rotary_emb.inv_freq"))
+    if unknown:
+        raise InputError(
+            f"{directory}: tensor {unknown[0]} in {files[unknown[0]]} has no place in the model "
+            f"({len(unknown)} such tensors in all); do config.json and weights belong together?"
+        )
+
+
+def _find(reader: BoxReader, file: str, name: str) -> StoredBox:
+    """The tensor in its file; a tied model's embedding may be there under the head's name."""
+    stored = reader.whole(file, name)
+    if stored is None and name == _EMBEDDING:
+        stored = reader.whole(file, _HEAD)
+    if stored is None:
+        raise InputError(f"{reader.directory / file}: holds no tensor {name}, though the index says so")
+    return replace(stored, box=replace(stored.box, name=name))

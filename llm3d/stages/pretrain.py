@@ -1,0 +1,109 @@
+"""Causal language modelling from tokenised text: next-token cross-entropy, from random or given weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from llm3d.config import Config, config_to_yaml
+from llm3d.data.tokenizer import Tokenizer
+from llm3d.errors import InputError
+from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.stages.language_data import LanguageData, open_tokenizer
+from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from llm3d.train.loop import train
+from llm3d.train.report import Report
+from llm3d.train.throughput import FORMULA, peak_flops
+from llm3d.train.trainer import Trainer
+
+
+def run(config: Config) -> None:
+    """Train to train.steps, going on from the run directory's latest checkpoint if there is one."""
+    config, tokenizer = open_tokenizer(config)
+    data = LanguageData(config)
+    data.check_batch()
+    device = start_process_group()
+    try:
+        mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
+        data.mesh = mesh
+        pretrain(config, mesh, data, tokenizer)
+    finally:
+        dist.destroy_process_group()
+
+
+def pretrain(config: Config, mesh: Mesh, data: LanguageData, tokenizer: Tokenizer | None) -> None:
+    run_dir = make_run_directory(config, mesh)
+    trainer = Trainer(config, mesh)
+    state, origin = first_state(trainer, run_dir)
+    start_step = int(state.get("step", 0))
+    speaks = mesh.rank == 0
+    with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
+        introduce(report, trainer, origin)
+        if state and state["order"] != data.train.digest:
+            report.say(
+                "the training data, its weights or its order are not those of the checkpoint: "
+                f"goes on at sample {start_step * config.batch.global_size:,} of the new order"
+            )
+        if start_step >= config.train.steps:
+            report.say(f"nothing to do: {origin} is at step {start_step}; raise train.steps to train on")
+            return
+
+        def save(step: int) -> Path:
+            samples = step * config.batch.global_size
+            state = {"step": step, "samples": samples, "order": data.train.digest}
+            path = save_checkpoint(run_dir, step, trainer, state, tokenizer, config.checkpoint.keep)
+            report.say(f"step {step}: saved {path}")
+            return path
+
+        train(trainer, data, report, start_step, save)
+
+
+def first_state(trainer: Trainer, run_dir: Path) -> tuple[dict[str, Any], str]:
+    """Give the model its first weights; -> the checkpoint's state ({} without one) and where they came from."""
+    config = trainer.config
+    checkpoint = checkpoint_to_resume(config, run_dir)
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, trainer), str(checkpoint)
+    if config.model.path is not None:
+        load_pretrained(Path(config.model.path), trainer)
+        return {}, config.model.path
+    trainer.initialise()
+    return {}, f"random weights, seed {config.run.seed}"
+
+
+def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
+    """What checkpoint.resume names: the run directory's latest checkpoint, none, or a path."""
+    if config.checkpoint.resume == "auto":
+        return latest_checkpoint(run_dir)
+    return None if config.checkpoint.resume == "none" else Path(config.checkpoint.resume)
+
+
+def make_run_directory(config: Config, mesh: Mesh) -> Path:
+    """run.dir with config.yaml in it; every rank sees it when this returns."""
+    run_dir = Path(config.run.dir)
+    if mesh.rank == 0:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"run.dir: {run_dir}: {error.strerror}; name a directory that can be written"
+            ) from None
+    dist.barrier(group=mesh.everyone)
+    return run_dir
+
+
+def introduce(report: Report, trainer: Trainer, origin: str) -> None:
+    """Say what is trained, from where, on what, and against what MFU is taken."""
+    config, mesh = trainer.config, trainer.mesh
+    device, peak = peak_flops(mesh.device, config.precision.compute)
+    tokens = config.batch.global_size * config.data.sequence_length
+    report.say(f"{config.model.num_parameters():,} parameters from {origin}")
+    report.say(
+        f"{mesh} on {mesh.size} x {device}, {config.precision.compute}; {tokens:,} tokens a step in "
+        f"{config.num_microbatches(mesh.size)} microbatches a data rank"
+    )
+    against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
+    report.say(f"{FORMULA}; {against}")

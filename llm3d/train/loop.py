@@ -1,0 +1,139 @@
+"""The training loop: batches in, metrics, evaluations and checkpoints out, until the last step or a signal."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from llm3d.errors import Interrupted, TrainingAborted
+from llm3d.models.llama import Batch
+from llm3d.train.learning_rate import learning_rate
+from llm3d.train.report import Report, memory_gib
+from llm3d.train.signals import StopSignals
+from llm3d.train.throughput import peak_flops, step_flops
+from llm3d.train.trainer import StepResult, Trainer
+
+
+class TrainingData(Protocol):
+    """What the loop asks of a stage's data, on each data rank."""
+
+    def microbatches(self, step: int) -> Sequence[Batch]:
+        """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
+
+    def evaluation(self) -> Iterable[Sequence[Batch]]:
+        """Lists of microbatches that together are this rank's share of the validation data."""
+
+
+class Evaluation(NamedTuple):
+    loss: float  # mean over target tokens
+    num_targets: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def train(
+    trainer: Trainer,
+    data: TrainingData,
+    report: Report,
+    start_step: int,
+    save: Callable[[int], Path],
+) -> None:
+    """Train from start_step + 1 to train.steps.
+
+    save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
+    signal asks to stop (then Interrupted is raised) and before TrainingAborted is raised.
+    """
+    config, steps = trainer.config, trainer.config.train.steps
+    meter = _Meter(trainer)
+    last_saved = start_step
+    with StopSignals() as signals, ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(data.microbatches, start_step + 1)
+        for step in range(start_step + 1, steps + 1):
+            started = time.perf_counter()
+            microbatches = _on_device(upcoming.result(), trainer)
+            if step < steps:
+                upcoming = reader.submit(data.microbatches, step + 1)
+            lr = learning_rate(step, steps, config.optim)
+            result = trainer.step(microbatches, lr)
+            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+                _abort(step, result, save if last_saved < step - 1 else None)
+            metrics = meter.measure(step, microbatches, result, lr, time.perf_counter() - started)
+            if config.train.eval_every and step % config.train.eval_every == 0:
+                evaluation = evaluate(trainer, data)
+                metrics |= {"valid_loss": evaluation.loss, "valid_perplexity": evaluation.perplexity}
+                report.say(
+                    f"step {step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
+                )
+            report.step(metrics, log=step % config.log.every == 0 or step == steps)
+            stop = signals.agreed(trainer.mesh.everyone)
+            if stop or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                path = save(step)
+                last_saved = step
+                if stop:
+                    _interrupt(stop, step, steps, path)
+
+
+def evaluate(trainer: Trainer, data: TrainingData) -> Evaluation:
+    """Mean loss over the validation data; the same on every rank, whatever the layout."""
+    total, num_targets = 0.0, 0
+    for microbatches in data.evaluation():
+        loss, count = trainer.evaluate(_on_device(microbatches, trainer))
+        total, num_targets = total + loss, num_targets + count
+    return Evaluation(total / max(1, num_targets), num_targets)
+
+
+def _on_device(microbatches: Sequence[Batch], trainer: Trainer) -> Sequence[Batch]:
+    return [batch.to(trainer.mesh.device) for batch in microbatches]
+
+
+class _Meter:
+    """Turns a step's result into the numbers that metrics.jsonl holds."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        _, self.peak = peak_flops(trainer.mesh.device, trainer.config.precision.compute)
+
+    def measure(
+        self, step: int, microbatches: Sequence[Batch], result: StepResult, lr: float, seconds: float
+    ) -> dict[str, Any]:
+        config, mesh = self.trainer.config, self.trainer.mesh
+        tokens = config.batch.global_size * config.data.sequence_length
+        flops = step_flops(config.model, microbatches, tokens // mesh.data_size) * mesh.data_size
+        per_device = flops / seconds / mesh.size
+        return {
+            "step": step,
+            "tokens": step * tokens,
+            "samples": step * config.batch.global_size,
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "step_time_s": seconds,
+            "tokens_per_s": tokens / seconds,
+            "tflops_per_device": per_device / 1e12,
+            "mfu": per_device / self.peak if self.peak else None,
+            "memory_gib": memory_gib(mesh.device.type),
+        }
+
+
+def _abort(step: int, result: StepResult, save: Callable[[int], Path] | None) -> None:
+    """Save the weights, which the step has not touched, and raise."""
+    saved = f"; the state after step {step - 1} is in {save(step - 1)}" if save else ""
+    raise TrainingAborted(
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step not taken{saved}; "
+        "lower optim.lr, lengthen optim.warmup_steps or look at this step's data"
+    )
+
+
+def _interrupt(number: int, step: int, steps: int, path: Path) -> None:
+    if step < steps:
+        name = signal.Signals(number).name
+        raise Interrupted(
+            f"stopped by {name} after step {step} of {steps}; saved {path}; the same command goes on from there"
+        )

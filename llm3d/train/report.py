@@ -1,0 +1,108 @@
+"""What a run says: metrics.jsonl, TensorBoard, a progress bar. Rank 0 speaks; the others hold a silent report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """Use as a context manager. `start_step` is the last step that was already done (0 for a new run)."""
+
+    def __init__(self, run_dir: Path, start_step: int, steps: int, speaks: bool, tensorboard: bool) -> None:
+        self.speaks, self.steps = speaks, steps
+        if not speaks:
+            return
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        _forget_after(run_dir / METRICS, start_step)
+        self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=steps, completed=start_step, numbers="")
+
+    def __enter__(self) -> Report:
+        if self.speaks:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.speaks:
+            self._progress.stop()
+            self._metrics.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the progress bar."""
+        if self.speaks:
+            self.console.print(line, markup=False)
+
+    def step(self, metrics: dict[str, Any], log: bool) -> None:
+        """Move the progress bar; with `log`, also write the step's metrics (a JSON object a line) to the files."""
+        if not self.speaks:
+            return
+        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        self._progress.update(self._task, completed=metrics["step"], numbers=numbers)
+        if not log:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, metrics["step"])
+        if not self.console.is_terminal:
+            rate = f"lr {metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.3f}"
+            self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop metrics of steps that will be done again, and a last line that was cut off; by a new file, renamed."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            metrics = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if metrics["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def memory_gib(device_type: str) -> float:
+    """Peak memory of this process in GiB: allocated on the GPU, or resident in the host's memory."""
+    if device_type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,44 @@
+"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 end training after the step that runs, on all ranks together."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE_SECONDS = 5.0  # a launcher repeats the signal that the terminal has sent already
+
+
+class StopSignals:
+    """Remembers the first signal; one that comes more than GRACE_SECONDS later ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > GRACE_SECONDS:
+            raise KeyboardInterrupt
+
+    def agreed(self, group: dist.ProcessGroup) -> int | None:
+        """The signal that any rank of the group has received, the same on all; 8 bytes between hosts."""
+        number = torch.tensor(self.received or 0)
+        if group.size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+        return int(number) or None
