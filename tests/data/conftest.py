@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from llm3d.data.tokenizer import load_tokenizer, train_tokenizer
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SENTENCES = (
     "It was the best of times, it was the worst of times;",

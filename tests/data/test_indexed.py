@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3d.data import indexed
@@ -26,6 +26,7 @@ def prefix(tmp_path):
     return write(tmp_path / "corpus", DOCUMENTS)
 
 
+@settings(max_examples=30)
 @given(
     documents=st.lists(st.lists(st.integers(0, 65499), min_size=1, max_size=9), min_size=1, max_size=30),
     dtype=st.sampled_from([np.uint16, np.int32]),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3d.data.indexed import IndexedWriter
@@ -51,6 +51,7 @@ def test_samples_depend_on_nothing_but_their_number(tmp_path, corpus):
     assert first.epochs(24) == [1.0, 1.0]
 
 
+@settings(max_examples=30)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=20), micro=st.integers(1, 4))
 def test_microbatches_keep_documents_apart(tmp_path_factory, lengths, micro):
     lengths = [*lengths, 9]
