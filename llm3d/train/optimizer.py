@@ -57,6 +57,11 @@ class Optimizer:
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return moments if self.flat.parameters is self.master else {"master": self.master, **moments}
 
+    @property
+    def steps_taken(self) -> int:
+        """The count that bias correction uses."""
+        return int(next(iter(self.adamw.state.values()))["step"])
+
     def set_steps_taken(self, steps: int) -> None:
         """Set the count that bias correction uses, after a checkpoint was loaded."""
         for state in self.adamw.state.values():

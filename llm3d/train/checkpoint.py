@@ -1,0 +1,317 @@
+"""Checkpoints: written so that one with its final name is complete, read under any layout.
+
+A checkpoint holds manifest.json, model/ (a plain Hugging Face directory), optimizer/ (fp32 master weights and
+moments as boxes of global tensors) and state.json (what the training loop needs). Nothing in it is pickled.
+There are no states of random number generators: training draws none; first weights and the order of samples are
+pure functions of run.seed.
+
+The run directory is one that all ranks see (a shared file system, on more than one node).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llm3d.data.tokenizer import Tokenizer
+from llm3d.errors import InputError, TrainingAborted
+from llm3d.models.hugging_face import config_files, index_of, model_names, read_weights, write_weights
+from llm3d.parallel.agreement import first_failure, input_errors_on_all
+from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, split_by_size, sync
+from llm3d.parallel.boxes import Box, Piece
+from llm3d.parallel.collectives import gather_bytes
+from llm3d.parallel.flat import FlatParameters
+from llm3d.train import manifest
+from llm3d.train.manifest import Manifest, manifest_text, read_manifest
+from llm3d.train.trainer import Trainer
+
+_COMPLETE = re.compile(r"step-(\d{8,})")
+_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
+
+# ---- saving ----
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    trainer: Trainer,
+    state: dict[str, Any],
+    tokenizer: Tokenizer | None = None,
+    keep: int | None = None,
+) -> Path:
+    """Write run_dir/checkpoints/step-<step>, called on all ranks; -> its path.
+
+    state: JSON.  keep: older checkpoints beyond this number are deleted once the new one is complete (those of
+    later steps, left by a run that was continued from an earlier one, are not touched).
+    A checkpoint of the same step is replaced. Where any rank cannot write, every rank raises TrainingAborted
+    with that rank's reason; what was there before is still there, and nothing else.
+    """
+    final = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    writer = BoxWriter(partial)
+    if trainer.mesh.rank == 0:
+        with writer.keeping_failure(partial):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _tidy(final.parent)
+            partial.mkdir()
+    _agree(writer, trainer, partial)
+    write_weights(writer, trainer.flat, "model")
+    _write_optimizer(writer, trainer)
+    if trainer.mesh.rank == 0:
+        _write_small_files(writer, trainer, state, tokenizer)
+    _agree(writer, trainer, partial)
+    boxes = _gather_boxes(writer, trainer)
+    if trainer.mesh.rank == 0:
+        _write_manifest(writer, trainer, step, boxes)
+    _agree(writer, trainer, partial)
+    if trainer.mesh.rank == 0:
+        with writer.keeping_failure(final):
+            _put_in_place(partial, final)
+            _delete_older(final, keep)
+    _agree(writer, trainer, partial)
+    return final
+
+
+def _agree(writer: BoxWriter, trainer: Trainer, partial: Path) -> None:
+    """Go on where every rank has written all it had to; else leave nothing behind and raise on every rank."""
+    failure = first_failure(writer.failure, trainer.mesh.everyone)
+    if failure is not None:
+        if trainer.mesh.rank == 0:
+            with suppress(OSError):
+                _tidy(partial.parent)
+        raise TrainingAborted(f"checkpoint: {failure}")
+
+
+def _write_optimizer(writer: BoxWriter, trainer: Trainer) -> None:
+    """This rank's share of the optimizer's state, so that all ranks together write each element once."""
+    share = _share(trainer.flat)
+    values = [
+        _entry(name, box, view)
+        for name, flat in trainer.optimizer.state.items()
+        for piece, view in trainer.flat.pieces(flat)
+        for box in [piece.box]
+        if piece.owned and box in share
+    ]
+    for i, run in enumerate(split_by_size([4 * box.numel for _, box, _ in values])):
+        file = f"optimizer/rank-{trainer.mesh.rank:05d}-{i:03d}.safetensors"
+        writer.tensors(file, values[run.start : run.stop])
+
+
+def _share(flat: FlatParameters) -> set[Box]:
+    """The owned boxes that this data rank writes: the largest first, each to the rank with the least so far."""
+    boxes = sorted(
+        (piece.box for piece, _ in flat.pieces(flat.parameters) if piece.owned), key=lambda box: -box.numel
+    )
+    load = [0] * flat.mesh.data_size
+    mine = set()
+    for box in boxes:
+        rank = load.index(min(load))
+        load[rank] += box.numel
+        if rank == flat.mesh.data_rank:
+            mine.add(box)
+    return mine
+
+
+def _entry(state: str, box: Box, values: Tensor) -> tuple[str, Box, Tensor]:
+    box = replace(box, name=f"{state}/{box.name}")
+    extents = (f"{start}:{start + size}" for start, size in zip(box.offset, box.size, strict=True))
+    return f"{box.name}[{','.join(extents)}]", box, values
+
+
+def _write_small_files(
+    writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
+    writer.text("state.json", json.dumps(state, indent=1) + "\n")
+    for name, content in config_files(trainer.config.model, trainer.dtype).items():
+        writer.text(f"model/{name}", content)
+    if tokenizer is not None:
+        folder = writer.directory / "model"
+        with writer.keeping_failure(folder):
+            before = set(folder.iterdir())
+            tokenizer.save_to(folder)
+            for path in sorted(set(folder.iterdir()) - before):
+                writer.written(path)
+
+
+def _gather_boxes(writer: BoxWriter, trainer: Trainer) -> list[StoredBox]:
+    """What all ranks have written."""
+    everyone = gather_bytes(
+        json.dumps([asdict(stored) for stored in writer.boxes]).encode(), trainer.mesh.everyone
+    )
+    return [StoredBox.of(fields) for boxes in everyone for fields in json.loads(boxes)]
+
+
+def _write_manifest(writer: BoxWriter, trainer: Trainer, step: int, boxes: list[StoredBox]) -> None:
+    """The index of the weights, then, when all else is on disk, the manifest."""
+    index = index_of([stored for stored in boxes if stored.file.startswith("model/")])
+    if index is not None:
+        writer.text(f"model/{index[0]}", index[1])
+    mesh = trainer.mesh
+    layout = {
+        "tensor": mesh.tensor_size,
+        "pipeline": mesh.pipeline_size,
+        "chunks": trainer.config.parallel.chunks,
+        "data": mesh.data_size,
+    }
+    text = manifest_text(step, trainer.optimizer.steps_taken, layout, writer.files, boxes)
+    writer.text(manifest.FILE, text)
+    with writer.keeping_failure(writer.directory):
+        for folder in ("model", "optimizer", "."):
+            sync(writer.directory / folder)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Give the finished directory its name; one that has it already makes way."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    partial.rename(final)
+    sync(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _delete_older(newest: Path, keep: int | None) -> None:
+    older = [path for path in _complete(newest.parent) if _step(path) < _step(newest)]
+    for path in older[: max(0, len(older) + 1 - keep)] if keep is not None else []:
+        deleted = path.with_name(f".{path.name}.deleted")
+        path.rename(deleted)
+        shutil.rmtree(deleted)
+
+
+def _tidy(checkpoints: Path) -> None:
+    """Remove what a run that was killed while it saved or deleted has left."""
+    for path in list(checkpoints.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        final = path.with_name(match[1])
+        if match[2] == "replaced" and not final.exists():
+            path.rename(final)  # killed between the two renames
+        else:
+            shutil.rmtree(path)
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint of the highest step in a run directory."""
+    return next(reversed(_complete(Path(run_dir) / "checkpoints")), None)
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    if not checkpoints.is_dir():
+        return []
+    found = [path for path in checkpoints.iterdir() if _COMPLETE.fullmatch(path.name)]
+    return sorted((path for path in found if (path / manifest.FILE).is_file()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+# ---- loading ----
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
+    """Continue from a checkpoint, whatever layout and precision saved it: fill weights and moments; -> its state.
+
+    Called on all ranks. Each rank first checks its share of the checksums, then reads the boxes it holds.
+    A run in bf16 takes the weights of one in fp32 as its master weights; a run in fp32 takes over the master
+    weights. Raises InputError, the same on every rank, for a checkpoint that is damaged or of another model.
+    """
+    path, optimizer, flat = Path(path), trainer.optimizer, trainer.flat
+    found = _checked_manifest(path, trainer)
+    with input_errors_on_all(trainer.mesh.everyone):
+        reader = BoxReader(path)
+        for name, values in {**optimizer.state, "master": optimizer.master}.items():
+            for piece, view in flat.pieces(values):
+                reader.read(*_source(found, name, piece), view)
+        state = json.loads((path / "state.json").read_bytes())
+    optimizer.publish()
+    optimizer.set_steps_taken(found.optimizer_steps)
+    return state
+
+
+def load_pretrained(directory: Path, trainer: Trainer) -> None:
+    """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
+
+    Called on all ranks. Raises InputError on every rank for weights that are missing or of another shape.
+    """
+    directory = Path(directory)
+    if (directory / manifest.FILE).is_file():
+        _checked_manifest(directory, trainer)
+        directory /= "model"
+    read_weights(directory, trainer.flat, trainer.optimizer.master, trainer.config.model)
+    trainer.optimizer.publish()
+
+
+def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredBox]]:
+    """What to read for a piece of a state: a box in the checkpoint's names, and the stored boxes of its tensor."""
+    stored = f"{name}/{piece.box.name}"
+    if name == "master" and stored not in found.tensors:
+        stored = piece.box.name
+    return replace(piece.box, name=stored), found.boxes(stored)
+
+
+def _checked_manifest(path: Path, trainer: Trainer) -> Manifest:
+    """The manifest of a checkpoint that is undamaged and fits the model."""
+    mesh, names = trainer.mesh, model_names(trainer.flat)
+    with input_errors_on_all(mesh.everyone):
+        found = read_manifest(path)
+        _check_model(path, found, trainer, names)
+    with input_errors_on_all(mesh.everyone):
+        _check_files(path, found, mesh.rank, mesh.size)
+    return found
+
+
+def _check_model(path: Path, found: Manifest, trainer: Trainer, names: set[str]) -> None:
+    """Compare names and shapes with the model's."""
+    stored = {name for name in found.tensors if "/" not in name}
+    for name in sorted(names ^ stored):
+        what = "has no tensor" if name in names else "has a tensor that the model has not,"
+        raise InputError(f"{path}: of another model; it {what} {name}")
+    needed = [name for name in trainer.optimizer.state if name != "master"]
+    for piece, _ in trainer.flat.pieces(trainer.optimizer.master):
+        for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in needed)):
+            if name not in found.tensors:
+                raise InputError(f"{path}: has no tensor {name}, so training cannot be continued from it")
+            if found.tensors[name].shape != piece.box.shape:
+                raise InputError(
+                    f"{path}: of another model; its tensor {name} has shape {list(found.tensors[name].shape)}, "
+                    f"but the model's settings make it {list(piece.box.shape)}"
+                )
+
+
+def _check_files(path: Path, found: Manifest, rank: int, num_ranks: int) -> None:
+    """Compare this rank's share of all that is stored with its checksums."""
+    reader = BoxReader(path)
+    try:
+        for stored in list(_stored(found))[rank::num_ranks]:
+            reader.check(stored)
+        for file in sorted(found.files)[rank::num_ranks]:
+            _check_file(path / file, found.files[file])
+    except InputError as error:
+        raise InputError(f"{error}; resume from an earlier checkpoint (checkpoint.resume=PATH)") from None
+
+
+def _stored(found: Manifest) -> Iterator[StoredBox]:
+    for name in found.tensors:
+        yield from found.boxes(name)
+
+
+def _check_file(path: Path, expected: int) -> None:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if zlib.crc32(content) != expected:
+        raise InputError(f"{path}: damaged, not what was saved")
