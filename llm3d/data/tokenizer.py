@@ -124,7 +124,7 @@ def split_text(text: str, limit: int) -> list[str]:
     """
     parts, start = [], 0
     while len(text) - start > limit:
-        stop = _cut(text, start + limit // 2, start + limit)
+        stop = _cut(text, start + (limit + 1) // 2, start + limit)
         stop = stop or _cut(text, start + limit, start + LONG_TEXT) or start + LONG_TEXT
         parts.append(text[start:stop])
         start = stop

@@ -98,7 +98,9 @@ def test_long_text_is_encoded_in_parts_as_it_is_in_one(tokenizer, monkeypatch):
 
 @given(text=text, limit=st.integers(1, 20))
 def test_parts_of_a_text_make_up_the_text(text, limit):
-    assert "".join(split_text(text, limit)) == text
+    parts = split_text(text, limit)
+    assert "".join(parts) == text
+    assert all(parts[:-1])
 
 
 def test_training_is_deterministic(tokenizer, corpus_file, tmp_path):
