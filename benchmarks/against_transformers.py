@@ -28,7 +28,9 @@ from llm3d.train.trainer import Trainer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--preset", default="llama-20m")
     parser.add_argument("--vocab-size", type=int, default=16000)
@@ -123,7 +125,9 @@ def report(contenders: dict[str, Callable[[], float]], rounds: int, num_tokens: 
             step()
             step()
             seconds[name].append((time.perf_counter() - started) / 2)
-    print(f"{compute}, {num_tokens} tokens a step, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{compute}, {num_tokens} tokens a step, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     for name, times in seconds.items():
         line = {"name": name, "tokens_per_s": round(num_tokens / statistics.median(times))}
         if name != "llm3d":
@@ -138,7 +142,9 @@ def profile(step: Callable[[], float]) -> None:
     step()
     with torch.profiler.profile() as profiler:
         step()
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
+    print(
+        profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50)
+    )
 
 
 if __name__ == "__main__":

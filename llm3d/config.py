@@ -198,6 +198,9 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive
+    """The learning-rate schedule ends here."""
+    stop_after: Positive | None = None
+    """Save and end after this step; the same command without it goes on. Null: train to the last."""
     eval_every: Positive | None = None
     """Steps between evaluations on data.valid. Null: none."""
     eval_steps: Positive | None = None

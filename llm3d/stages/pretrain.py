@@ -38,6 +38,7 @@ def pretrain(config: Config, mesh: Mesh, data: LanguageData, tokenizer: Tokenize
     trainer = Trainer(config, mesh)
     state, origin = first_state(trainer, run_dir)
     start_step = int(state.get("step", 0))
+    check_run_directory(run_dir, start_step)
     speaks = mesh.rank == 0
     with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, origin)
@@ -46,7 +47,7 @@ def pretrain(config: Config, mesh: Mesh, data: LanguageData, tokenizer: Tokenize
                 "the training data, its weights or its order are not those of the checkpoint: "
                 f"goes on at sample {start_step * config.batch.global_size:,} of the new order"
             )
-        if start_step >= config.train.steps:
+        if start_step >= min(config.train.steps, config.train.stop_after or config.train.steps):
             report.say(f"nothing to do: {origin} is at step {start_step}; raise train.steps to train on")
             return
 
@@ -93,6 +94,16 @@ def make_run_directory(config: Config, mesh: Mesh) -> Path:
             ) from None
     dist.barrier(group=mesh.everyone)
     return run_dir
+
+
+def check_run_directory(run_dir: Path, start_step: int) -> None:
+    """Raise InputError where the run directory holds checkpoints from later than this run starts."""
+    latest = latest_checkpoint(run_dir)
+    if latest is not None and int(latest.name.removeprefix("step-")) > start_step:
+        raise InputError(
+            f"run.dir: {run_dir} holds {latest.name}, later than step {start_step}, where this run starts; "
+            "name another run.dir, remove the checkpoints, or let checkpoint.resume be auto"
+        )
 
 
 def introduce(report: Report, trainer: Trainer, origin: str) -> None:

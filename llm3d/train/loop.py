@@ -45,20 +45,21 @@ def train(
     start_step: int,
     save: Callable[[int], Path],
 ) -> None:
-    """Train from start_step + 1 to train.steps.
+    """Train from start_step + 1 to train.steps, or to train.stop_after.
 
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
     signal asks to stop (then Interrupted is raised) and before TrainingAborted is raised.
     """
     config, steps = trainer.config, trainer.config.train.steps
+    last_step = min(steps, config.train.stop_after or steps)
     meter = _Meter(trainer)
     last_saved = start_step
     with StopSignals() as signals, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(data.microbatches, start_step + 1)
-        for step in range(start_step + 1, steps + 1):
+        for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
             microbatches = _on_device(upcoming.result(), trainer)
-            if step < steps:
+            if step < last_step:
                 upcoming = reader.submit(data.microbatches, step + 1)
             lr = learning_rate(step, steps, config.optim)
             result = trainer.step(microbatches, lr)
@@ -71,13 +72,13 @@ def train(
                 report.say(
                     f"step {step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
                 )
-            report.step(metrics, log=step % config.log.every == 0 or step == steps)
+            report.step(metrics, log=step % config.log.every == 0 or step == last_step)
             stop = signals.agreed(trainer.mesh.everyone)
-            if stop or step == steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 path = save(step)
                 last_saved = step
                 if stop:
-                    _interrupt(stop, step, steps, path)
+                    _interrupt(stop, step, last_step, path)
 
 
 def evaluate(trainer: Trainer, data: TrainingData) -> Evaluation:
@@ -131,9 +132,9 @@ def _abort(step: int, result: StepResult, save: Callable[[int], Path] | None) ->
     )
 
 
-def _interrupt(number: int, step: int, steps: int, path: Path) -> None:
-    if step < steps:
+def _interrupt(number: int, step: int, last_step: int, path: Path) -> None:
+    if step < last_step:
         name = signal.Signals(number).name
         raise Interrupted(
-            f"stopped by {name} after step {step} of {steps}; saved {path}; the same command goes on from there"
+            f"stopped by {name} after step {step} of {last_step}; saved {path}; the same command goes on from there"
         )

@@ -1,4 +1,5 @@
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given, settings
@@ -160,7 +161,7 @@ def test_no_schedule_deadlocks_whatever_the_times(shape, forward_time, backward_
         assert [span.action for span in spans] == actions
         assert all(span.start <= span.end for span in spans)
         computed = [span for span in spans if span.action.kind in COMPUTE]
-        assert all(a.end <= b.start for a, b in zip(computed, computed[1:], strict=False))
+        assert all(a.end <= b.start for a, b in pairwise(computed))
 
 
 @given(shapes())
@@ -270,7 +271,7 @@ def test_ranks_that_wait_for_each_other_are_a_deadlock(num_microbatches):
     last_forward, first_backward = num_microbatches - 1, num_microbatches
     order = orders[0]
     order[last_forward], order[first_backward] = order[first_backward], order[last_forward]
-    with pytest.raises(DeadlockError, match="rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"):
+    with pytest.raises(DeadlockError, match=r"rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"):
         simulate(with_communication(orders, 1), 1)
 
 
