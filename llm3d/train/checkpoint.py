@@ -61,6 +61,7 @@ def save_checkpoint(
     if trainer.mesh.rank == 0:
         with writer.keeping_failure(partial):
             final.parent.mkdir(parents=True, exist_ok=True)
+            sync(final.parent.parent)
             _tidy(final.parent)
             partial.mkdir()
     _agree(writer, trainer, partial)

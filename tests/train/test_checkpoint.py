@@ -8,7 +8,6 @@ import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,7 +15,9 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from llm3d.data.tokenizer import load_tokenizer, train_tokenizer
 from llm3d.errors import InputError, TrainingAborted
 from llm3d.parallel import box_files
 from llm3d.parallel.mesh import Mesh
@@ -107,8 +108,8 @@ def assert_equal(actual: State, expected: State) -> None:
     [
         Layout(micro=4, model=FEW),
         Layout(micro=4, model=FEW, compute="bf16"),
-        Layout(tensor=2, pipeline=2, data=2, sequence=True, micro=2, model=(*TIED, *FEW), compute="bf16"),
-        Layout(tensor=4, micro=4, model=FEW),
+        Layout(tensor=2, pipeline=2, sequence=True, micro=4, model=(*TIED, *FEW), compute="bf16"),
+        Layout(tensor=2, data=2, micro=4, model=FEW),
     ],
     ids=lambda layout: f"{layout}-{layout.compute}",
 )
@@ -185,6 +186,30 @@ def test_weights_are_the_same_however_many_files_hold_them(tmp_path: Path) -> No
 def save_in_small_files(layout: Layout, directory: Path) -> Part:
     with mock.patch.object(box_files, "FILE_BYTES", 200_000):
         return run_on_rank(layout, directory, 0, 1, save_at=(1,))
+
+
+def save_with_tokenizer_on_rank(directory: Path, tokenizer: Path) -> None:
+    trainer = Trainer(settings(Layout(data=2, model=FEW)), Mesh())
+    trainer.initialise()
+    save_checkpoint(directory, 1, trainer, {}, load_tokenizer(tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_the_tokenizer_lies_beside_the_weights(kind: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} + {i} = {2 * i}. Wahrlich, {chr(0x4E00 + i)}!\n" for i in range(300)))
+    train_tokenizer([text], tmp_path / kind, kind, 600 if kind == "sentencepiece" else 400)
+    pool.run(save_with_tokenizer_on_rank, 2, tmp_path, tmp_path / kind)
+    model = tmp_path / "checkpoints" / "step-00000001" / "model"
+    tokenizer = load_tokenizer(model)
+    sample = "7 + 7 = 14. Wahrlich, 一! ü"
+    assert tokenizer.encode(sample) == load_tokenizer(tmp_path / kind).encode(sample)
+    theirs = AutoTokenizer.from_pretrained(model)
+    assert theirs(sample, add_special_tokens=False)["input_ids"] == tokenizer.encode(sample)
+    recorded = read_manifest(model.parent).files
+    assert {f"model/{path.name}" for path in model.iterdir()} == {*recorded, "model/model.safetensors"} - {
+        "state.json"
+    }
 
 
 # ---- what is kept, and what is never half there ----
@@ -377,6 +402,6 @@ def pretrained_on_rank(layout: Layout, directory: Path) -> Part:
 def test_training_starts_from_the_weights_of_a_checkpoint(saved: Path) -> None:
     expected = run(Layout(micro=4, model=FEW), saved.parent.parent, 1, 1).pieces
     for directory in (saved, saved / "model"):
-        layout = replace(Layout(tensor=4, pipeline=2, micro=2), model=FEW)
-        actual = whole(pool.run(pretrained_on_rank, 8, layout, directory)).pieces
+        layout = Layout(tensor=2, pipeline=2, micro=2, model=FEW)
+        actual = whole(pool.run(pretrained_on_rank, 4, layout, directory)).pieces
         assert_equal(actual, {name: value for name, value in expected.items() if name.startswith("model/")})
