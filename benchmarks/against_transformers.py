@@ -3,27 +3,33 @@
     python benchmarks/against_transformers.py [--compute fp32|bf16] [--rounds 7]
 
 Same model, same batch, one microbatch a step, no padding, attention over whole sequences, clipping by the global
-norm. The two take turns; the figure is the median over rounds of the ratio within a round. In bf16 llm3d keeps
-fp32 master weights and moments; transformers is timed both with pure bf16 weights and moments (less work than
-llm3d does) and with fp32 weights under autocast (the same numerics class as llm3d).
+norm. The two take turns, each in its own process; the figure is the median over rounds of the ratio within a
+round. In bf16 llm3d keeps fp32 master weights and moments; transformers is timed both with pure bf16 weights and
+moments (less work than llm3d does) and with fp32 weights under autocast (the same numerics class as llm3d).
+
+llm3d tells glibc to keep freed memory (llm3d/train/host_memory.py), which a plain PyTorch script does not;
+--same-allocator gives transformers that too, and leaves the difference in what is computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import Config, make_config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.trainer import Trainer
 
 
@@ -37,17 +43,48 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="print llm3d's operators by time instead")
+    parser.add_argument("--steps", type=int, default=2, help="a contender's steps in a round")
+    parser.add_argument(
+        "--profile", metavar="CONTENDER", help="print a contender's operators by time instead"
+    )
     arguments = parser.parse_args()
-    config = settings(arguments)
-    tokens = torch.randint(0, arguments.vocab_size, (arguments.batch, arguments.sequence_length + 1))
-    ours = llm3d_step(config, tokens)
     if arguments.profile:
-        profile(ours)
+        profile(CONTENDERS[arguments.profile](arguments))
         return
-    contenders = {"llm3d": ours, **transformers_steps(config, tokens)}
-    report(contenders, arguments.rounds, tokens[:, 1:].numel(), arguments.compute)
-    dist.destroy_process_group()
+    names = ["llm3d", *(name for name in CONTENDERS if name.startswith(f"transformers {arguments.compute}"))]
+    contenders = {name: Contender(name, arguments) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for contender in contenders.values():
+        contender.time(2)  # warm up
+    for _ in range(arguments.rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(contender.time(arguments.steps))
+    for contender in contenders.values():
+        contender.connection.send(None)
+    report(seconds, arguments.batch * arguments.sequence_length, arguments.compute)
+
+
+class Contender:
+    """One side, in a process of its own, with the allocator that its users have; it runs when it is told to."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=contend, args=(name, arguments, theirs), daemon=True).start()
+
+    def time(self, steps: int) -> float:
+        """Seconds a step, over `steps` steps."""
+        self.connection.send(steps)
+        return self.connection.recv()
+
+
+def contend(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    step = CONTENDERS[name](arguments)
+    while (steps := connection.recv()) is not None:
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        connection.send((time.perf_counter() - started) / steps)
 
 
 def settings(arguments: argparse.Namespace) -> Config:
@@ -65,26 +102,26 @@ def settings(arguments: argparse.Namespace) -> Config:
     )
 
 
-def llm3d_step(config: Config, tokens: torch.Tensor) -> Callable[[], float]:
-    trainer = Trainer(config, Mesh(device=start_process_group()))
+def random_tokens(arguments: argparse.Namespace) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (arguments.batch, arguments.sequence_length + 1)
+    return torch.randint(0, arguments.vocab_size, shape, generator=generator)
+
+
+def llm3d_step(arguments: argparse.Namespace) -> Callable[[], float]:
+    keep_freed_memory()  # as `llm3d pretrain` does
+    trainer = Trainer(settings(arguments), Mesh(device=start_process_group()))
     trainer.initialise()
-    batch = collate([Sample(row, [0]) for row in tokens])
+    batch = collate([Sample(row, [0]) for row in random_tokens(arguments)])
     return lambda: trainer.step([batch], lr=1e-4).loss
 
 
-def transformers_steps(config: Config, tokens: torch.Tensor) -> dict[str, Callable[[], float]]:
-    if config.precision.compute == "fp32":
-        return {"transformers fp32": transformers_step(config, tokens, torch.float32, autocast=False)}
-    return {
-        "transformers bf16": transformers_step(config, tokens, torch.bfloat16, autocast=False),
-        "transformers autocast": transformers_step(config, tokens, torch.float32, autocast=True),
-    }
-
-
 def transformers_step(
-    config: Config, tokens: torch.Tensor, dtype: torch.dtype, autocast: bool
+    arguments: argparse.Namespace, dtype: torch.dtype, autocast: bool = False
 ) -> Callable[[], float]:
-    model = config.model
+    if arguments.same_allocator:
+        keep_freed_memory()
+    model, tokens = settings(arguments).model, random_tokens(arguments)
     peer = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
@@ -114,22 +151,20 @@ def transformers_step(
     return step
 
 
-def report(contenders: dict[str, Callable[[], float]], rounds: int, num_tokens: int, compute: str) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for step in contenders.values():
-        step()
-        step()
-    for _ in range(rounds):
-        for name, step in contenders.items():
-            started = time.perf_counter()
-            step()
-            step()
-            seconds[name].append((time.perf_counter() - started) / 2)
+CONTENDERS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
+    "llm3d": llm3d_step,
+    "transformers fp32": partial(transformers_step, dtype=torch.float32),
+    "transformers bf16": partial(transformers_step, dtype=torch.bfloat16),
+    "transformers bf16 autocast": partial(transformers_step, dtype=torch.float32, autocast=True),
+}
+
+
+def report(seconds: dict[str, list[float]], num_tokens: int, compute: str) -> None:
     print(
         f"{compute}, {num_tokens} tokens a step, torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     for name, times in seconds.items():
-        line = {"name": name, "tokens_per_s": round(num_tokens / statistics.median(times))}
+        line: dict[str, object] = {"name": name, "tokens_per_s": round(num_tokens / statistics.median(times))}
         if name != "llm3d":
             ratios = sorted(peer / our for peer, our in zip(times, seconds["llm3d"], strict=True))
             line["llm3d_is_faster_by"] = round(statistics.median(ratios), 3)

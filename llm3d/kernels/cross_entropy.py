@@ -39,5 +39,6 @@ def cross_entropy_gradient_(exponentials: Tensor, targets: Tensor, scale: Tensor
     if exponentials.shape[1]:
         exponentials.mul_(scale.to(exponentials.dtype)[:, None])
         at_target = torch.where(targets >= 0, -weight, 0.0).to(exponentials.dtype)
-        exponentials.scatter_add_(1, targets.clamp(min=0)[:, None], at_target[:, None])
+        rows = torch.arange(len(targets), device=targets.device)
+        exponentials[rows, targets.clamp(min=0)] += at_target
     return exponentials

@@ -13,6 +13,7 @@ from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.stages.language_data import LanguageData, open_tokenizer
 from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.loop import train
 from llm3d.train.report import Report
 from llm3d.train.throughput import FORMULA, peak_flops
@@ -25,6 +26,8 @@ def run(config: Config) -> None:
     data = LanguageData(config)
     data.check_batch()
     device = start_process_group()
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
         data.mesh = mesh
