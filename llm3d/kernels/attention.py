@@ -19,7 +19,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     lengths = cu_seqlens.diff().tolist()
     if max(lengths) == min(lengths):
         return _batched(q, k, v, len(lengths))
-    outputs = [_batched(*parts, 1) for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)]
+    outputs = [
+        _batched(*parts, 1)
+        for parts in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    ]
     return torch.cat(outputs)
 
 

@@ -53,15 +53,20 @@ class Box:
             return None
         start = tuple(map(max, self.offset, other.offset))
         stop = tuple(
-            min(a + n, b + m) for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
+            min(a + n, b + m)
+            for a, n, b, m in zip(self.offset, self.size, other.offset, other.size, strict=True)
         )
         if any(last <= first for first, last in zip(start, stop, strict=True)):
             return None
-        return Box(self.name, self.shape, start, tuple(last - first for first, last in zip(start, stop, strict=True)))
+        return Box(
+            self.name, self.shape, start, tuple(last - first for first, last in zip(start, stop, strict=True))
+        )
 
     def slices_within(self, outer: Box) -> tuple[slice, ...]:
         """Where this box lies in a local array that holds `outer`."""
-        return tuple(slice(a - b, a - b + n) for a, b, n in zip(self.offset, outer.offset, self.size, strict=True))
+        return tuple(
+            slice(a - b, a - b + n) for a, b, n in zip(self.offset, outer.offset, self.size, strict=True)
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from llm3d.stages.language_data import LanguageData, open_tokenizer
 from llm3d.stages.pretrain import checkpoint_to_resume
 from llm3d.train.checkpoint import load_pretrained
 from llm3d.train.loop import evaluate
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator
 
 
 def run(config: Config) -> None:
@@ -31,9 +31,9 @@ def run(config: Config) -> None:
     device = start_process_group()
     try:
         data.mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
-        trainer = Trainer(config, data.mesh)
-        load_pretrained(Path(source), trainer)
-        result = evaluate(trainer, data)
+        model = Evaluator(config, data.mesh)
+        load_pretrained(Path(source), model)
+        result = evaluate(model, data)
         if data.mesh.rank == 0:
             print(
                 f"{source}: loss {result.loss:.4f}, perplexity {result.perplexity:.3f} on {result.num_targets:,} tokens"

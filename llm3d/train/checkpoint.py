@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.flat import FlatParameters
 from llm3d.train import manifest
 from llm3d.train.manifest import Manifest, manifest_text, read_manifest
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator, Trainer
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
@@ -230,7 +230,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     weights. Raises InputError, the same on every rank, for a checkpoint that is damaged or of another model.
     """
     path, optimizer, flat = Path(path), trainer.optimizer, trainer.flat
-    found = _checked_manifest(path, trainer)
+    found = _checked_manifest(path, trainer, [name for name in trainer.optimizer.state if name != "master"])
     with input_errors_on_all(trainer.mesh.everyone):
         reader = BoxReader(path)
         for name, values in {**optimizer.state, "master": optimizer.master}.items():
@@ -242,17 +242,17 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def load_pretrained(directory: Path, trainer: Trainer) -> None:
+def load_pretrained(directory: Path, model: Evaluator) -> None:
     """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
 
     Called on all ranks. Raises InputError on every rank for weights that are missing or of another shape.
     """
     directory = Path(directory)
     if (directory / manifest.FILE).is_file():
-        _checked_manifest(directory, trainer)
+        _checked_manifest(directory, model)
         directory /= "model"
-    read_weights(directory, trainer.flat, trainer.optimizer.master, trainer.config.model)
-    trainer.optimizer.publish()
+    read_weights(directory, model.flat, model.weights, model.config.model)
+    model.publish()
 
 
 def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredBox]]:
@@ -263,26 +263,27 @@ def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredB
     return replace(piece.box, name=stored), found.boxes(stored)
 
 
-def _checked_manifest(path: Path, trainer: Trainer) -> Manifest:
-    """The manifest of a checkpoint that is undamaged and fits the model."""
-    mesh, names = trainer.mesh, model_names(trainer.flat)
+def _checked_manifest(path: Path, model: Evaluator, states: Sequence[str] = ()) -> Manifest:
+    """The manifest of a checkpoint that is undamaged, fits the model and has these states of the optimiser."""
+    mesh, names = model.mesh, model_names(model.flat)
     with input_errors_on_all(mesh.everyone):
         found = read_manifest(path)
-        _check_model(path, found, trainer, names)
+        _check_model(path, found, model, names, states)
     with input_errors_on_all(mesh.everyone):
         _check_files(path, found, mesh.rank, mesh.size)
     return found
 
 
-def _check_model(path: Path, found: Manifest, trainer: Trainer, names: set[str]) -> None:
+def _check_model(
+    path: Path, found: Manifest, model: Evaluator, names: set[str], states: Sequence[str]
+) -> None:
     """Compare names and shapes with the model's."""
     stored = {name for name in found.tensors if "/" not in name}
     for name in sorted(names ^ stored):
         what = "has no tensor" if name in names else "has a tensor that the model has not,"
         raise InputError(f"{path}: of another model; it {what} {name}")
-    needed = [name for name in trainer.optimizer.state if name != "master"]
-    for piece, _ in trainer.flat.pieces(trainer.optimizer.master):
-        for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in needed)):
+    for piece, _ in model.flat.pieces(model.weights):
+        for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in states)):
             if name not in found.tensors:
                 raise InputError(f"{path}: has no tensor {name}, so training cannot be continued from it")
             if found.tensors[name].shape != piece.box.shape:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol
 
 from llm3d.errors import Interrupted, TrainingAborted
 from llm3d.models.llama import Batch
+from llm3d.parallel.mesh import Mesh
 from llm3d.train.learning_rate import learning_rate
 from llm3d.train.report import Report, memory_gib
 from llm3d.train.signals import StopSignals
 from llm3d.train.throughput import peak_flops, step_flops
-from llm3d.train.trainer import StepResult, Trainer
+from llm3d.train.trainer import Evaluator, StepResult, Trainer
 
 
 class TrainingData(Protocol):
@@ -58,7 +59,7 @@ def train(
         upcoming = reader.submit(data.microbatches, start_step + 1)
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
-            microbatches = _on_device(upcoming.result(), trainer)
+            microbatches = _on_device(upcoming.result(), trainer.mesh)
             if step < last_step:
                 upcoming = reader.submit(data.microbatches, step + 1)
             lr = learning_rate(step, steps, config.optim)
@@ -81,17 +82,17 @@ def train(
                     _interrupt(stop, step, last_step, path)
 
 
-def evaluate(trainer: Trainer, data: TrainingData) -> Evaluation:
+def evaluate(model: Evaluator, data: TrainingData) -> Evaluation:
     """Mean loss over the validation data; the same on every rank, whatever the layout."""
     total, num_targets = 0.0, 0
     for microbatches in data.evaluation():
-        loss, count = trainer.evaluate(_on_device(microbatches, trainer))
+        loss, count = model.evaluate(_on_device(microbatches, model.mesh))
         total, num_targets = total + loss, num_targets + count
     return Evaluation(total / max(1, num_targets), num_targets)
 
 
-def _on_device(microbatches: Sequence[Batch], trainer: Trainer) -> Sequence[Batch]:
-    return [batch.to(trainer.mesh.device) for batch in microbatches]
+def _on_device(microbatches: Sequence[Batch], mesh: Mesh) -> Sequence[Batch]:
+    return [batch.to(mesh.device) for batch in microbatches]
 
 
 class _Meter:

@@ -1,4 +1,4 @@
-"""A model under one layout with its optimiser, and what one step does to them."""
+"""A model under one layout: evaluated, or with its optimiser trained a step at a time."""
 
 from __future__ import annotations
 
@@ -26,43 +26,27 @@ class StepResult(NamedTuple):
     num_targets: int
 
 
-class Trainer:
-    """Every rank of the mesh holds one and calls its methods at the same time."""
+class Evaluator:
+    """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: Config, mesh: Mesh, trainable: bool = False) -> None:
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.precision.compute]
         self.stages = build_stages(config.model, config.parallel, mesh, config.recompute)
-        self.flat = FlatParameters(self.stages, mesh, self.dtype)
-        self.optimizer = Optimizer(self.flat, config.optim)
+        self.flat = FlatParameters(self.stages, mesh, self.dtype, trainable)
         rows = config.batch.micro * config.data.sequence_length
         if config.parallel.sequence:
             rows //= mesh.tensor_size
         activation = torch.empty(rows, config.model.hidden_size, dtype=self.dtype, device="meta")
         self.pipeline = Pipeline(mesh, self.stages, activation)
 
-    def initialise(self) -> None:
-        """Random first weights, from run.seed."""
-        initialise(self.flat, self.optimizer.master, self.config.model, self.config.run.seed)
-        self.optimizer.publish()
+    @property
+    def weights(self) -> Tensor:
+        """What to write first weights into, laid out like `flat.parameters`; then call `publish`."""
+        return self.flat.parameters
 
-    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
-        """Forward, backward and update on this data rank's microbatches of the step.
-
-        Where the loss or the gradient is not finite, the weights stay as they are; see the result.
-        """
-        num_targets = self._count_targets(microbatches)
-        self.flat.begin_step(len(microbatches))
-        loss = self.pipeline.run(
-            self._actions(len(microbatches)), microbatches, scale=1 / max(1, num_targets)
-        )
-        self.flat.finish_gradients()
-        norm = self.flat.gradient_norm().item()
-        mean_loss = self._total_loss(loss) / max(1, num_targets)
-        if math.isfinite(norm) and math.isfinite(mean_loss):
-            self._clip(norm)
-            self.optimizer.step(lr)
-        return StepResult(mean_loss, norm, num_targets)
+    def publish(self) -> None:
+        """Take over what was written into `weights`."""
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> tuple[float, int]:
@@ -87,6 +71,44 @@ class Trainer:
         if loss is not None:
             total += all_reduce_sum(loss.double(), self.mesh.data)
         return float(broadcast_from_last(total, self.mesh.pipeline))
+
+
+class Trainer(Evaluator):
+    """A model with its gradients and its optimiser."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        super().__init__(config, mesh, trainable=True)
+        self.optimizer = Optimizer(self.flat, config.optim)
+
+    @property
+    def weights(self) -> Tensor:
+        return self.optimizer.master
+
+    def publish(self) -> None:
+        self.optimizer.publish()
+
+    def initialise(self) -> None:
+        """Random first weights, from run.seed."""
+        initialise(self.flat, self.weights, self.config.model, self.config.run.seed)
+        self.publish()
+
+    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+        """Forward, backward and update on this data rank's microbatches of the step.
+
+        Where the loss or the gradient is not finite, the weights stay as they are; see the result.
+        """
+        num_targets = self._count_targets(microbatches)
+        self.flat.begin_step(len(microbatches))
+        loss = self.pipeline.run(
+            self._actions(len(microbatches)), microbatches, scale=1 / max(1, num_targets)
+        )
+        self.flat.finish_gradients()
+        norm = self.flat.gradient_norm().item()
+        mean_loss = self._total_loss(loss) / max(1, num_targets)
+        if math.isfinite(norm) and math.isfinite(mean_loss):
+            self._clip(norm)
+            self.optimizer.step(lr)
+        return StepResult(mean_loss, norm, num_targets)
 
     def _clip(self, norm: float) -> None:
         limit = self.config.optim.clip_grad_norm
