@@ -178,6 +178,4 @@ def _interleaved_warmup(rank: int, num_stages: int, num_chunks: int, num_microba
     it comes 2 * (num_stages - rank - 1) hops after the rank's own forward of that microbatch: there and back.
     """
     num_forwards = num_chunks * num_microbatches
-    if num_microbatches == num_stages:
-        return num_forwards
     return min((num_stages - rank - 1) * 2 + (num_chunks - 1) * num_stages, num_forwards)
