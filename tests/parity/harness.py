@@ -87,13 +87,14 @@ def train(layout: Layout, steps: int = 5) -> Run:
     return run
 
 
-def train_on_rank(layout: Layout, steps: int) -> tuple[Run, dict[str, Any]]:
-    mesh = Mesh(layout.tensor, layout.pipeline)
+def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
+    mesh = Mesh(layout.tensor, layout.pipeline, device)
     trainer = Trainer(settings(layout), mesh)
     trainer.initialise()
     run, pieces = Run([], []), {}
     for step in range(steps):
-        result = trainer.step(microbatches(layout, step, mesh.data_rank), lr=LEARNING_RATE)
+        batches = [batch.to(device) for batch in microbatches(layout, step, mesh.data_rank)]
+        result = trainer.step(batches, lr=LEARNING_RATE)
         run.losses.append(result.loss)
         run.grad_norms.append(result.grad_norm)
         if step == 0:

@@ -1,0 +1,54 @@
+"""A GPU trains as a CPU does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm3d.parallel.mesh import start_process_group
+from tests.parity.harness import Layout, train_on_rank
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def world_of_one() -> Iterator[None]:
+    start_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_fp32_training_is_that_of_the_cpu(recompute: str) -> None:
+    layout = Layout(micro=2, recompute=recompute)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    expected, expected_pieces = train_on_rank(layout, 3, "cpu")
+    actual, pieces = train_on_rank(layout, 3, "cuda")
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    for (box, gradient), (_, reference) in zip(
+        pieces["gradients"], expected_pieces["gradients"], strict=True
+    ):
+        assert float((gradient.cpu() - reference).norm() / reference.norm()) < 1e-5, box
+
+
+def test_bf16_losses_are_as_close_to_fp32_as_on_the_cpu() -> None:
+    exact, _ = train_on_rank(Layout(micro=2), 3, "cpu")
+    on_cpu, _ = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cpu")
+    on_gpu, _ = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cuda")
+    allowed = 2 * max(abs(a - b) for a, b in zip(on_cpu.losses, exact.losses, strict=True))
+    assert max(abs(a - b) for a, b in zip(on_gpu.losses, exact.losses, strict=True)) <= allowed
+
+
+def test_training_on_the_gpu_is_repeatable_to_the_bit() -> None:
+    first, first_pieces = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cuda")
+    second, second_pieces = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cuda")
+    assert (first.losses, first.grad_norms) == (second.losses, second.grad_norms)
+    for (_, a), (_, b) in zip(first_pieces["weights"], second_pieces["weights"], strict=True):
+        assert torch.equal(a, b)
