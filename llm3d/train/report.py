@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from llm3d.errors import TrainingAborted
+
 METRICS = "metrics.jsonl"
 
 
@@ -68,8 +70,11 @@ class Report:
         self._progress.update(self._task, completed=metrics["step"], numbers=numbers)
         if not log:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            raise TrainingAborted(f"{self._metrics.name}: {error.strerror}; earlier checkpoints are whole") from None
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "step" and value is not None:
