@@ -41,7 +41,7 @@ class _CrossEntropy(Function):
         counts = targets >= 0
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits, local, counts, torch.where(counts, rescale / total, 0.0))
-        return torch.where(counts, maximum + total.log() - target, 0.0).sum()
+        return torch.where(counts, total.log() + (maximum - target), 0.0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
