@@ -24,7 +24,7 @@ class Report:
         self.speaks, self.steps = speaks, steps
         if not speaks:
             return
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         _forget_after(run_dir / METRICS, start_step)
         self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self._tensorboard: Any = None
@@ -74,7 +74,9 @@ class Report:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
         except OSError as error:
-            raise TrainingAborted(f"{self._metrics.name}: {error.strerror}; earlier checkpoints are whole") from None
+            raise TrainingAborted(
+                f"{self._metrics.name}: {error.strerror}; earlier checkpoints are whole"
+            ) from None
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "step" and value is not None:
