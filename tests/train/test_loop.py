@@ -1,0 +1,231 @@
+"""The training loop: what it saves, evaluates and writes down, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm3d.config import Config
+from llm3d.data.pretraining import Microbatch
+from llm3d.errors import Interrupted, TrainingAborted
+from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.train.loop import Evaluation, evaluate, train
+from llm3d.train.report import METRICS, Report
+from llm3d.train.trainer import Trainer
+from tests.parity.harness import Layout, microbatches, settings
+
+LAYOUT = Layout(micro=4, model=(("num_hidden_layers", 1), ("hidden_size", 24), ("intermediate_size", 16)))
+TOKENS = 8 * 24  # a step
+
+
+@pytest.fixture(autouse=True)
+def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("RANK", raising=False)
+    start_process_group()
+    yield
+    dist.destroy_process_group()
+
+
+class Data:
+    def microbatches(self, step: int) -> list[Microbatch]:
+        return microbatches(LAYOUT, step, 0)
+
+    def evaluation(self) -> Iterator[list[Microbatch]]:
+        yield self.microbatches(1000)
+        yield self.microbatches(1001)[:1]
+
+
+class Watched(Trainer):
+    """A trainer that calls `during[n]` after the backward pass of its n-th step."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
+        self.initialise()
+        self.steps_done = 0
+        self.during: dict[int, Callable[[], None]] = {}
+        self.loss_factor = 1.0
+        run = self.pipeline.run
+
+        def run_and_interfere(*args: Any, **kwargs: Any) -> Tensor | None:
+            loss = run(*args, **kwargs)
+            assert loss is not None
+            if torch.is_grad_enabled():
+                self.steps_done += 1
+                self.loss_factor = 1.0
+                self.during.get(self.steps_done, lambda: None)()
+                loss = loss * self.loss_factor
+            return loss
+
+        self.pipeline.run = run_and_interfere  # type: ignore[method-assign]
+
+
+class Run:
+    """A run in a directory; `saved` holds the weights at each call of save."""
+
+    def __init__(self, directory: Path, **changes: dict[str, Any]) -> None:
+        config = settings(LAYOUT)
+        for section, values in changes.items():
+            changed = getattr(config, section).model_copy(update=values)
+            config = config.model_copy(update={section: changed})
+        self.directory, self.trainer = directory, Watched(config, Mesh())
+        self.saved: list[tuple[int, Tensor]] = []
+
+    def train(self, start_step: int = 0) -> None:
+        steps = self.trainer.config.train.steps
+        with Report(self.directory, start_step, steps, speaks=True, tensorboard=False) as report:
+            train(self.trainer, Data(), report, start_step, self.save)
+
+    def save(self, step: int) -> Path:
+        self.saved.append((step, self.weights()))
+        return self.directory / f"step-{step}"
+
+    def weights(self) -> Tensor:
+        return self.trainer.optimizer.master.clone()
+
+    @property
+    def saved_steps(self) -> list[int]:
+        return [step for step, _ in self.saved]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.directory / METRICS).read_text().splitlines()]
+
+
+def test_every_step_is_written_down_and_the_last_is_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train()
+    assert run.saved_steps == [5]
+    assert [(line["step"], line["tokens"], line["samples"]) for line in run.metrics] == [
+        (step, step * TOKENS, step * 8) for step in range(1, 6)
+    ]
+    for line in run.metrics:
+        numbers = (
+            "loss",
+            "lr",
+            "grad_norm",
+            "step_time_s",
+            "tokens_per_s",
+            "tflops_per_device",
+            "memory_gib",
+        )
+        assert all(line[name] > 0 for name in numbers)
+        assert line["mfu"] is None, "of a CPU no peak is known"
+        assert line["tokens_per_s"] == pytest.approx(TOKENS / line["step_time_s"])
+        assert "valid_loss" not in line
+
+
+def test_a_run_in_two_parts_trains_as_one_without_a_break(tmp_path: Path) -> None:
+    unbroken, parts = Run(tmp_path / "unbroken"), Run(tmp_path / "parts")
+    for run in (unbroken, parts):
+        run.directory.mkdir()
+    unbroken.train()
+    parts.trainer.config = with_train(parts.trainer.config, stop_after=2)
+    parts.train()
+    assert parts.saved_steps == [2]
+    parts.trainer.config = with_train(parts.trainer.config, stop_after=None)
+    parts.train(start_step=2)
+    assert parts.saved_steps == [2, 5]
+    assert [(line["step"], line["loss"], line["lr"]) for line in parts.metrics] == [
+        (line["step"], line["loss"], line["lr"]) for line in unbroken.metrics
+    ]
+    assert torch.equal(parts.weights(), unbroken.weights())
+
+
+def with_train(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def test_checkpoints_and_lines_come_as_often_as_asked(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint={"every": 2}, log={"every": 3})
+    run.train()
+    assert run.saved_steps == [2, 4, 5]
+    assert [line["step"] for line in run.metrics] == [3, 5]
+
+
+def test_evaluations_come_as_often_as_asked_and_change_nothing(tmp_path: Path) -> None:
+    run, plain = Run(tmp_path, train={"eval_every": 2}), Run(tmp_path)
+    run.train()
+    evaluated = run.metrics
+    assert [line["step"] for line in evaluated if "valid_loss" in line] == [2, 4]
+    plain.train()
+    assert torch.equal(run.weights(), plain.weights())
+    assert [line["loss"] for line in evaluated] == [line["loss"] for line in plain.metrics]
+
+
+def test_an_evaluation_is_the_mean_over_all_targets(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    every_batch = [batch for batches in Data().evaluation() for batch in batches]
+    sums = [run.trainer.evaluate([batch]) for batch in every_batch]
+    result = evaluate(run.trainer, Data())
+    assert result.num_targets == sum(batch.num_targets for batch in every_batch)
+    assert result.loss == pytest.approx(sum(loss for loss, _ in sums) / result.num_targets, rel=1e-6)
+    assert Evaluation(2.0, 1).perplexity == pytest.approx(7.389056)
+    assert Evaluation(1e6, 1).perplexity < float("inf")
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize("every", [None, 2])
+def test_numbers_that_are_not_finite_abort_with_the_state_before_saved(
+    tmp_path: Path, poison: str, every: int | None
+) -> None:
+    run = Run(tmp_path, checkpoint={"every": every})
+    before: list[Tensor] = []
+
+    def interfere() -> None:
+        before.append(run.weights())
+        if poison == "loss":
+            run.trainer.loss_factor = float("nan")
+        else:
+            run.trainer.flat.gradients[7] = float("inf")
+
+    run.trainer.during[3] = interfere
+    with pytest.raises(TrainingAborted, match=r"step 3: .* not finite, step not taken") as aborted:
+        run.train()
+    assert torch.equal(run.weights(), before[0]), "the step was not taken"
+    # Once, either when it was due or now.
+    assert run.saved_steps == [2]
+    assert torch.equal(run.saved[0][1], before[0])
+    assert ("the state after step 2 is in" in str(aborted.value)) == (every is None)
+    assert "optim.lr" in str(aborted.value)
+    assert [line["step"] for line in run.metrics] == [1, 2]
+
+
+def test_a_first_step_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.trainer.during[1] = lambda: setattr(run.trainer, "loss_factor", float("inf"))
+    with pytest.raises(TrainingAborted, match="step 1: loss inf"):
+        run.train()
+    assert run.saved == []
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(tmp_path: Path, repeated: bool) -> None:
+    run = Run(tmp_path)
+
+    def interrupt() -> None:
+        signal.raise_signal(signal.SIGINT)
+        if repeated:
+            signal.raise_signal(signal.SIGTERM)
+
+    run.trainer.during[2] = interrupt
+    with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 2 of 5; saved .*step-2") as stopped:
+        run.train()
+    assert "goes on" in str(stopped.value)
+    assert run.saved_steps == [2]
+    assert torch.equal(run.saved[0][1], run.weights())
+    assert [line["step"] for line in run.metrics] == [1, 2]
+
+
+def test_a_signal_in_the_last_step_is_not_an_interruption(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.trainer.during[5] = lambda: signal.raise_signal(signal.SIGTERM)
+    run.train()
+    assert run.saved_steps == [5]
