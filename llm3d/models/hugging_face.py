@@ -184,7 +184,7 @@ def _files(reader: BoxReader) -> dict[str, str]:
             f"trust them, let transformers write safetensors: "
             f"LlamaForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
-    raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}")
+    raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}; name a directory with weights")
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from llm3d.config import Config, config_to_yaml
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
+from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.stages.language_data import LanguageData, open_tokenizer
 from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
@@ -37,11 +38,12 @@ def run(config: Config) -> None:
 
 
 def pretrain(config: Config, mesh: Mesh, data: LanguageData, tokenizer: Tokenizer | None) -> None:
-    run_dir = make_run_directory(config, mesh)
+    run_dir = Path(config.run.dir)
     trainer = Trainer(config, mesh)
     state, origin = first_state(trainer, run_dir)
     start_step = int(state.get("step", 0))
     check_run_directory(run_dir, start_step)
+    make_run_directory(run_dir, config, mesh)
     speaks = mesh.rank == 0
     with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, origin)
@@ -84,21 +86,6 @@ def checkpoint_to_resume(config: Config, run_dir: Path) -> Path | None:
     return None if config.checkpoint.resume == "none" else Path(config.checkpoint.resume)
 
 
-def make_run_directory(config: Config, mesh: Mesh) -> Path:
-    """run.dir with config.yaml in it; every rank sees it when this returns."""
-    run_dir = Path(config.run.dir)
-    if mesh.rank == 0:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"run.dir: {run_dir}: {error.strerror}; name a directory that can be written"
-            ) from None
-    dist.barrier(group=mesh.everyone)
-    return run_dir
-
-
 def check_run_directory(run_dir: Path, start_step: int) -> None:
     """Raise InputError where the run directory holds checkpoints from later than this run starts."""
     latest = latest_checkpoint(run_dir)
@@ -107,6 +94,19 @@ def check_run_directory(run_dir: Path, start_step: int) -> None:
             f"run.dir: {run_dir} holds {latest.name}, later than step {start_step}, where this run starts; "
             "name another run.dir, remove the checkpoints, or let checkpoint.resume be auto"
         )
+
+
+def make_run_directory(run_dir: Path, config: Config, mesh: Mesh) -> None:
+    """run.dir with config.yaml in it, once nothing that was asked for has proved wrong; every rank then sees it."""
+    with input_errors_on_all(mesh.everyone):
+        if mesh.rank == 0:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            except OSError as error:
+                raise InputError(
+                    f"run.dir: {run_dir}: {error.strerror}; name a directory that can be written"
+                ) from None
 
 
 def introduce(report: Report, trainer: Trainer, origin: str) -> None:

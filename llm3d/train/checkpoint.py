@@ -36,6 +36,7 @@ from llm3d.train.trainer import Evaluator, Trainer
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
+_OTHER_MODEL = "set model as it was when this was saved, or name another run.dir"
 
 # ---- saving ----
 
@@ -281,7 +282,7 @@ def _check_model(
     stored = {name for name in found.tensors if "/" not in name}
     for name in sorted(names ^ stored):
         what = "has no tensor" if name in names else "has a tensor that the model has not,"
-        raise InputError(f"{path}: of another model; it {what} {name}")
+        raise InputError(f"{path}: of another model; it {what} {name}; {_OTHER_MODEL}")
     for piece, _ in model.flat.pieces(model.weights):
         for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in states)):
             if name not in found.tensors:
@@ -289,7 +290,7 @@ def _check_model(
             if found.tensors[name].shape != piece.box.shape:
                 raise InputError(
                     f"{path}: of another model; its tensor {name} has shape {list(found.tensors[name].shape)}, "
-                    f"but the model's settings make it {list(piece.box.shape)}"
+                    f"but the model's settings make it {list(piece.box.shape)}; {_OTHER_MODEL}"
                 )
 
 

@@ -99,7 +99,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{checkpoint}: not a complete checkpoint, it has no {FILE}") from None
+        raise InputError(f"{checkpoint}: not a complete checkpoint, it has no {FILE}; name another") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
