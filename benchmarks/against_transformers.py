@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="a contender's steps in a round")
+    parser.add_argument("--same-allocator", action="store_true", help="transformers keeps freed memory too")
     parser.add_argument(
         "--profile", metavar="CONTENDER", help="print a contender's operators by time instead"
     )

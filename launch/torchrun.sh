@@ -9,9 +9,11 @@ processes=$1 command=$2
 shift 2
 python=${PYTHON:-python}
 
-# A wrong setting is said once and ends with code 2, before torchrun starts anything.
-"$python" -m llm3d config "$@" --world-size "$processes" > /dev/null
+# What is wrong with settings or data is said once and ends with code 2, before torchrun starts anything.
+WORLD_SIZE="$processes" "$python" -m llm3d "$command" "$@" --check
 
 # Processes that each take every core get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# On Ctrl-C: the time to end a step and save, before torchrun kills (its own default is 30 s).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}"
 exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" -m llm3d "$command" "$@"

@@ -82,6 +82,9 @@ Overrides = Annotated[
         show_default=False,
     ),
 ]
+CheckOnly = Annotated[
+    bool, typer.Option("--check", help="Check the settings and open what they name, then end.")
+]
 TextFiles = Annotated[
     list[str],
     typer.Argument(
@@ -244,22 +247,28 @@ def show_config(
 
 @app.command()
 @ends_as_promised
-def pretrain(config: ConfigFile, overrides: Overrides = None) -> None:
+def pretrain(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Train on tokens from `llm3d data tokenize`, or from Megatron."""
     settings = load_for_this_world(config, overrides)
-    from llm3d.stages.pretrain import run
+    from llm3d.stages.pretrain import check, run
 
-    run(settings)
+    if check_only:
+        check(settings)
+    else:
+        run(settings)
 
 
 @app.command("eval")
 @ends_as_promised
-def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+def evaluate(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Loss and perplexity on the validation data."""
     settings = load_for_this_world(config, overrides)
-    from llm3d.stages.evaluate import run
+    from llm3d.stages.evaluate import check, run
 
-    run(settings)
+    if check_only:
+        check(settings)
+    else:
+        run(settings)
 
 
 def load_for_this_world(config: Path, overrides: list[str] | None) -> Config:

@@ -56,7 +56,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
         seen.append(config)
 
     module = ModuleType("llm3d.stages.pretrain")
-    module.run = run  # type: ignore[attr-defined]
+    module.run = module.check = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llm3d.stages.pretrain", module)
     return seen
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from llm3d.data.pretraining import IGNORED, Microbatch, PretrainingData, collate
 
 
 def step_microbatches(
-    data: PretrainingData, step: int, global_batch: int, micro: int, data_rank: int, data_size: int
+    data: PretrainingData, first_sample: int, global_batch: int, micro: int, data_rank: int, data_size: int
 ) -> list[Microbatch]:
-    """This data rank's share of step 1, 2, ...: global samples (step - 1) * global_batch and on, in their order."""
+    """This data rank's share of a step that takes global samples first_sample and on, in their order."""
     share = global_batch // data_size
-    first = (step - 1) * global_batch + data_rank * share
+    first = first_sample + data_rank * share
     return [
         collate([data.sample(k) for k in range(start, start + micro)])
         for start in range(first, first + share, micro)
@@ -41,4 +42,5 @@ def _microbatch(data: PretrainingData, first: int, micro: int, num_samples: int)
     beyond = max(0, min(micro, first + micro - num_samples))
     if beyond:
         batch.targets[(micro - beyond) * data.sequence_length :] = IGNORED
+        return replace(batch, num_targets=int((batch.targets != IGNORED).sum()))
     return batch

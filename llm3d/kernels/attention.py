@@ -17,7 +17,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     cu_seqlens: int32 [sequences + 1], where each sequence starts, and the number of tokens; max_seqlen: the longest.
     -> [tokens, heads, head_dim]
     """
-    if q.is_cuda and q.dtype != torch.float32:
+    if q.is_cuda and q.dtype != torch.float32 and q.shape[2] % 8 == 0 and q.shape[2] <= 256:
         return _varlen(q, k, v, cu_seqlens, max_seqlen)
     lengths = cu_seqlens.diff().tolist()
     if max(lengths) == min(lengths):

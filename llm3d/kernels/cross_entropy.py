@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,9 @@ def softmax_stats(logits: Tensor, targets: Tensor, keep_exponentials: bool) -> T
     if not logits.shape[1]:
         stats[0].fill_(-torch.inf)
         return stats
-    rows = len(logits) if logits.is_cuda else max(1, _CHUNK_ELEMENTS // logits.shape[1])
-    for start in range(0, len(logits), rows):
-        chunk, columns = logits[start : start + rows], targets[start : start + rows]
-        maximum, total, target = stats[:, start : start + rows]
+    for part in _row_chunks(logits):
+        chunk, columns = logits[part], targets[part]
+        maximum, total, target = stats[:, part]
         maximum.copy_(chunk.amax(1))
         target.copy_(chunk.gather(1, columns.clamp(min=0)[:, None])[:, 0]).mul_(columns >= 0)
         exponentials = torch.sub(chunk, maximum[:, None]).exp_()
@@ -36,9 +37,18 @@ def cross_entropy_gradient_(exponentials: Tensor, targets: Tensor, scale: Tensor
 
     exponentials: [tokens, vocabulary]. scale, weight: fp32 [tokens]. targets: as in softmax_stats.
     """
-    if exponentials.shape[1]:
-        exponentials.mul_(scale.to(exponentials.dtype)[:, None])
-        at_target = torch.where(targets >= 0, -weight, 0.0).to(exponentials.dtype)
-        rows = torch.arange(len(targets), device=targets.device)
-        exponentials[rows, targets.clamp(min=0)] += at_target
+    if not exponentials.shape[1]:
+        return exponentials
+    at = torch.arange(len(targets), device=targets.device), targets.clamp(min=0)
+    # In fp32, for where the model is sure of the target the two terms cancel.
+    at_target = exponentials[at].float() * scale - torch.where(targets >= 0, weight, 0.0)
+    for chunk in _row_chunks(exponentials):
+        exponentials[chunk].mul_(scale[chunk, None])
+    exponentials[at] = at_target.to(exponentials.dtype)
     return exponentials
+
+
+def _row_chunks(x: Tensor) -> Iterator[slice]:
+    """Rows of x, [rows, columns], a few at a time on a CPU, all at once on a GPU."""
+    rows = len(x) if x.is_cuda else max(1, _CHUNK_ELEMENTS // x.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(x), rows))

@@ -44,6 +44,8 @@ class Batch(Protocol):
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
     def max_seqlen(self) -> int: ...
+    @property
+    def num_targets(self) -> int: ...  # targets that are not -100
     def to(self, device: torch.device | str) -> Batch: ...
 
 

@@ -29,10 +29,6 @@ class Box:
         return cls(name, tuple(shape), (0,) * len(shape), tuple(shape))
 
     @property
-    def is_whole(self) -> bool:
-        return self.size == self.shape
-
-    @property
     def numel(self) -> int:
         count = 1
         for extent in self.size:

@@ -100,6 +100,8 @@ def gather_bytes(payload: bytes, group: ProcessGroup) -> list[bytes]:
     sizes[group.rank()] = len(payload)
     dist.all_reduce(sizes, group=group)
     longest = int(sizes.max())
+    if not longest:
+        return [b""] * group.size()
     mine = torch.zeros(longest, dtype=torch.uint8)
     mine[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else mine[:0]
     everyone = torch.empty(group.size() * longest, dtype=torch.uint8)

@@ -137,7 +137,7 @@ def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
 
 
 def _add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
-    """main_grad += grad_output^T x, accumulated in fp32."""
+    """main_grad += grad_output^T x. On a CPU a bf16 product is rounded to bf16 before it is added."""
     assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
     if grad_output.dtype == torch.float32:
         weight.main_grad.addmm_(grad_output.t(), x)

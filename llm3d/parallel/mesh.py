@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
@@ -39,6 +41,7 @@ class Mesh:
         self.pipeline_rank = self.rank // (tensor * self.data_size)
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._make_groups()
+        self._connect()
 
     def _make_groups(self) -> None:
         ranks = np.arange(self.size).reshape(self.pipeline_size, self.data_size, self.tensor_size)
@@ -74,7 +77,35 @@ class Mesh:
 
     def tensor_blocks(self, size: int) -> ProcessGroup:
         """This rank's block, where tensor groups are cut into blocks of `size` neighbours. Called by all ranks."""
-        return self._mine(np.arange(self.size).reshape(-1, size))
+        block = self._mine(np.arange(self.size).reshape(-1, size))
+        dist.all_reduce(self._token(), group=block)
+        return block
+
+    def _connect(self) -> None:
+        """Use every group and channel once, in one order on all ranks.
+
+        NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a
+        schedule, which is free of deadlocks only where posting a receive blocks nothing, that could be forever.
+        """
+        for group in (self.everyone, self.tensor, self.data, self.pipeline, self.model, self.embedding):
+            if group is not None:
+                dist.all_reduce(self._token(), group=group)
+        for (direction, wraps), channel in self.channels.items():
+            for stage in range(self.pipeline_size):
+                following = (stage + 1) % self.pipeline_size
+                if wraps == (following == 0):
+                    self._transfer(
+                        channel, *((stage, following) if direction == "forward" else (following, stage))
+                    )
+
+    def _transfer(self, channel: ProcessGroup, source: int, target: int) -> None:
+        if self.pipeline_rank == source:
+            dist.send(self._token(), group=channel, group_dst=target)
+        elif self.pipeline_rank == target:
+            dist.recv(self._token(), group=channel, group_src=source)
+
+    def _token(self) -> Tensor:
+        return torch.zeros(1, device=self.device)
 
     @property
     def is_first_stage(self) -> bool:
@@ -88,7 +119,28 @@ class Mesh:
         return f"tensor {self.tensor_size} x pipeline {self.pipeline_size} x data {self.data_size}"
 
 
-def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+def whole_world() -> ProcessGroup:
+    """All ranks that torchrun or Slurm has started, before there is a mesh."""
+    group = dist.group.WORLD
+    assert isinstance(group, ProcessGroup), "start_process_group has been called"
+    return group
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The world, for the time of the block; -> this rank's device."""
+    device = start_process_group()
+    try:
+        yield device
+    except BaseException:
+        # NCCL would wait here for collectives that the other ranks may never join; the process ends anyway.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def start_process_group() -> torch.device:
     """Join the world that the environment describes (RANK and WORLD_SIZE; none: a world of one); -> this rank's device.
 
     GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo.
@@ -96,11 +148,15 @@ def start_process_group(timeout: timedelta = timedelta(minutes=30)) -> torch.dev
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        # The same run gives the same bits, which resuming promises.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device

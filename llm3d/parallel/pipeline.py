@@ -41,7 +41,7 @@ class Pipeline:
         step = _Step(self, microbatches, scale)
         for action in actions:
             step.run(action)
-        for transfer in step.sent:
+        for transfer in step.sent.values():
             transfer.work.wait()
         assert not step.received and not step.inputs, (
             "every activation received was used and given its gradient"
@@ -56,7 +56,7 @@ class _Step:
         self.pipeline, self.mesh, self.microbatches, self.scale = pipeline, pipeline.mesh, microbatches, scale
         self.received: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
         self.ready: dict[tuple[Kind, tuple[int, int]], Tensor] = {}  # computed, to be sent
-        self.sent: list[_Transfer] = []
+        self.sent: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.loss: Tensor | None = None
@@ -84,8 +84,7 @@ class _Step:
         target = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
         work = dist.isend(tensor, group=self.channel(action.kind), group_dst=target)
         assert work is not None, "this rank is in its pipeline group"
-        self.sent = [transfer for transfer in self.sent if not transfer.work.is_completed()]
-        self.sent.append(_Transfer(work, tensor))
+        self.sent[action.kind, (action.chunk, action.microbatch)] = _Transfer(work, tensor)
 
     def forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
@@ -110,6 +109,7 @@ class _Step:
             gradient = torch.full_like(output, self.scale)
         else:
             gradient = self.wait(Kind.RECV_BACKWARD, key)
+            self.sent.pop((Kind.SEND_FORWARD, key)).work.wait()  # has arrived, as its gradient is back
         torch.autograd.backward(output, gradient)
         if hidden is not None:
             assert hidden.grad is not None, "the loss depends on every stage's input"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from llm3d.config import Config, with_vocab_size
+from llm3d.config import Config, DataSource, with_vocab_size
 from llm3d.data.batches import evaluation_batches, step_microbatches
 from llm3d.data.pretraining import Microbatch, PretrainingData
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
+from llm3d.train.loop import Consumed
 
 
 def open_tokenizer(config: Config) -> tuple[Config, Tokenizer | None]:
@@ -32,55 +33,65 @@ def open_tokenizer(config: Config) -> tuple[Config, Tokenizer | None]:
     return config, tokenizer
 
 
-class LanguageData:
-    """`llm3d.train.loop.TrainingData` over token files. Opening checks the files, before any process group exists."""
+class ValidationData:
+    """data.valid, a pass over which is an evaluation. Raises InputError where the files cannot be used."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.train = self._open(config.data.train, "train")
-        self.valid = self._open(config.data.valid, "valid") if config.data.valid else None
-        self.mesh: Mesh | None = None
+        self.valid = open_sources(config, config.data.valid, "valid") if config.data.valid else None
 
-    def _open(self, sources: tuple, split: str) -> PretrainingData:
-        config = self.config
-        assert config.model.vocab_size is not None, "open_tokenizer has set it"
-        return PretrainingData(
-            [(source.path, source.weight) for source in sources],
-            config.data.sequence_length,
-            config.run.seed,
-            config.model.vocab_size,
-            config.data.split_documents,
-            split,
-        )
-
-    def check_batch(self) -> None:
-        """Raise InputError where the training data does not fill one step's batch."""
-        windows, needed = self.train.num_windows, self.config.batch.global_size
-        if windows < needed:
-            raise InputError(
-                f"data.train: {windows} sequences of {self.config.data.sequence_length} tokens in all, fewer than "
-                f"one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
-            )
-
-    def microbatches(self, step: int) -> list[Microbatch]:
-        assert self.mesh is not None, "the layout is known before training starts"
-        batch = self.config.batch
-        return step_microbatches(
-            self.train, step, batch.global_size, batch.micro, self.mesh.data_rank, self.mesh.data_size
-        )
-
-    def evaluation(self) -> Iterator[list[Microbatch]]:
-        """train.eval_steps batches as large as a step's, or all validation data."""
-        assert self.mesh is not None and self.valid is not None, "the settings name validation data"
-        config = self.config
-        num_samples = self.valid.num_windows
+    def evaluation(self, mesh: Mesh) -> Iterator[list[Microbatch]]:
+        """This rank's share of train.eval_steps batches as large as a step's, or of all validation data."""
+        assert self.valid is not None, "the settings name validation data"
+        config, num_samples = self.config, self.valid.num_windows
         if config.train.eval_steps is not None:
             num_samples = min(num_samples, config.train.eval_steps * config.batch.global_size)
+        at_once = config.num_microbatches(mesh.size)
         return evaluation_batches(
-            self.valid,
-            num_samples,
-            config.batch.micro,
-            self.mesh.data_rank,
-            self.mesh.data_size,
-            at_once=config.num_microbatches(self.mesh.size),
+            self.valid, num_samples, config.batch.micro, mesh.data_rank, mesh.data_size, at_once
         )
+
+
+class LanguageData(ValidationData):
+    """`llm3d.train.loop.TrainingData` over token files. Raises InputError where they cannot be used."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.train = open_sources(config, config.data.train, "train")
+        windows, needed = self.train.num_windows, config.batch.global_size
+        if windows < needed:
+            raise InputError(
+                f"data.train: {windows} sequences of {config.data.sequence_length} tokens in all, fewer than "
+                f"one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
+            )
+        self.resume(0, Consumed(0, 0))
+
+    def resume(self, step: int, consumed: Consumed) -> None:
+        """Go on after `step`, by which the run had read `consumed`."""
+        self.start_step, self.start = step, consumed
+
+    def consumed(self, step: int) -> Consumed:
+        """Samples and tokens that the run has read, all ranks together, when `step` is done."""
+        samples = (step - self.start_step) * self.config.batch.global_size
+        return Consumed(
+            self.start.samples + samples, self.start.tokens + samples * self.config.data.sequence_length
+        )
+
+    def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
+        """This data rank's microbatches of a step."""
+        batch, first_sample = self.config.batch, self.consumed(step - 1).samples
+        return step_microbatches(
+            self.train, first_sample, batch.global_size, batch.micro, mesh.data_rank, mesh.data_size
+        )
+
+
+def open_sources(config: Config, sources: Sequence[DataSource], split: str) -> PretrainingData:
+    assert config.model.vocab_size is not None, "open_tokenizer has set it"
+    return PretrainingData(
+        [(source.path, source.weight) for source in sources],
+        config.data.sequence_length,
+        config.run.seed,
+        config.model.vocab_size,
+        config.data.split_documents,
+        split,
+    )

@@ -303,7 +303,7 @@ def _check_files(path: Path, found: Manifest, rank: int, num_ranks: int) -> None
         for file in sorted(found.files)[rank::num_ranks]:
             _check_file(path / file, found.files[file])
     except InputError as error:
-        raise InputError(f"{error}; resume from an earlier checkpoint (checkpoint.resume=PATH)") from None
+        raise InputError(f"{error}; remove this checkpoint and start again, from the one before it") from None
 
 
 def _stored(found: Manifest) -> Iterator[StoredBox]:

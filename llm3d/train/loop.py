@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llm3d.errors import Interrupted, TrainingAborted
 from llm3d.models.llama import Batch
+from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.learning_rate import learning_rate
 from llm3d.train.report import Report, memory_gib
@@ -20,14 +21,28 @@ from llm3d.train.throughput import peak_flops, step_flops
 from llm3d.train.trainer import Evaluator, StepResult, Trainer
 
 
-class TrainingData(Protocol):
+class Consumed(NamedTuple):
+    """What a run has read."""
+
+    samples: int
+    tokens: int
+
+
+class EvaluationData(Protocol):
+    """What evaluation asks of a stage's data, on each data rank."""
+
+    def evaluation(self, mesh: Mesh) -> Iterable[Sequence[Batch]]:
+        """Lists of microbatches that together are this rank's share of the validation data."""
+
+
+class TrainingData(EvaluationData, Protocol):
     """What the loop asks of a stage's data, on each data rank."""
 
-    def microbatches(self, step: int) -> Sequence[Batch]:
-        """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
+    def consumed(self, step: int) -> Consumed:
+        """What has been read when a step is done, by all ranks, since the first step."""
 
-    def evaluation(self) -> Iterable[Sequence[Batch]]:
-        """Lists of microbatches that together are this rank's share of the validation data."""
+    def microbatches(self, step: int, mesh: Mesh) -> Sequence[Batch]:
+        """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
 
 
 class Evaluation(NamedTuple):
@@ -51,30 +66,33 @@ def train(
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
     signal asks to stop (then Interrupted is raised) and before TrainingAborted is raised.
     """
-    config, steps = trainer.config, trainer.config.train.steps
+    config, mesh, steps = trainer.config, trainer.mesh, trainer.config.train.steps
     last_step = min(steps, config.train.stop_after or steps)
     meter = _Meter(trainer)
-    last_saved = start_step
+    last_saved, evaluated = start_step, 0
     with StopSignals() as signals, ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(data.microbatches, start_step + 1)
+        upcoming = reader.submit(data.microbatches, start_step + 1, mesh)
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
-            microbatches = _on_device(upcoming.result(), trainer.mesh)
+            with input_errors_on_all(mesh.everyone):
+                read = upcoming.result()
+            microbatches = _on_device(read, mesh)
             if step < last_step:
-                upcoming = reader.submit(data.microbatches, step + 1)
+                upcoming = reader.submit(data.microbatches, step + 1, mesh)
             lr = learning_rate(step, steps, config.optim)
             result = trainer.step(microbatches, lr)
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
                 _abort(step, result, save if last_saved < step - 1 else None)
-            metrics = meter.measure(step, microbatches, result, lr, time.perf_counter() - started)
+            metrics = {"step": step, **data.consumed(step)._asdict()}
+            metrics |= meter.measure(microbatches, result, lr, time.perf_counter() - started)
             if config.train.eval_every and step % config.train.eval_every == 0:
-                evaluation = evaluate(trainer, data)
+                evaluated, evaluation = step, evaluate(trainer, data)
                 metrics |= {"valid_loss": evaluation.loss, "valid_perplexity": evaluation.perplexity}
                 report.say(
                     f"step {step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
                 )
-            report.step(metrics, log=step % config.log.every == 0 or step == last_step)
-            stop = signals.agreed(trainer.mesh.everyone)
+            report.step(metrics, log=step in (last_step, evaluated) or step % config.log.every == 0)
+            stop = signals.agreed(mesh.everyone)
             if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 path = save(step)
                 last_saved = step
@@ -82,10 +100,10 @@ def train(
                     _interrupt(stop, step, last_step, path)
 
 
-def evaluate(model: Evaluator, data: TrainingData) -> Evaluation:
+def evaluate(model: Evaluator, data: EvaluationData) -> Evaluation:
     """Mean loss over the validation data; the same on every rank, whatever the layout."""
     total, num_targets = 0.0, 0
-    for microbatches in data.evaluation():
+    for microbatches in data.evaluation(model.mesh):
         loss, count = model.evaluate(_on_device(microbatches, model.mesh))
         total, num_targets = total + loss, num_targets + count
     return Evaluation(total / max(1, num_targets), num_targets)
@@ -103,16 +121,13 @@ class _Meter:
         _, self.peak = peak_flops(trainer.mesh.device, trainer.config.precision.compute)
 
     def measure(
-        self, step: int, microbatches: Sequence[Batch], result: StepResult, lr: float, seconds: float
+        self, microbatches: Sequence[Batch], result: StepResult, lr: float, seconds: float
     ) -> dict[str, Any]:
         config, mesh = self.trainer.config, self.trainer.mesh
         tokens = config.batch.global_size * config.data.sequence_length
         flops = step_flops(config.model, microbatches, tokens // mesh.data_size) * mesh.data_size
         per_device = flops / seconds / mesh.size
         return {
-            "step": step,
-            "tokens": step * tokens,
-            "samples": step * config.batch.global_size,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,

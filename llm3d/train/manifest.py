@@ -118,7 +118,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def _damaged(path: Path) -> str:
-    return f"{path}: damaged; resume from an earlier checkpoint (checkpoint.resume=PATH)"
+    return f"{path}: damaged; remove it and start again, from the checkpoint before it"
 
 
 def _checksum(content: dict[str, Any]) -> int:

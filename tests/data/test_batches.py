@@ -30,7 +30,10 @@ def numbered(count: int) -> Any:
 def test_a_step_is_shared_in_order(micro: int, per_rank: int, data_size: int, step: int) -> None:
     global_batch = micro * per_rank * data_size
     data = numbered(step * global_batch)
-    ranks = [step_microbatches(data, step, global_batch, micro, rank, data_size) for rank in range(data_size)]
+    first = (step - 1) * global_batch
+    ranks = [
+        step_microbatches(data, first, global_batch, micro, rank, data_size) for rank in range(data_size)
+    ]
     assert all(len(batch.tokens) == micro * LENGTH for rank in ranks for batch in rank)
     seen = [int(k) for rank in ranks for batch in rank for k in batch.tokens[::LENGTH]]
     assert seen == list(range((step - 1) * global_batch, step * global_batch))
@@ -49,6 +52,8 @@ def test_an_evaluation_counts_every_window_once(
     assert all(shape == shapes[0] for shape in shapes), "ranks go through the same forward passes"
     assert all(len(batches) <= at_once for batches in shapes[0])
     assert {size for batches in shapes[0] for size in batches} == {micro * LENGTH}
+    for batch in (batch for rank in ranks for batches in rank for batch in batches):
+        assert batch.num_targets == int((batch.targets >= 0).sum())
     targets = torch.cat([batch.targets for rank in ranks for batches in rank for batch in batches])
     assert sorted(targets[targets >= 0].tolist()) == sorted(list(range(num_samples)) * LENGTH)
     # No more is read than the last round of microbatches needs to be full.

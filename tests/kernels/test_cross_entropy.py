@@ -56,3 +56,24 @@ def test_a_part_without_rows_adds_nothing() -> None:
     stats = softmax_stats(logits, targets, keep_exponentials=True)
     assert stats.tolist() == [[-torch.inf] * 3, [0.0] * 3, [0.0] * 3]
     assert cross_entropy_gradient_(logits, targets, torch.ones(3), torch.ones(3)).shape == (3, 0)
+
+
+def test_the_bf16_gradient_keeps_its_digits_where_the_target_is_almost_sure() -> None:
+    """p(target) is near 1, and the weight, one over the number of tokens, is no power of two."""
+    tokens, vocabulary = 64, 4000
+    targets = torch.arange(tokens) * 61 % vocabulary
+    exact = randn(tokens, vocabulary)
+    exact[torch.arange(tokens), targets] += 15.0
+    logits = exact.bfloat16()
+    weight = torch.full((tokens,), 1 / 5003)
+
+    def torch_gradient(x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        loss = torch.nn.functional.cross_entropy(x.to(torch.promote_types(x.dtype, torch.float32)), targets)
+        return torch.autograd.grad(loss * tokens / 5003, x)[0]
+
+    expected = torch_gradient(logits.double())
+    torchs_error = (torch_gradient(logits.clone()).double() - expected).norm()
+    total = softmax_stats(logits, targets, keep_exponentials=True)[1]
+    gradient = cross_entropy_gradient_(logits, targets, weight / total, weight)
+    assert (gradient.double() - expected).norm() <= 2 * torchs_error

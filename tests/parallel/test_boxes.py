@@ -54,7 +54,7 @@ def test_an_intersection_is_found_at_the_same_values_in_both(boxes: tuple[Box, B
     first, second = boxes
     common = first.intersect(second)
     whole = Box.whole("weight", first.shape)
-    assert whole.is_whole and whole.intersect(first) == (first if first.numel else None)
+    assert whole.size == whole.shape and whole.intersect(first) == (first if first.numel else None)
     if common is not None:
         values = torch.arange(whole.numel).view(whole.shape)
         parts = [values[box.slices_within(whole)][common.slices_within(box)] for box in boxes]

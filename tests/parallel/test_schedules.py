@@ -271,7 +271,9 @@ def test_ranks_that_wait_for_each_other_are_a_deadlock(num_microbatches):
     last_forward, first_backward = num_microbatches - 1, num_microbatches
     order = orders[0]
     order[last_forward], order[first_backward] = order[first_backward], order[last_forward]
-    with pytest.raises(DeadlockError, match=r"rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"):
+    with pytest.raises(
+        DeadlockError, match=r"rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"
+    ):
         simulate(with_communication(orders, 1), 1)
 
 

@@ -20,7 +20,7 @@ from llm3d.config import make_config
 from llm3d.data.indexed import IndexedWriter
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages import pretrain
-from llm3d.stages.language_data import LanguageData, open_tokenizer
+from llm3d.stages.language_data import ValidationData
 from llm3d.train.checkpoint import load_pretrained
 from llm3d.train.loop import Evaluation, evaluate
 from llm3d.train.trainer import Evaluator
@@ -114,20 +114,16 @@ def silent() -> Iterator[io.StringIO]:
 
 def pretrain_on_rank(given: Settings) -> str:
     """What `llm3d pretrain` does under torchrun, in a world that is there already; -> what the rank said."""
-    config, tokenizer = open_tokenizer(make_config(given, dist.get_world_size()))
-    data = LanguageData(config)
-    data.check_batch()
-    data.mesh = Mesh(config.parallel.tensor, config.parallel.pipeline)
+    config, tokenizer, data = pretrain.check(make_config(given, dist.get_world_size()))
+    mesh = Mesh(config.parallel.tensor, config.parallel.pipeline)
     with silent() as said:
-        pretrain.pretrain(config, data.mesh, data, tokenizer)
+        pretrain.pretrain(config, mesh, data, tokenizer)
     return said.getvalue()
 
 
 def evaluate_on_rank(given: Settings, checkpoint: Path) -> Evaluation:
     """What `llm3d eval` does under torchrun, in a world that is there already."""
     config = make_config(given, dist.get_world_size())
-    data = LanguageData(config)
-    data.mesh = Mesh(config.parallel.tensor, config.parallel.pipeline)
-    model = Evaluator(config, data.mesh)
+    model = Evaluator(config, Mesh(config.parallel.tensor, config.parallel.pipeline))
     load_pretrained(checkpoint, model)
-    return evaluate(model, data)
+    return evaluate(model, ValidationData(config))

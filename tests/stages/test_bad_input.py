@@ -226,7 +226,7 @@ TABLE = [
         "another run.dir",
     ),
     Wrong("none wanted", later_checkpoints_but_none_wanted, ("later than step 0",), "another run.dir"),
-    Wrong("damaged", damaged, ("model.safetensors", "step-00000002"), "checkpoint.resume=PATH", BOTH),
+    Wrong("damaged", damaged, ("model.safetensors", "step-00000002"), "remove this checkpoint", BOTH),
     Wrong("resume from nowhere", resume_from_nowhere, ("checkpoint.resume", "nowhere"), "auto, none", BOTH),
     Wrong(
         "resume from a folder", resume_from_a_folder, ("folder: not a complete checkpoint",), "name another"

@@ -11,7 +11,7 @@ import torch
 from llm3d.config import make_config
 from llm3d.models.hugging_face import read_weights
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.language_data import LanguageData
+from llm3d.stages.language_data import ValidationData
 from llm3d.train.checkpoint import save_checkpoint
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
@@ -62,9 +62,8 @@ def checkpoint(directory: Path) -> Path:
 def window_by_window_on_rank(given: dict[str, Any], weights: Path) -> list[tuple[float, int]]:
     """Loss and targets of each validation window alone."""
     config = make_config(given)
-    data = LanguageData(config)
-    data.mesh = Mesh()
-    model = Evaluator(config, data.mesh)
+    data = ValidationData(config)
+    model = Evaluator(config, Mesh())
     read_weights(weights, model.flat, model.weights, config.model)
     assert data.valid is not None
     from llm3d.data.pretraining import collate

@@ -17,7 +17,7 @@ from llm3d.config import Config
 from llm3d.data.pretraining import Microbatch
 from llm3d.errors import Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.train.loop import Evaluation, evaluate, train
+from llm3d.train.loop import Consumed, Evaluation, evaluate, train
 from llm3d.train.report import METRICS, Report
 from llm3d.train.trainer import Trainer
 from tests.parity.harness import Layout, microbatches, settings
@@ -35,12 +35,15 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Data:
-    def microbatches(self, step: int) -> list[Microbatch]:
-        return microbatches(LAYOUT, step, 0)
+    def consumed(self, step: int) -> Consumed:
+        return Consumed(step * 8, step * TOKENS)
 
-    def evaluation(self) -> Iterator[list[Microbatch]]:
-        yield self.microbatches(1000)
-        yield self.microbatches(1001)[:1]
+    def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
+        return microbatches(LAYOUT, step, mesh.data_rank)
+
+    def evaluation(self, mesh: Mesh) -> Iterator[list[Microbatch]]:
+        yield self.microbatches(1000, mesh)
+        yield self.microbatches(1001, mesh)[:1]
 
 
 class Watched(Trainer):
@@ -162,7 +165,7 @@ def test_evaluations_come_as_often_as_asked_and_change_nothing(tmp_path: Path) -
 
 def test_an_evaluation_is_the_mean_over_all_targets(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    every_batch = [batch for batches in Data().evaluation() for batch in batches]
+    every_batch = [batch for batches in Data().evaluation(run.trainer.mesh) for batch in batches]
     sums = [run.trainer.evaluate([batch]) for batch in every_batch]
     result = evaluate(run.trainer, Data())
     assert result.num_targets == sum(batch.num_targets for batch in every_batch)
