@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 import yaml
 from transformers import LlamaForCausalLM
 
+from llm3d.config import make_config
 from llm3d.data.pretraining import PretrainingData
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.language_data import LanguageData
 from llm3d.train.checkpoint import latest_checkpoint
+from llm3d.train.loop import Consumed
 from tests import pool
 from tests.stages.common import (
     SEQUENCE_LENGTH,
@@ -181,3 +186,26 @@ def test_bf16_and_tied_weights_train_and_resume(corpora: Path, tmp_path: Path) -
     assert len(losses) == 6 and losses[5] < losses[3] < losses[0]
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "checkpoints" / "step-00000006" / "model")
     assert loaded.dtype == torch.bfloat16 and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_a_resumed_run_with_another_batch_goes_on_at_the_next_sample(corpora: Path, tmp_path: Path) -> None:
+    small = in_directory(corpora, tmp_path, train={"steps": 6, "stop_after": 3})
+    assert command("pretrain", small).code == 0
+    large = in_directory(corpora, tmp_path, batch={"global": 8})
+    assert command("pretrain", large).code == 0
+    samples = [step["samples"] for step in metrics(large)]
+    assert samples == [4, 8, 12, 20, 28, 36]
+    assert [step["tokens"] for step in metrics(large)] == [n * SEQUENCE_LENGTH for n in samples]
+
+    data = LanguageData(make_config(large))
+    data.resume(3, Consumed(12, 12 * SEQUENCE_LENGTH))
+    coordinates = cast(Mesh, SimpleNamespace(data_rank=0, data_size=1))
+    read = torch.cat([batch.tokens for batch in data.microbatches(4, coordinates)])
+    assert torch.equal(read, torch.cat([data.train.sample(k).tokens[:-1] for k in range(12, 20)]))
+
+
+def test_check_opens_what_a_run_needs_and_makes_nothing(corpora: Path, tmp_path: Path) -> None:
+    given = in_directory(corpora, tmp_path / "run")
+    assert command("pretrain", given, "--check").code == 0
+    assert command("pretrain", given, "--check", f"data.train=[{tmp_path / 'nowhere'}]").code == 2
+    assert not (tmp_path / "run").exists()
