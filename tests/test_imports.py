@@ -19,11 +19,11 @@ NEXT_BELOW = {
     "parallel": {"kernels"},
     "models": {"parallel"},
     "data": set[str](),
-    "train": {"models", "data"},
-    "generate": {"models", "data"},
+    "train": {"models"},
+    "generate": {"models"},
     "plan": {"train", "generate"},
     "scaling": {"train", "generate", "plan"},
-    "stages": {"train", "generate"},
+    "stages": {"train", "generate", "data"},
     "cli": {"stages", "plan", "scaling"},
 }
 FOR_ALL = {"config", "errors"}

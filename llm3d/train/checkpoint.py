@@ -18,11 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError, TrainingAborted
 from llm3d.models.hugging_face import config_files, index_of, model_names, read_weights, write_weights
 from llm3d.parallel.agreement import first_failure, input_errors_on_all
@@ -37,6 +36,14 @@ from llm3d.train.trainer import Evaluator, Trainer
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
 _OTHER_MODEL = "set model as it was when this was saved, or name another run.dir"
+
+
+class Tokenizer(Protocol):
+    """What a checkpoint asks of a tokenizer; `llm3d.data.tokenizer.Tokenizer` is one."""
+
+    def save_to(self, directory: Path) -> None:
+        """Write the files that transformers' AutoTokenizer loads."""
+
 
 # ---- saving ----
 
