@@ -6,11 +6,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from llm3d.errors import Interrupted, TrainingAborted
+from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
@@ -64,7 +65,8 @@ def train(
     """Train from start_step + 1 to train.steps, or to train.stop_after.
 
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
-    signal asks to stop (then Interrupted is raised) and before TrainingAborted is raised.
+    signal asks to stop (then Interrupted is raised) and, where that loses steps, before TrainingAborted or
+    InputError is raised.
     """
     config, mesh, steps = trainer.config, trainer.mesh, trainer.config.train.steps
     last_step = min(steps, config.train.stop_after or steps)
@@ -74,15 +76,14 @@ def train(
         upcoming = reader.submit(data.microbatches, start_step + 1, mesh)
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
-            with input_errors_on_all(mesh.everyone):
-                read = upcoming.result()
-            microbatches = _on_device(read, mesh)
+            rescue = partial(save, step - 1) if last_saved < step - 1 else None
+            microbatches = _on_device(_read(upcoming, mesh, rescue), mesh)
             if step < last_step:
                 upcoming = reader.submit(data.microbatches, step + 1, mesh)
             lr = learning_rate(step, steps, config.optim)
             result = trainer.step(microbatches, lr)
             if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                _abort(step, result, save if last_saved < step - 1 else None)
+                _abort(step, result, rescue)
             metrics = {"step": step, **data.consumed(step)._asdict()}
             metrics |= meter.measure(microbatches, result, lr, time.perf_counter() - started)
             if config.train.eval_every and step % config.train.eval_every == 0:
@@ -107,6 +108,19 @@ def evaluate(model: Evaluator, data: EvaluationData) -> Evaluation:
         loss, count = model.evaluate(_on_device(microbatches, model.mesh))
         total, num_targets = total + loss, num_targets + count
     return Evaluation(total / max(1, num_targets), num_targets)
+
+
+def _read(
+    upcoming: Future[Sequence[Batch]], mesh: Mesh, rescue: Callable[[], Path] | None
+) -> Sequence[Batch]:
+    """The step's microbatches. Where a rank cannot read its own, all save what is done and raise InputError."""
+    try:
+        with input_errors_on_all(mesh.everyone):
+            return upcoming.result()
+    except InputError:
+        if rescue:
+            rescue()
+        raise
 
 
 def _on_device(microbatches: Sequence[Batch], mesh: Mesh) -> Sequence[Batch]:
@@ -139,9 +153,9 @@ class _Meter:
         }
 
 
-def _abort(step: int, result: StepResult, save: Callable[[int], Path] | None) -> None:
+def _abort(step: int, result: StepResult, rescue: Callable[[], Path] | None) -> None:
     """Save the weights, which the step has not touched, and raise."""
-    saved = f"; the state after step {step - 1} is in {save(step - 1)}" if save else ""
+    saved = f"; the state after step {step - 1} is in {rescue()}" if rescue else ""
     raise TrainingAborted(
         f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step not taken{saved}; "
         "lower optim.lr, lengthen optim.warmup_steps or look at this step's data"

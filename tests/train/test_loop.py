@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm3d.config import Config
 from llm3d.data.pretraining import Microbatch
-from llm3d.errors import Interrupted, TrainingAborted
+from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.loop import Consumed, Evaluation, evaluate, train
 from llm3d.train.report import METRICS, Report
@@ -232,3 +232,25 @@ def test_a_signal_in_the_last_step_is_not_an_interruption(tmp_path: Path) -> Non
     run.trainer.during[5] = lambda: signal.raise_signal(signal.SIGTERM)
     run.train()
     assert run.saved_steps == [5]
+
+
+def test_data_that_cannot_be_read_ends_the_run_with_what_is_done_saved(tmp_path: Path) -> None:
+    class Broken(Data):
+        def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
+            if step == 3:
+                raise InputError("token 600 in corpus.bin")
+            return super().microbatches(step, mesh)
+
+    run = Run(tmp_path)
+    saved: list[int] = []
+
+    def save(step: int) -> Path:
+        saved.append(step)
+        return tmp_path
+
+    with (
+        Report(tmp_path, 0, 5, speaks=True, tensorboard=False) as report,
+        pytest.raises(InputError, match="token 600"),
+    ):
+        train(run.trainer, Broken(), report, 0, save)
+    assert saved == [2]
