@@ -42,7 +42,7 @@ def main() -> None:
         "--valid-fraction 0.02 --overwrite"
     )
     say("3. Pretraining on two processes that share every layer (tensor parallelism), stopped half-way")
-    layouts = ["parallel.tensor=2 parallel.sequence=true", "parallel.pipeline=2 batch.micro=4"]
+    layouts = ["parallel.tensor=2 parallel.sequence=true", "parallel.pipeline=2 batch.micro=2"]
     run(f"launch/torchrun.sh 2 pretrain {CONFIG} {layouts[0]} train.stop_after={HALF_WAY}")
     say("4. The same run goes on as two pipeline stages: a checkpoint fits any layout")
     run(f"launch/torchrun.sh 2 pretrain {CONFIG} {layouts[1]}")
