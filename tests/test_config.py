@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,7 +219,7 @@ def test_a_file_that_is_not_settings(tmp_path: Path, text: str | bytes, said: st
 
 @given(noise=st.binary())
 def test_no_file_ends_in_a_traceback(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
-    complaint(written(tmp_path_factory.getbasetemp(), noise))
+    assert complaint(written(tmp_path_factory.getbasetemp(), noise))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -340,8 +339,11 @@ def test_no_value_of_any_setting_ends_in_a_traceback(name: str, value: object) -
         settings.setdefault(section, {})[key] = value
     else:
         settings[section] = value
-    with suppress(InputError):
-        make_config(settings)
+    try:
+        made: object = make_config(settings)
+    except InputError as error:
+        made = str(error)
+    assert made, "settings, or a message"
 
 
 LAYOUTS = {
@@ -399,7 +401,9 @@ def test_a_layout_that_does_not_fit(settings: Path, layout: tuple[str, int], sai
     ],
 )
 def test_a_layout_that_fits(settings: Path, layout: str, world_size: int) -> None:
-    load_config(settings, layout.split("; "), world_size)
+    config = load_config(settings, layout.split("; "), world_size)
+    ranks = config.parallel.tensor * config.parallel.pipeline * config.data_parallel_size(world_size)
+    assert ranks == world_size and config.num_microbatches(world_size) >= 1
 
 
 # ---- models from a Hugging Face directory ----

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ LONG_TEXT = 1 << 22  # characters above which any text is encoded in parts, to b
 SENTENCEPIECE_TEXT = 1 << 14  # the same where parts are faster and provably the same
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to token ids and back.
 
     vocab_size: highest id + 1.  bos_id, eos_id: int or None.  digest: hex SHA-256 of the tokenizer's file.
@@ -83,8 +84,8 @@ class Tokenizer:
         """
         return np.concatenate([self._encode_next_part(part) for part in split_text(text, self._limit)])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str: ...
 
     def save_to(self, directory: str | Path) -> None:
         """Copy the tokenizer into a directory (made if missing) that transformers' AutoTokenizer loads."""
@@ -99,11 +100,11 @@ class Tokenizer:
         if not (directory / "tokenizer_config.json").exists():
             write_json(directory / "tokenizer_config.json", self._config())
 
-    def _config(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _config(self) -> dict[str, Any]: ...
 
-    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
     def _encode_in_parts(self, text: str) -> np.ndarray:
         first, *rest = split_text(text, self._limit)
