@@ -3,7 +3,7 @@
 #   make test     every test
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-INPUTS := setup.py pyproject.toml constraints.txt
+INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.py csrc/*/*)
 
 .PHONY: install demo test lint format clean
 .DELETE_ON_ERROR:

@@ -155,8 +155,8 @@ class LlamaLayer(nn.Module):
         attend: Callable[..., Tensor] = self._attend
         if self.recompute_attention and torch.is_grad_enabled():
             attend = recomputed(attend)
-        hidden = hidden + attend(hidden, context)
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        hidden, normalised = self.mlp_norm.after_adding(attend(hidden, context), hidden)
+        return hidden + self.mlp(normalised)
 
     def _attend(self, hidden: Tensor, context: Context) -> Tensor:
         return self.attention(self.attention_norm(hidden), context)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from llm3d.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (
     all_reduce_partial_sums,
@@ -104,6 +104,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return _RMSNorm.apply(x, self.weight, self.eps)
+
+    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x + residual, written over x, and its norm: one pass over memory where there is a fused kernel."""
+        return _AddRMSNorm.apply(x, residual, self.weight, self.eps)
 
 
 def split_evenly(extent: int, group: ProcessGroup) -> range:
@@ -239,3 +243,23 @@ class _RMSNorm(Function):
         if ctx.needs_input_grad[1]:
             add_to_main_grad(ctx.weight, grad_weight)
         return grad_input, None, None
+
+
+class _AddRMSNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: ShardedParameter, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, inverse_rms = add_rms_norm_forward(x, residual, weight, eps)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, inverse_rms)
+        ctx.weight = weight
+        return x, y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad_sum, grad_y), (x, inverse_rms) = grads, ctx.saved_tensors
+        grad_input, grad_weight = rms_norm_backward(grad_y, x, ctx.weight, inverse_rms, grad_sum)
+        if ctx.needs_input_grad[2]:
+            add_to_main_grad(ctx.weight, grad_weight)
+        return grad_input, grad_input, None, None

@@ -1,0 +1,194 @@
+"""Builds the kernels: which libraries, from which sources, with which flags. Imports no torch.
+
+`cpu_<instruction set>`  csrc/*/cpu.cpp, compiled once for each instruction set; the machine that runs picks one.
+`cuda`                   csrc/*/cuda.cu, where nvcc is there.
+
+The sources use PyTorch's stable ABI only, so a library works with every torch from 2.10 on, and compiling needs
+torch's headers, not a torch that can be imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+INSTRUCTION_SETS = {  # the names are those of torch.backends.cpu.get_cpu_capability(), in lower case
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "default": "",
+}
+ARCHITECTURES = ("80", "90")  # A100, H100 and H200; later ones compile the PTX of the last when they first load it
+TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+
+
+class CannotBuild(Exception):
+    """Why there will be no kernels, in one line. llm3d works without."""
+
+
+class BuildFailed(Exception):
+    """What was asked for and cannot be had, or the words of a compiler."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """An installed torch, seen from outside."""
+
+    root: Path
+    version: tuple[int, int]
+    cuda: str | None  # the CUDA version that it was built for
+
+
+@dataclass(frozen=True)
+class Library:
+    name: str
+    sources: tuple[Path, ...]
+    compiler: tuple[str, ...]  # up to, not including, the source
+    linker: tuple[str, ...]  # what follows the object files
+
+
+def libraries(torch: Torch) -> list[Library]:
+    """What can be built here. LLM3D_BUILD_CUDA: auto (with nvcc and a torch for its CUDA), 0 or 1."""
+    sources = tuple(sorted(CSRC.glob("*/cpu.cpp")))
+    compiler = cpp_compiler()
+    wanted = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
+    built = [
+        Library(f"cpu_{name}", sources, (*compiler, *cpp_flags(torch), *flags.split()), links(torch))
+        for name, flags in wanted.items()
+    ]
+    if (nvcc := nvcc_to_use(torch)) is not None:
+        sources = tuple(sorted(CSRC.glob("*/cuda.cu")))
+        compile_cuda = (str(nvcc), *cuda_flags(torch))
+        built.append(Library("cuda", sources, compile_cuda, links(torch, cuda=True)))
+    return built
+
+
+# ---- what is there ----
+
+
+def find_torch() -> Torch:
+    """The torch of this environment; also where pip hides it from the build (build isolation)."""
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
+    for root in roots:
+        if (root / "include/torch/csrc/stable/library.h").exists():
+            text = (root / "version.py").read_text()
+            version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
+            cuda = re.search(r"^cuda\b.* = '([\d.]+)'", text, re.MULTILINE)
+            assert version is not None, f"{root}/version.py names no version"
+            found = Torch(root, (int(version[1]), int(version[2])), cuda[1] if cuda else None)
+            if found.version < (2, 10):
+                raise CannotBuild(f"torch {version[1]}.{version[2]} is too old, 2.10 is needed")
+            return found
+    raise CannotBuild("torch is not installed yet; install it first, then llm3d")
+
+
+def cpp_compiler() -> tuple[str, ...]:
+    """$CXX, or the first of g++, clang++ and c++ that is there."""
+    if given := os.environ.get("CXX"):
+        command = tuple(shlex.split(given))
+        if shutil.which(command[0]) is None:
+            raise BuildFailed(f"CXX={given}, but there is no such program")
+        return command
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return (name,)
+    raise CannotBuild("there is no C++ compiler (g++ or clang++)")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc on the path, in $CUDA_HOME, or where CUDA installs it."""
+    places = [shutil.which("nvcc"), os.environ.get("CUDA_HOME", "") + "/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((Path(place) for place in places if place and Path(place).is_file()), None)
+
+
+def cuda_version(nvcc: Path) -> str:
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", text)
+    assert release is not None, f"nvcc --version names no release: {text}"
+    return release[1]
+
+
+def nvcc_to_use(torch: Torch) -> Path | None:
+    """nvcc, where the CUDA library is wanted; None where it is not."""
+    wanted = os.environ.get("LLM3D_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise BuildFailed(f"LLM3D_BUILD_CUDA={wanted}: allowed are auto, 0, 1")
+    nvcc = find_nvcc()
+    if wanted == "0" or (wanted == "auto" and (nvcc is None or torch.cuda is None)):
+        return None
+    if nvcc is None:
+        raise BuildFailed("LLM3D_BUILD_CUDA=1, but nvcc is neither on the path nor in CUDA_HOME")
+    if torch.cuda is not None and cuda_version(nvcc).split(".")[0] != torch.cuda.split(".")[0]:
+        problem = f"nvcc is of CUDA {cuda_version(nvcc)}, torch of CUDA {torch.cuda}: the majors must be the same"
+        if wanted == "1":
+            raise BuildFailed(problem)
+        print(f"llm3d: no CUDA kernels: {problem}", flush=True)
+        return None
+    return nvcc
+
+
+# ---- flags ----
+
+
+def includes(torch: Torch) -> list[str]:
+    return [f"-I{CSRC}", f"-isystem{torch.root / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+
+
+def cpp_flags(torch: Torch) -> list[str]:
+    # openmp-simd: only its vectorisation pragmas. Threads are torch's own, through its parallel_for.
+    # Not fast-math: NaN and infinity mean something here.
+    arithmetic = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+    return [*arithmetic, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes(torch)]
+
+
+def cuda_flags(torch: Torch) -> list[str]:
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    code.append(f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
+    host = "-Xcompiler=-fPIC,-fvisibility=hidden"
+    return ["-O3", "-std=c++17", host, "-DUSE_CUDA", "--threads=2", *code, *includes(torch)]
+
+
+def links(torch: Torch, cuda: bool = False) -> tuple[str, ...]:
+    names = ["torch_cpu", *(["torch_cuda"] if cuda and torch.cuda else [])]
+    return ("-shared", f"-L{torch.root / 'lib'}", *(f"-l{name}" for name in names))
+
+
+# ---- compiling ----
+
+
+def build(library: Library, output: Path, scratch: Path, jobs: int) -> None:
+    """Compile what is newer than its object file, and link. Raises BuildFailed with the compiler's words."""
+    newest_header = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+    digest = hashlib.sha256(repr(library.compiler).encode()).hexdigest()[:12]
+    directory = scratch / f"{library.name}-{digest}"
+    directory.mkdir(parents=True, exist_ok=True)
+
+    def compiled(source: Path) -> Path:
+        target = directory / f"{source.parent.name}.o"
+        if not target.exists() or target.stat().st_mtime < max(newest_header, source.stat().st_mtime):
+            run([*library.compiler, "-c", str(source), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(compiled, library.sources))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    run([*library.compiler, *map(str, objects), "-o", str(output), *library.linker])
+
+
+def run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildFailed(f"this failed:\n{shlex.join(command)}\n{done.stdout}{done.stderr}")

@@ -1,0 +1,163 @@
+// RMSNorm, alone or after adding a residual. Zhang and Sennrich 2019.
+//
+//   n = x / sqrt(mean(x^2) + eps),   y = n * weight
+//
+// Backward, with g = grad_y * weight:
+//   grad_x = (g - n * mean(g * n)) / rms        grad_weight = sum over tokens of grad_y * n
+#include <algorithm>
+#include <vector>
+
+#include "common/cpu.h"
+#include "common/tensor.h"
+
+namespace llm3d {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // elements a thread is worth starting for
+
+// x = x + residual where there is one, then y. Returns 1 / rms.
+template <class T>
+arithmetic<T> forward_row(T* __restrict x, const T* __restrict residual, const T* __restrict weight,
+                          T* __restrict y, int64_t columns, arithmetic<T> eps) {
+  using A = arithmetic<T>;
+  A squares = 0;
+  if (residual != nullptr) {
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < columns; i++) {
+      x[i] = narrow<T>(widen(x[i]) + widen(residual[i]));
+      const A value = widen(x[i]);
+      squares += value * value;
+    }
+  } else {
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < columns; i++) squares += widen(x[i]) * widen(x[i]);
+  }
+  const A inverse_rms = A(1) / std::sqrt(squares / columns + eps);
+#pragma omp simd
+  for (int64_t i = 0; i < columns; i++)
+    y[i] = narrow<T>(widen(x[i]) * inverse_rms * widen(weight[i]));
+  return inverse_rms;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps) {
+  const Rows rows = rows_of(x, "x");
+  check_size(weight, rows.columns, "weight");
+  check_type(weight, x.scalar_type(), "weight");
+  Tensor y = empty(x, {rows.count, rows.columns}, x.scalar_type());
+  Tensor inverse_rms = empty(x, {rows.count, 1}, arithmetic_type(x.scalar_type()));
+  const int64_t residual_stride = residual == nullptr ? 0 : rows_of(*residual, "residual").stride;
+  for_floating_type(x.scalar_type(), "rms_norm", [&](auto type) {
+    using T = typename decltype(type)::type;
+    T *in = data<T>(x), *out = data<T>(y);
+    const T *scale = data<T>(weight), *add = residual == nullptr ? nullptr : data<T>(*residual);
+    auto* inverse = data<arithmetic<T>>(inverse_rms);
+    parallel_rows(rows, kGrain, [&](int64_t row) {
+      const T* added = add == nullptr ? nullptr : add + row * residual_stride;
+      inverse[row] = forward_row<T>(in + row * rows.stride, added, scale, out + row * rows.columns,
+                                    rows.columns, arithmetic<T>(eps));
+    });
+  });
+  return {y, inverse_rms};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps) {
+  return forward(x, nullptr, weight, eps);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_forward(Tensor x, const Tensor& residual, const Tensor& weight,
+                                                double eps) {
+  check(residual.scalar_type() == x.scalar_type(), "residual and x differ in dtype");
+  check(residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == x.size(1),
+        "residual and x differ in shape");
+  return forward(x, &residual, weight, eps);
+}
+
+// grad_weight += this row's part; grad_x is written.
+template <class T>
+void backward_row(const T* __restrict grad_y, const T* __restrict x, const T* __restrict weight,
+                  const T* __restrict grad_sum, T* __restrict grad_x, arithmetic<T>* __restrict grad_weight,
+                  int64_t columns, arithmetic<T> inverse_rms) {
+  using A = arithmetic<T>;
+  A dot = 0;
+#pragma omp simd reduction(+ : dot)
+  for (int64_t i = 0; i < columns; i++) {
+    const A product = widen(grad_y[i]) * (widen(x[i]) * inverse_rms);
+    grad_weight[i] += product;
+    dot += product * widen(weight[i]);
+  }
+  const A slope = dot / columns * inverse_rms * inverse_rms;
+  if (grad_sum != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++)
+      grad_x[i] = narrow<T>(widen(grad_y[i]) * widen(weight[i]) * inverse_rms - widen(x[i]) * slope +
+                            widen(grad_sum[i]));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < columns; i++)
+      grad_x[i] = narrow<T>(widen(grad_y[i]) * widen(weight[i]) * inverse_rms - widen(x[i]) * slope);
+  }
+}
+
+// A part of the tokens has its own sum of the weight's gradient; how many there are depends on the shape alone,
+// so that the result does not depend on the number of threads.
+constexpr int64_t kParts = 64, kRowsInPart = 32;
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
+                                             const Tensor& inverse_rms, std::optional<Tensor> grad_sum) {
+  const Rows rows = rows_of(x, "x"), grad_rows = rows_of(grad_y, "grad_y");
+  check(grad_rows.count == rows.count && grad_rows.columns == rows.columns, "grad_y and x differ in shape");
+  check_size(weight, rows.columns, "weight");
+  check_size(inverse_rms, rows.count, "inverse_rms");
+  int64_t sum_stride = 0;
+  if (grad_sum.has_value()) {
+    const Rows sum_rows = rows_of(*grad_sum, "grad_sum");
+    check(sum_rows.count == rows.count && sum_rows.columns == rows.columns, "grad_sum and x differ in shape");
+    sum_stride = sum_rows.stride;
+  }
+  Tensor grad_x = empty(x, {rows.count, rows.columns}, x.scalar_type());
+  Tensor grad_weight = empty(x, {rows.columns}, arithmetic_type(x.scalar_type()));
+  const int64_t rows_in_part = std::max(kRowsInPart, (rows.count + kParts - 1) / kParts);
+  const int64_t parts = (rows.count + rows_in_part - 1) / rows_in_part;
+  for_floating_type(x.scalar_type(), "rms_norm_backward", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = arithmetic<T>;
+    std::vector<A> partial(parts * rows.columns);
+    const T *grads = data<T>(grad_y), *in = data<T>(x), *scale = data<T>(weight);
+    const T* sums = grad_sum.has_value() ? data<T>(*grad_sum) : nullptr;
+    T* out = data<T>(grad_x);
+    const A* inverse = data<A>(inverse_rms);
+    parallel_rows({parts, rows_in_part * rows.columns, 0}, kGrain, [&](int64_t part) {
+      const int64_t stop = std::min(rows.count, (part + 1) * rows_in_part);
+      for (int64_t row = part * rows_in_part; row < stop; row++)
+        backward_row<T>(grads + row * grad_rows.stride, in + row * rows.stride, scale,
+                        sums == nullptr ? nullptr : sums + row * sum_stride, out + row * rows.columns,
+                        partial.data() + part * rows.columns, rows.columns, inverse[row]);
+    });
+    A* total = data<A>(grad_weight);
+    parallel_ranges(rows.columns, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, parts)),
+                    [&](int64_t begin, int64_t end) {
+                      std::fill(total + begin, total + end, A(0));
+                      for (int64_t part = 0; part < parts; part++)
+                        for (int64_t i = begin; i < end; i++) total[i] += partial[part * rows.columns + i];
+                    });
+  });
+  return {grad_x, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llm3d, m) {
+  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("add_rms_norm_forward(Tensor(a!) x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor inverse_rms, Tensor? grad_sum)"
+      " -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llm3d, CPU, m) {
+  m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
+  m.impl("add_rms_norm_forward", TORCH_BOX(&add_rms_norm_forward));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+}  // namespace llm3d

@@ -1,0 +1,136 @@
+"""Which code computes an operation: the libraries built from csrc, another package's kernels, or plain PyTorch.
+
+LLM3D_KERNELS=auto|native|reference chooses for the process, the setting kernels.backend for a run. `auto` takes
+the library wherever there is one; `native` never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm3d.errors import InputError
+
+BACKENDS = ("auto", "native", "transformer_engine", "apex", "reference")
+INSTRUCTION_SETS = ("avx512", "avx2", "default")
+Op = Callable[..., Any]
+
+_libraries: dict[str, Path] = {}  # by device type, what is loaded
+_problems: dict[str, str] = {}  # by device type, why nothing is
+_chosen = "auto"
+
+
+def use(backend: str) -> None:
+    """Choose for the process from now on; auto leaves the choice to LLM3D_KERNELS.
+
+    Raises InputError where the choice is not one of BACKENDS, its package is not installed, or the library of the
+    CPU is wanted and not there.
+    """
+    global _chosen
+    source = "kernels.backend"
+    if backend == "auto":
+        source, backend = "LLM3D_KERNELS", os.environ.get("LLM3D_KERNELS", "auto")
+    if backend not in BACKENDS:
+        raise InputError(f"{source}: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend in ("transformer_engine", "apex") and find_spec(backend) is None:
+        raise InputError(f"{source}: {backend} needs the package {backend}, which is not installed")
+    if backend == "native" and "cpu" not in _libraries:
+        raise InputError(f"{source}: native, but {_problems['cpu']}")
+    _chosen = backend
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Like `use`, for a while."""
+    global _chosen
+    before = _chosen
+    use(backend)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def fused(op: str, x: Tensor) -> Op | None:
+    """What computes `op` for tensors such as x in one go; None: the caller's plain PyTorch does.
+
+    Raises InputError where native was chosen and the library of x's device is not there.
+    """
+    if _chosen == "reference":
+        return None
+    if _chosen in ("transformer_engine", "apex") and x.is_cuda:
+        theirs = getattr(importlib.import_module(f"llm3d.kernels.{_chosen}"), op, None)
+        if theirs is not None:
+            return theirs
+    device = "cpu" if x.device.type == "meta" else x.device.type
+    if device in _libraries and (device == "cpu" or x.dtype != torch.float64):
+        return _native(op)
+    if _chosen == "native":
+        raise InputError(f"kernels.backend: native, but {_problems.get(device, f'{device} has no kernels')}")
+    return None
+
+
+def describe(device: torch.device | str) -> str:
+    """What computes on a device, in a few words, and why where it is not the fastest."""
+    device_type = torch.device(device).type
+    if _chosen == "reference":
+        return "plain PyTorch, as chosen"
+    if device_type not in _libraries:
+        return f"plain PyTorch: {_problems.get(device_type, f'there are none for {device_type}')}"
+    native = f"native ({_libraries[device_type].stem.replace('_', ' ')})"
+    return native if _chosen in ("auto", "native") else f"{_chosen} where it has them, else {native}"
+
+
+def fake(op: str) -> Callable[[Op], Op]:
+    """Registers what `op` returns without data, for tracing: FakeTensor, torch.compile, the meta device."""
+    if "cpu" in _libraries:
+        return torch.library.register_fake(f"llm3d::{op}")
+    return lambda function: function
+
+
+def _load() -> None:
+    """Load the library of each device."""
+    directory = Path(__file__).parent
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    fitting = INSTRUCTION_SETS[INSTRUCTION_SETS.index(capability) if capability in INSTRUCTION_SETS else -1 :]
+    _load_first("cpu", [directory / f"cpu_{name}.so" for name in fitting])
+    if torch.version.cuda is None:
+        _problems["cuda"] = "this torch is built without CUDA"
+    elif "cpu" in _libraries:
+        _load_first("cuda", [directory / "cuda.so"])
+    else:
+        _problems["cuda"] = _problems["cpu"]
+
+
+@cache
+def _native(op: str) -> Op:
+    found: Op = getattr(torch.ops.llm3d, op).default
+    return found
+
+
+def _load_first(device: str, candidates: list[Path]) -> None:
+    path = next((path for path in candidates if path.exists()), None)
+    if path is None:
+        _problems[device] = (
+            f"llm3d/kernels/{candidates[0].name} is not there; installing llm3d builds it where there is "
+            f"{'a C++ compiler' if device == 'cpu' else 'nvcc, and a torch for its CUDA version'}"
+        )
+        return
+    try:
+        torch.ops.load_library(path)
+        _libraries[device] = path
+    except OSError as error:
+        _problems[device] = f"{path} cannot be loaded: {error.__cause__ or error}"
+
+
+_load()
+use("auto")
