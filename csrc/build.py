@@ -1,6 +1,6 @@
 """Builds the kernels: which libraries, from which sources, with which flags. Imports no torch.
 
-`cpu_<instruction set>`  csrc/*/cpu.cpp, compiled once for each instruction set; the machine that runs picks one.
+`cpu_<instruction set>`  csrc/ops.cpp and csrc/*/cpu.cpp, compiled once for each instruction set; the machine that runs picks one.
 `cuda`                   csrc/*/cuda.cu, where nvcc is there.
 
 The sources use PyTorch's stable ABI only, so a library works with every torch from 2.10 on, and compiling needs
@@ -59,8 +59,8 @@ class Library:
 
 
 def libraries(torch: Torch) -> list[Library]:
-    """What can be built here. LLM3D_BUILD_CUDA: auto (with nvcc and a torch for its CUDA), 0 or 1."""
-    sources = tuple(sorted(CSRC.glob("*/cpu.cpp")))
+    """What is to be built here. LLM3D_BUILD_CUDA: auto (with nvcc and a torch for its CUDA), 0 or 1."""
+    sources = (CSRC / "ops.cpp", *sorted(CSRC.glob("*/cpu.cpp")))
     compiler = cpp_compiler()
     wanted = INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {"default": ""}
     built = [
@@ -177,7 +177,7 @@ def build(library: Library, output: Path, scratch: Path, jobs: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
-        target = directory / f"{source.parent.name}.o"
+        target = directory / f"{source.parent.name}-{source.stem}.o"
         if not target.exists() or target.stat().st_mtime < max(newest_header, source.stat().st_mtime):
             run([*library.compiler, "-c", str(source), "-o", str(target)])
         return target

@@ -11,6 +11,14 @@
 
 #include "common/scalar.h"
 
+// Where implementations are registered: LLM3D_CPU(m) { m.impl("op", TORCH_BOX(&op)); }
+#ifndef LLM3D_NAMESPACE
+#define LLM3D_NAMESPACE llm3d
+#define LLM3D_CUDA_KEY CUDA
+#endif
+#define LLM3D_CPU(m) STABLE_TORCH_LIBRARY_IMPL(LLM3D_NAMESPACE, CPU, m)
+#define LLM3D_CUDA(m) STABLE_TORCH_LIBRARY_IMPL(LLM3D_NAMESPACE, LLM3D_CUDA_KEY, m)
+
 namespace llm3d {
 
 using torch::headeronly::ScalarType;

@@ -146,15 +146,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(llm3d, m) {
-  m.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def("add_rms_norm_forward(Tensor(a!) x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
-  m.def(
-      "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor inverse_rms, Tensor? grad_sum)"
-      " -> (Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(llm3d, CPU, m) {
+LLM3D_CPU(m) {
   m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
   m.impl("add_rms_norm_forward", TORCH_BOX(&add_rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));

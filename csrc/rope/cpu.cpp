@@ -1,0 +1,53 @@
+// Rotary position embeddings in place, in the half-split convention of Hugging Face's LLaMA. Su et al. 2021.
+//
+// The pair (x[i], x[i + head_dim / 2]) of a head of the token at position p turns by the angle in row p of the
+// tables; backward turns it back.
+#include "common/cpu.h"
+#include "rope/shape.h"
+
+namespace llm3d {
+namespace {
+
+constexpr int64_t kGrain = 1 << 13;  // elements a thread is worth starting for
+
+template <class T>
+void rotate_head(T* __restrict first, T* __restrict second, const arithmetic<T>* __restrict cos,
+                 const arithmetic<T>* __restrict sin, int64_t half, arithmetic<T> direction) {
+  using A = arithmetic<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    const A a = widen(first[i]), b = widen(second[i]), s = sin[i] * direction;
+    first[i] = narrow<T>(a * cos[i] - b * s);
+    second[i] = narrow<T>(b * cos[i] + a * s);
+  }
+}
+
+void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens, bool inverse) {
+  const RopeShape shape = rope_shape(x, cos, sin, cu_seqlens);
+  const int32_t* starts = data<int32_t>(cu_seqlens);
+  for_floating_type(x.scalar_type(), "rope_", [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = arithmetic<T>;
+    T* heads = data<T>(x);
+    const A *cosines = data<A>(cos), *sines = data<A>(sin), direction = inverse ? A(-1) : A(1);
+    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.heads * shape.half));
+    parallel_ranges(shape.tokens, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t token = begin; token < end; token++) {
+        const int64_t position = position_of(token, starts, shape.sequences);
+        // A token beyond the last sequence, or a position beyond the tables, stays as it is.
+        if (position < 0 || position >= shape.positions) continue;
+        const A *c = cosines + position * shape.half, *s = sines + position * shape.half;
+        for (int64_t head = 0; head < shape.heads; head++) {
+          T* first = heads + token * shape.token_stride + head * shape.head_stride;
+          rotate_head<T>(first, first + shape.half, c, s, shape.half, direction);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+LLM3D_CPU(m) { m.impl("rope_", TORCH_BOX(&rope_)); }
+
+}  // namespace llm3d
