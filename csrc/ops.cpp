@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LLM3D_NAMESPACE, m) {
   // csrc/cross_entropy
   m.def("softmax_stats(Tensor logits, Tensor targets) -> Tensor");
   m.def(
-      "cross_entropy_backward_(Tensor(a!) logits, Tensor targets, Tensor log_normaliser, Tensor scale,"
+      "cross_entropy_backward_(Tensor(a!) logits, Tensor targets, Tensor maximum, Tensor scale,"
       " Tensor at_target, Tensor shift) -> ()");
   // csrc/adamw
   m.def(
@@ -26,4 +26,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LLM3D_NAMESPACE, m) {
       " int seed, int offset) -> ()");
   // csrc/gradient_norm
   m.def("squared_norm(Tensor x) -> Tensor");
+  // csrc/paged_attention
+  m.def(
+      "kv_cache_append_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor k, Tensor v, Tensor slots) -> ()");
+  m.def(
+      "paged_decode_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor lengths,"
+      " float scale) -> Tensor");
 }

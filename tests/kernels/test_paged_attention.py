@@ -1,0 +1,202 @@
+"""Attention over a paged cache against fp64 attention over the same tokens laid side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from llm3d.kernels.attention import attention
+from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
+from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HEADS = [(4, 1), (6, 2), (3, 3), (10, 1)]  # query heads, key-value heads
+
+
+@dataclass
+class Sequences:
+    """Tokens of some sequences, in a cache whose blocks are shuffled and whose unused memory is NaN."""
+
+    q: Tensor  # [sequences, heads, head_dim]
+    k: list[Tensor]  # of each sequence: [length, kv_heads, head_dim]
+    v: list[Tensor]
+    key_cache: Tensor
+    value_cache: Tensor
+    block_table: Tensor
+    lengths: Tensor
+
+    def decode(self) -> Tensor:
+        tables = self.block_table, self.lengths
+        return paged_decode_attention(self.q, self.key_cache, self.value_cache, *tables, self.scale)
+
+    @property
+    def scale(self) -> float:
+        return self.q.shape[-1] ** -0.5
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """By PyTorch, a sequence at a time, computed in dtype."""
+        return torch.stack(
+            [dense_attention(*(x.to(dtype) for x in one)) for one in zip(self.q, self.k, self.v, strict=True)]
+        )
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q: [heads, head_dim], k, v: [tokens, kv_heads, head_dim] -> [heads, head_dim]; of no tokens, 0."""
+    k, v = (x.repeat_interleave(len(q) // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("hd,thd->ht", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("ht,thd->hd", scores.softmax(-1), v)
+
+
+def block_tables(lengths: list[int], block_size: int, spare: int = 2) -> tuple[Tensor, int]:
+    """Tables that give each sequence its blocks, in a shuffled order; unused entries are -1. And the blocks in all."""
+    counts = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(counts) + spare, generator=torch.Generator().manual_seed(3)).int()
+    table = torch.full((len(lengths), max(counts, default=0) + spare), -1, dtype=torch.int32)
+    for row, blocks in zip(table, order[: sum(counts)].split(counts), strict=True):
+        row[: len(blocks)] = blocks
+    return table, len(order)
+
+
+def slots_of(table_row: Tensor, length: int, block_size: int) -> Tensor:
+    token = torch.arange(length)
+    return table_row.long()[token // block_size] * block_size + token % block_size
+
+
+def sequences(
+    lengths: list[int],
+    dtype: torch.dtype = torch.float32,
+    heads: tuple[int, int] = (6, 2),
+    head_dim: int = 8,
+    block_size: int = 3,
+    scale: float = 1.0,
+) -> Sequences:
+    table, blocks = block_tables(lengths, block_size)
+    caches = [torch.full((blocks, block_size, heads[1], head_dim), torch.nan, dtype=dtype) for _ in range(2)]
+    k = [randn(length, heads[1], head_dim, seed=i).to(dtype) for i, length in enumerate(lengths)]
+    v = [randn(length, heads[1], head_dim, seed=i + 50).to(dtype) for i, length in enumerate(lengths)]
+    for i, length in enumerate(lengths):
+        kv_cache_append_(*caches, k[i], v[i], slots_of(table[i], length, block_size))
+    q = randn(len(lengths), heads[0], head_dim, seed=99, scale=scale).to(dtype)
+    return Sequences(q, k, v, *caches, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def assert_exact(inputs: Sequences) -> None:
+    out, exact = inputs.decode(), inputs.dense(torch.float64)
+    assert out.dtype == inputs.q.dtype and out.is_contiguous()
+    if out.dtype == torch.float32:
+        assert_close(out, exact)
+    elif out.dtype == torch.float64:
+        assert_close(out, exact, tolerance=1e-14)
+    else:
+        assert_as_exact_as(inputs.dense(out.dtype), out, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_a_decoded_token_is_dense_attention(block_size: int, dtype: torch.dtype) -> None:
+    """Ragged lengths: none, one, a block's boundary, beyond it, and some that need several tiles of scores."""
+    assert_exact(sequences([0, 1, 16, 17, 48, 150], dtype, block_size=block_size))
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 64, 80, 129])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_any_heads_of_any_size(heads: tuple[int, int], head_dim: int) -> None:
+    assert_exact(sequences([7, 0, 70], heads=heads, head_dim=head_dim))
+
+
+def test_scores_of_any_size() -> None:
+    """Where one score stands far above the others, and where the largest comes last."""
+    assert_exact(sequences([200, 5], scale=300.0))
+    inputs = sequences([130], heads=(1, 1), block_size=16)
+    for token, slot in enumerate(slots_of(inputs.block_table[0], 130, 16).tolist()):
+        inputs.k[0][token] = inputs.q[0] * token / 10
+        inputs.key_cache.flatten(0, 1)[slot] = inputs.k[0][token]
+    assert_exact(inputs)
+
+
+def test_no_sequences_and_no_tokens() -> None:
+    assert sequences([]).decode().shape == (0, 6, 8)
+    assert torch.equal(sequences([0, 0]).decode(), torch.zeros(2, 6, 8))
+
+
+def test_nan_in_a_used_key_reaches_its_heads_alone() -> None:
+    inputs = sequences([20, 20])
+    inputs.key_cache.flatten(0, 1)[slots_of(inputs.block_table[1], 20, 3)[4], 0, 0] = torch.nan
+    out = inputs.decode()
+    assert out[1, :3].isnan().all()
+    assert torch.isfinite(out[0]).all() and torch.isfinite(out[1, 3:]).all()
+
+
+def test_strided_queries() -> None:
+    inputs = sequences([9, 40])
+    expected = inputs.decode()
+    packed = torch.randn(2, 11, 8)
+    packed[:, 2:8] = inputs.q
+    inputs.q = packed[:, 2:8]
+    assert torch.equal(inputs.decode(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeated_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+    inputs = sequences([300, 1, 0, 77], dtype, head_dim=40)
+    first = inputs.decode()
+    assert all(torch.equal(inputs.decode(), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_appended_is_what_is_read(dtype: torch.dtype) -> None:
+    """Through views into a packed qkv. The rest of the cache stays, and a token without a slot is not stored."""
+    heads, kv_heads, head_dim, block_size = 4, 2, 5, 3
+    qkv = torch.randn(6, heads + 2 * kv_heads, head_dim).to(dtype)
+    _, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    caches = [torch.randn(7, block_size, kv_heads, head_dim).to(dtype) for _ in range(2)]
+    expected = [cache.clone() for cache in caches]
+    slots = torch.tensor([13, -1, 0, 20, -7, 7])
+    kv_cache_append_(*caches, k, v, slots)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[0][slot // block_size, slot % block_size] = k[token]
+            expected[1][slot // block_size, slot % block_size] = v[token]
+    assert torch.equal(caches[0], expected[0]) and torch.equal(caches[1], expected[1])
+
+
+def test_a_slot_beyond_the_cache_is_an_error() -> None:
+    caches = [torch.zeros(2, 3, 1, 4) for _ in range(2)]
+    with pytest.raises((RuntimeError, IndexError), match="6"):
+        kv_cache_append_(*caches, torch.ones(2, 1, 4), torch.ones(2, 1, 4), torch.tensor([5, 6]))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decoding_step_by_step_is_causal_attention(heads: tuple[int, int]) -> None:
+    """Token by token for two sequences, the second three tokens shorter, against all tokens at once."""
+    lengths, head_dim, block_size = [12, 9], 16, 4
+    q = [randn(length, heads[0], head_dim, seed=i).float() for i, length in enumerate(lengths)]
+    k = [randn(length, heads[1], head_dim, seed=i + 10).float() for i, length in enumerate(lengths)]
+    v = [randn(length, heads[1], head_dim, seed=i + 20).float() for i, length in enumerate(lengths)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    whole = attention(torch.cat(q), torch.cat(k), torch.cat(v), cu_seqlens, max(lengths)).split(lengths)
+    table, blocks = block_tables(lengths, block_size)
+    caches = [torch.full((blocks, block_size, heads[1], head_dim), torch.nan) for _ in range(2)]
+    for step in range(max(lengths)):
+        running = [i for i, length in enumerate(lengths) if step < length]
+        slots = torch.stack([slots_of(table[i], step + 1, block_size)[step] for i in running])
+        now = [torch.stack([x[i][step] for i in running]) for x in (q, k, v)]
+        kv_cache_append_(*caches, now[1], now[2], slots)
+        seen = torch.full((len(running),), step + 1, dtype=torch.int32)
+        out = paged_decode_attention(now[0], *caches, table[: len(running)], seen, head_dim**-0.5)
+        expected = torch.stack([whole[i][step] for i in running])
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ops_declare_what_they_do() -> None:
+    """Schema, mutation and the shapes given to tracing, by PyTorch's own check."""
+    inputs = sequences([5, 0, 9])
+    tables = inputs.block_table, inputs.lengths
+    decode = inputs.q, inputs.key_cache.nan_to_num(), inputs.value_cache.nan_to_num(), *tables, 0.5
+    torch.library.opcheck(torch.ops.llm3d.paged_decode_attention.default, decode)
+    k, v = torch.randn(3, 7, 8).split([3, 2, 2], dim=1)[1:]
+    append = torch.zeros(4, 3, 2, 8), torch.zeros(4, 3, 2, 8), k, v, torch.tensor([11, -1, 2])
+    torch.library.opcheck(torch.ops.llm3d.kv_cache_append_.default, append)
