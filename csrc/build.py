@@ -1,6 +1,6 @@
 """Builds the kernels: which libraries, from which sources, with which flags. Imports no torch.
 
-`cpu_<instruction set>`  csrc/ops.cpp and csrc/*/cpu.cpp, compiled once for each instruction set; the machine that runs picks one.
+`cpu_<instruction set>`  csrc/ops.cpp and csrc/*/cpu.cpp, once for each instruction set; the machine that runs picks.
 `cuda`                   csrc/*/cuda.cu, where nvcc is there.
 
 The sources use PyTorch's stable ABI only, so a library works with every torch from 2.10 on, and compiling needs
@@ -29,7 +29,10 @@ INSTRUCTION_SETS = {  # the names are those of torch.backends.cpu.get_cpu_capabi
     "avx2": "-mavx2 -mfma -mf16c",
     "default": "",
 }
-ARCHITECTURES = ("80", "90")  # A100, H100 and H200; later ones compile the PTX of the last when they first load it
+ARCHITECTURES = (
+    "80",
+    "90",
+)  # A100, H100 and H200; later ones compile the PTX of the last when they first load it
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 
 
@@ -132,7 +135,9 @@ def nvcc_to_use(torch: Torch) -> Path | None:
     if nvcc is None:
         raise BuildFailed("LLM3D_BUILD_CUDA=1, but nvcc is neither on the path nor in CUDA_HOME")
     if torch.cuda is not None and cuda_version(nvcc).split(".")[0] != torch.cuda.split(".")[0]:
-        problem = f"nvcc is of CUDA {cuda_version(nvcc)}, torch of CUDA {torch.cuda}: the majors must be the same"
+        problem = (
+            f"nvcc is of CUDA {cuda_version(nvcc)}, torch of CUDA {torch.cuda}: the majors must be the same"
+        )
         if wanted == "1":
             raise BuildFailed(problem)
         print(f"llm3d: no CUDA kernels: {problem}", flush=True)
@@ -144,13 +149,17 @@ def nvcc_to_use(torch: Torch) -> Path | None:
 
 
 def includes(torch: Torch) -> list[str]:
-    return [f"-I{CSRC}", f"-isystem{torch.root / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    return [
+        f"-I{CSRC}",
+        f"-isystem{torch.root / 'include'}",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+    ]
 
 
 def cpp_flags(torch: Torch) -> list[str]:
     # openmp-simd: only its vectorisation pragmas. Threads are torch's own, through its parallel_for.
     # Not fast-math: NaN and infinity mean something here.
-    arithmetic = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+    arithmetic = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     return [*arithmetic, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes(torch)]
 
 

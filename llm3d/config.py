@@ -180,6 +180,21 @@ class BatchConfig(Section):
     """Sequences a microbatch, on one data-parallel rank."""
 
 
+class LossConfig(Section):
+    """What is added to the cross-entropy that is trained on; evaluations are without."""
+
+    z_loss: float = Field(0.0, ge=0)
+    """Times the squared logarithm of the softmax's normaliser: keeps logits from drifting."""
+    label_smoothing: Fraction = 0.0
+    """Share of each target's probability that is spread over the whole vocabulary."""
+
+
+class KernelsConfig(Section):
+    backend: Literal["auto", "native", "transformer_engine", "apex", "reference"] = "auto"
+    """Which code computes norms, rotary positions, activations, losses and AdamW; auto: LLM3D_KERNELS, or the
+    fastest that is there; native: llm3d's own, or an error; reference: plain PyTorch."""
+
+
 class OptimConfig(Section):
     """AdamW and its learning rate."""
 
@@ -232,7 +247,9 @@ class Config(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     data: DataConfig
     batch: BatchConfig
+    loss: LossConfig
     optim: OptimConfig
+    kernels: KernelsConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
     log: LogConfig

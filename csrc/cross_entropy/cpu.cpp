@@ -3,7 +3,7 @@
 // Forward reads them once: a running maximum m and sum of exp(x - m), rescaled where the maximum grows (Milakov and
 // Gimelshein 2018). Backward overwrites them:
 //
-//   grad = scale * exp(x - log_normaliser) + shift, plus at_target at the target
+//   grad = scale * exp(x - maximum) + shift, plus at_target at the target
 //
 // which covers cross-entropy, z-loss, label smoothing and log-probabilities (llm3d/parallel/cross_entropy.py).
 #include <limits>
@@ -86,7 +86,7 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& targets) {
 }
 
 template <class T>
-void gradient_row(T* __restrict x, int64_t count, int64_t target, arithmetic<T> log_normaliser,
+void gradient_row(T* __restrict x, int64_t count, int64_t target, arithmetic<T> maximum,
                   arithmetic<T> scale, arithmetic<T> at_target, arithmetic<T> shift) {
   using A = arithmetic<T>;
   if (scale == 0 && at_target == 0 && shift == 0) {  // an ignored token: whatever its logits are, NaN too
@@ -94,26 +94,26 @@ void gradient_row(T* __restrict x, int64_t count, int64_t target, arithmetic<T> 
     return;
   }
   const bool here = target >= 0 && target < count;
-  const A kept = here ? scale * exponential(widen(x[target]) - log_normaliser) + shift + at_target : A(0);
+  const A kept = here ? scale * exponential(widen(x[target]) - maximum) + shift + at_target : A(0);
 #pragma omp simd
   for (int64_t i = 0; i < count; i++)
-    x[i] = narrow<T>(scale * exponential(widen(x[i]) - log_normaliser) + shift);
+    x[i] = narrow<T>(scale * exponential(widen(x[i]) - maximum) + shift);
   if (here) x[target] = narrow<T>(kept);
 }
 
-void cross_entropy_backward_(Tensor logits, const Tensor& targets, const Tensor& log_normaliser,
+void cross_entropy_backward_(Tensor logits, const Tensor& targets, const Tensor& maximum,
                              const Tensor& scale, const Tensor& at_target, const Tensor& shift) {
   const Rows rows = check_logits(logits, targets);
-  check_factors(logits, rows.count, {&log_normaliser, &scale, &at_target, &shift});
+  check_factors(logits, rows.count, {&maximum, &scale, &at_target, &shift});
   const int64_t* columns = data<int64_t>(targets);
   for_floating_type(logits.scalar_type(), "cross_entropy_backward_", [&](auto type) {
     using T = typename decltype(type)::type;
     using A = arithmetic<T>;
     T* x = data<T>(logits);
-    const A *normalisers = data<A>(log_normaliser), *scales = data<A>(scale);
+    const A *maxima = data<A>(maximum), *scales = data<A>(scale);
     const A *at_targets = data<A>(at_target), *shifts = data<A>(shift);
     parallel_rows(rows, kBlock, [&](int64_t row) {
-      gradient_row<T>(x + row * rows.stride, rows.columns, columns[row], normalisers[row], scales[row],
+      gradient_row<T>(x + row * rows.stride, rows.columns, columns[row], maxima[row], scales[row],
                       at_targets[row], shifts[row]);
     });
   });

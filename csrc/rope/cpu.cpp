@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 13;  // elements a thread is worth starting for
 
 template <class T>
-void rotate_head(T* __restrict first, T* __restrict second, const arithmetic<T>* __restrict cos,
-                 const arithmetic<T>* __restrict sin, int64_t half, arithmetic<T> direction) {
+void rotate_head(T* __restrict first, T* __restrict second, const float* __restrict cos,
+                 const float* __restrict sin, int64_t half, float direction) {
   using A = arithmetic<T>;
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
@@ -25,18 +25,20 @@ void rotate_head(T* __restrict first, T* __restrict second, const arithmetic<T>*
 void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens, bool inverse) {
   const RopeShape shape = rope_shape(x, cos, sin, cu_seqlens);
   const int32_t* starts = data<int32_t>(cu_seqlens);
+  check(starts[0] == 0 && starts[shape.sequences] == shape.tokens, "cu_seqlens goes from ", starts[0], " to ",
+        starts[shape.sequences], ", not over the ", shape.tokens, " tokens");
+  for (int64_t i = 0; i < shape.sequences; i++)
+    check(starts[i] <= starts[i + 1] && starts[i + 1] - starts[i] <= shape.positions, "sequence ", i, " has ",
+          starts[i + 1] - starts[i], " tokens, the tables have ", shape.positions, " positions");
   for_floating_type(x.scalar_type(), "rope_", [&](auto type) {
     using T = typename decltype(type)::type;
-    using A = arithmetic<T>;
     T* heads = data<T>(x);
-    const A *cosines = data<A>(cos), *sines = data<A>(sin), direction = inverse ? A(-1) : A(1);
+    const float *cosines = data<float>(cos), *sines = data<float>(sin), direction = inverse ? -1 : 1;
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.heads * shape.half));
     parallel_ranges(shape.tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++) {
         const int64_t position = position_of(token, starts, shape.sequences);
-        // A token beyond the last sequence, or a position beyond the tables, stays as it is.
-        if (position < 0 || position >= shape.positions) continue;
-        const A *c = cosines + position * shape.half, *s = sines + position * shape.half;
+        const float *c = cosines + position * shape.half, *s = sines + position * shape.half;
         for (int64_t head = 0; head < shape.heads; head++) {
           T* first = heads + token * shape.token_stride + head * shape.head_stride;
           rotate_head<T>(first, first + shape.half, c, s, shape.half, direction);

@@ -19,8 +19,8 @@ inline RopeShape rope_shape(const Tensor& x, const Tensor& cos, const Tensor& si
   check(cos.dim() == 2 && cos.size(1) == half, "cos is not [positions, ", half, "]");
   check_size(sin, cos.numel(), "sin");
   check_contiguous(cos, "cos");
-  check_type(cos, arithmetic_type(x.scalar_type()), "cos");
-  check_type(sin, arithmetic_type(x.scalar_type()), "sin");
+  check_type(cos, ScalarType::Float, "cos");
+  check_type(sin, ScalarType::Float, "sin");
   check_type(cu_seqlens, ScalarType::Int, "cu_seqlens");
   check(cu_seqlens.dim() == 1 && cu_seqlens.numel() > 0, "cu_seqlens is not [sequences + 1]");
   check_contiguous(cu_seqlens, "cu_seqlens");

@@ -36,13 +36,12 @@ class Microbatch:
     """Samples laid end to end, T tokens, with the segments that attention keeps apart.
 
     tokens: int64 [T].  targets: int64 [T], -100 where ignored (what follows a document's last token belongs
-    to another document).  positions: int64 [T], from 0 in each segment.  cu_seqlens: int32 [segments + 1],
-    where segments start, then T.  max_seqlen: the longest segment.  num_targets: targets that count.
+    to another document).  cu_seqlens: int32 [segments + 1], where segments start, then T.  max_seqlen: the longest
+    segment.  num_targets: targets that count.
     """
 
     tokens: Tensor
     targets: Tensor
-    positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     num_targets: int
@@ -52,7 +51,6 @@ class Microbatch:
             self,
             tokens=self.tokens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
         )
 
@@ -70,14 +68,11 @@ def collate(samples: Sequence[Sample]) -> Microbatch:
         last += [i * length + length - 1] if sample.ends_document else []
     targets[last] = IGNORED
     cu_seqlens = torch.tensor([*starts, len(tokens)], dtype=torch.int32)
-    lengths = cu_seqlens.diff().long()
-    positions = torch.arange(len(tokens)) - torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
     return Microbatch(
         tokens=tokens,
         targets=targets,
-        positions=positions,
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(lengths.max()),
+        max_seqlen=int(cu_seqlens.diff().max()),
         num_targets=len(tokens) - len(last),
     )
 

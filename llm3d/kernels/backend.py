@@ -29,11 +29,11 @@ _problems: dict[str, str] = {}  # by device type, why nothing is
 _chosen = "auto"
 
 
-def use(backend: str) -> None:
+def use(backend: str, device: torch.device | str = "cpu") -> None:
     """Choose for the process from now on; auto leaves the choice to LLM3D_KERNELS.
 
-    Raises InputError where the choice is not one of BACKENDS, its package is not installed, or the library of the
-    CPU is wanted and not there.
+    Raises InputError where the choice is not one of BACKENDS, its package is not installed, or `native` has no
+    library for the device.
     """
     global _chosen
     source = "kernels.backend"
@@ -43,8 +43,8 @@ def use(backend: str) -> None:
         raise InputError(f"{source}: {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend in ("transformer_engine", "apex") and find_spec(backend) is None:
         raise InputError(f"{source}: {backend} needs the package {backend}, which is not installed")
-    if backend == "native" and "cpu" not in _libraries:
-        raise InputError(f"{source}: native, but {_problems['cpu']}")
+    if backend == "native" and (problem := _problem(device)):
+        raise InputError(f"{source}: native, but {problem}")
     _chosen = backend
 
 
@@ -74,20 +74,25 @@ def fused(op: str, x: Tensor) -> Op | None:
     device = "cpu" if x.device.type == "meta" else x.device.type
     if device in _libraries and (device == "cpu" or x.dtype != torch.float64):
         return _native(op)
-    if _chosen == "native":
-        raise InputError(f"kernels.backend: native, but {_problems.get(device, f'{device} has no kernels')}")
+    if _chosen == "native" and (problem := _problem(device)):
+        raise InputError(f"kernels.backend: native, but {problem}")
     return None
 
 
 def describe(device: torch.device | str) -> str:
     """What computes on a device, in a few words, and why where it is not the fastest."""
-    device_type = torch.device(device).type
     if _chosen == "reference":
         return "plain PyTorch, as chosen"
-    if device_type not in _libraries:
-        return f"plain PyTorch: {_problems.get(device_type, f'there are none for {device_type}')}"
-    native = f"native ({_libraries[device_type].stem.replace('_', ' ')})"
+    if problem := _problem(device):
+        return f"plain PyTorch: {problem}"
+    native = f"native ({_libraries[torch.device(device).type].stem.replace('_', ' ')})"
     return native if _chosen in ("auto", "native") else f"{_chosen} where it has them, else {native}"
+
+
+def _problem(device: torch.device | str) -> str | None:
+    """Why there is no library for a device; None: there is one."""
+    device_type = torch.device(device).type
+    return None if device_type in _libraries else _problems.get(device_type, f"{device_type} has no kernels")
 
 
 def fake(op: str) -> Callable[[Op], Op]:

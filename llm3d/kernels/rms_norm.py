@@ -20,9 +20,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return torch.mul(x, inverse_rms).mul_(weight).to(x.dtype), inverse_rms
 
 
-def add_rms_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x becomes x + residual, in place; then as rms_norm_forward. residual: like x."""
     if op := fused("add_rms_norm_forward", x):
         return op(x, residual, weight, eps)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from llm3d.kernels.backend import fake, fused
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
     """fp32 [head_dim / 2] on the CPU: radians a position, theta^(-2i / head_dim), scaled.
@@ -30,41 +32,60 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each [tokens, 1, head_dim / 2] in dtype, for int64 positions [tokens]."""
-    angles = (positions[:, None].float() * frequencies)[:, None, :]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def rope_tables(positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at positions 0, 1, ...: fp32 [positions, head_dim / 2] each."""
+    at = torch.arange(positions, device=frequencies.device, dtype=torch.float32)
+    angles = torch.outer(at, frequencies)
+    return angles.cos(), angles.sin()
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[..., i], x[..., i + head_dim / 2]), in place. x: [tokens, heads, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = (first * cos).addcmul_(second, sin, value=-1)
-    second.mul_(cos).addcmul_(first, sin)
-    first.copy_(rotated)
-    return x
+def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int) -> Tensor:
+    """Rotate the first `num_rotated` heads (queries and keys) of qkv, in place.
+
+    qkv: [tokens, heads, head_dim]; cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the
+    number of tokens; cos, sin: of rope_tables, for the longest sequence or more. Backward: the inverse rotation.
+    """
+    return _Rope.apply(qkv, cos, sin, cu_seqlens, num_rotated)
 
 
 class _Rope(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int
+    ) -> Tensor:
+        ctx.save_for_backward(cos, sin, cu_seqlens)
         ctx.num_rotated = num_rotated
-        rotate_(qkv[:, :num_rotated], cos, sin)
+        rotate_(qkv[:, :num_rotated], cos, sin, cu_seqlens)
         ctx.mark_dirty(qkv)
         return qkv
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         grad = grads[0].contiguous()  # made by the backward of a split just now, so it may be overwritten
-        rotate_(grad[:, : ctx.num_rotated], cos, -sin)
-        return grad, None, None, None
+        cos, sin, cu_seqlens = ctx.saved_tensors
+        rotate_(grad[:, : ctx.num_rotated], cos, sin, cu_seqlens, inverse=True)
+        return grad, None, None, None, None
 
 
-def rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
-    """Rotate the first `num_rotated` heads (queries and keys) of qkv, in place.
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool = False) -> None:
+    """Turn the pairs (x[..., i], x[..., i + head_dim / 2]), in place, by the angles of their tokens' positions.
 
-    qkv: [tokens, heads, head_dim]; cos, sin: [tokens, 1, head_dim / 2]. Backward: the inverse rotation.
+    x: [tokens, heads, head_dim], of any strides but a last of 1; the rest as in `rope`.
     """
-    return _Rope.apply(qkv, cos, sin, num_rotated)
+    if op := fused("rope_", x):
+        op(x, cos, sin, cu_seqlens, inverse)
+        return
+    token = torch.arange(len(x), device=x.device)
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+    cos, sin = cos[token - starts][:, None], sin[token - starts][:, None]
+    first, second = x.chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
+    turned = first * cos - second * sin
+    second.copy_(second * cos + first * sin)
+    first.copy_(turned)
+
+
+@fake("rope_")
+def _(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool) -> None:
+    return None

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from llm3d.config import ModelConfig, ParallelConfig
+from llm3d.config import LossConfig, ModelConfig, ParallelConfig
 from llm3d.models.llama import LlamaStage
 from llm3d.parallel.boxes import Box
 from llm3d.parallel.flat import FlatParameters
@@ -19,7 +19,11 @@ _BLOCK_ROWS = 64
 
 
 def build_stages(
-    config: ModelConfig, parallel: ParallelConfig, mesh: Mesh, recompute: str = "none"
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    recompute: str = "none",
+    loss: LossConfig | None = None,
 ) -> list[LlamaStage]:
     """This rank's stages, in model order, without storage. Chunk c is virtual stage c * pipeline + rank."""
     counts = parallel.layers_per_stage or spread_layers(
@@ -36,6 +40,7 @@ def build_stages(
                 range(start, start + counts[stage]),
                 sequence_parallel=parallel.sequence and mesh.tensor_size > 1,
                 recompute=recompute,
+                loss=loss,
             )
         )
     return stages

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from llm3d.config import ModelConfig
+from llm3d.config import LossConfig, ModelConfig
 from llm3d.kernels.attention import attention
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
 from llm3d.kernels.swiglu import swiglu
@@ -39,8 +39,6 @@ class Batch(Protocol):
     @property
     def targets(self) -> Tensor: ...  # int64 [tokens], -100 where there is none
     @property
-    def positions(self) -> Tensor: ...  # int64 [tokens], from 0 in each sequence
-    @property
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
     def max_seqlen(self) -> int: ...
@@ -52,7 +50,7 @@ class Batch(Protocol):
 class Context(NamedTuple):
     """What attention needs beside the activations; the same for every layer."""
 
-    cos: Tensor  # [tokens, 1, head_dim / 2]
+    cos: Tensor  # fp32 [max_seqlen, head_dim / 2]
     sin: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
@@ -75,6 +73,7 @@ class LlamaStage(nn.Module):
         *,
         sequence_parallel: bool = False,
         recompute: str = "none",
+        loss: LossConfig | None = None,
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
@@ -96,7 +95,9 @@ class LlamaStage(nn.Module):
             tied = (
                 self.embedding.weight if config.tie_word_embeddings and self.embedding is not None else None
             )
-            self.head = LanguageModelHead(table, mesh.tensor, sequence_parallel, tied, shared)
+            self.head = LanguageModelHead(
+                table, mesh.tensor, sequence_parallel, tied, shared, loss or LossConfig(), recompute != "none"
+            )
         scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -110,22 +111,19 @@ class LlamaStage(nn.Module):
         hidden = self.transform(hidden, batch)
         if self.head is None:
             return hidden
-        return self._recomputed(self.head.loss, self.recompute != "none")(hidden, batch.targets)
+        return self.head.loss(hidden, batch.targets)
 
     def transform(self, hidden: Tensor | None, batch: Batch) -> Tensor:
         """Everything but the head: the embedding, the layers and the final norm that this stage has."""
         if self.embedding is not None:
             hidden = self.embedding(batch.tokens)
         assert hidden is not None, "stages after the first get an input"
-        context = self._context(batch, hidden.dtype)
+        assert isinstance(self.rope_frequencies, Tensor)
+        tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
+        context = Context(*tables, batch.cu_seqlens, batch.max_seqlen)
         for layer in self.layers.values():
             hidden = self._recomputed(layer, self.recompute == "full")(hidden, context)
         return self.norm(hidden) if self.head is not None else hidden
-
-    def _context(self, batch: Batch, dtype: torch.dtype) -> Context:
-        assert isinstance(self.rope_frequencies, Tensor)
-        cos, sin = rope_tables(batch.positions, self.rope_frequencies, dtype)
-        return Context(cos, sin, batch.cu_seqlens, batch.max_seqlen)
 
     def _recomputed(self, function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
         return recomputed(function) if wanted and torch.is_grad_enabled() else function
@@ -186,7 +184,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
-        qkv = rope(qkv, context.cos, context.sin, self.num_heads + self.num_kv_heads)
+        qkv = rope(qkv, context.cos, context.sin, context.cu_seqlens, self.num_heads + self.num_kv_heads)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self.output(attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1))
 

@@ -1,50 +1,179 @@
-"""Cross-entropy over a vocabulary that is spread over the tensor group; logits are never gathered."""
+"""Log-probabilities and cross-entropy over a vocabulary that is spread over the tensor group.
+
+Logits are never gathered, and no fp32 tensor of their size ever exists. What losses are made of comes out a number
+a token, `TokenTerms`; any loss over those is plain autograd on [tokens].
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
-from llm3d.kernels.cross_entropy import cross_entropy_gradient_, softmax_stats
-from llm3d.parallel.collectives import gather_rows
+from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
+from llm3d.parallel.boxes import ShardedParameter
+from llm3d.parallel.collectives import gather_rows, scatter_sum_rows
+from llm3d.parallel.layers import add_linear_gradient
+
+_CHUNK_BYTES = 128 * 2**20  # of logits that exist at once in token_terms_of_hidden
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, first_id: int, group: ProcessGroup) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[target], an fp32 scalar, the same on all ranks of the group.
+class TokenTerms(NamedTuple):
+    """fp32 [tokens] each, the same on all ranks of the group, and differentiable."""
 
-    logits: [tokens, vocabulary part], of the token ids from first_id on. OVERWRITTEN where a gradient is needed:
-        with exponentials, and in backward with the gradient, so that a second such tensor never exists.
-    targets: int64 [tokens], global ids; negative ones are ignored.
-    Of each token a rank sends 12 bytes: its maximum, its sum of exponentials, its logit of the target. Backward
-    communicates nothing. Shoeybi et al. 2019, section 3.
+    log_probabilities: Tensor  # log softmax(logits)[target]; 0 where the target is negative
+    log_normaliser: Tensor  # log sum exp(logits)
+    sum_of_logits: Tensor
+
+
+def cross_entropy_sum(
+    terms: TokenTerms,
+    targets: Tensor,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Sum over the tokens whose target is not negative, an fp32 scalar.
+
+    Of each: -(1 - s) log p(target) - s * mean over the whole vocabulary of log p, with s = label_smoothing
+    (Szegedy et al. 2016), + z_loss * log_normaliser^2 (Chowdhery et al. 2022, section 5).
     """
-    return _CrossEntropy.apply(logits, targets, first_id, group)
+    loss = -terms.log_probabilities
+    if label_smoothing:
+        mean_log_probability = terms.sum_of_logits / vocab_size - terms.log_normaliser
+        loss = (1 - label_smoothing) * loss - label_smoothing * mean_log_probability
+    if z_loss:
+        loss = loss + z_loss * terms.log_normaliser.square()
+    return torch.where(targets >= 0, loss, 0.0).sum()
 
 
-class _CrossEntropy(Function):
+def token_terms(logits: Tensor, targets: Tensor, first_id: int, group: ProcessGroup) -> TokenTerms:
+    """logits: [tokens, vocabulary part], of the token ids from first_id on; targets: int64 [tokens], global ids.
+
+    The logits are OVERWRITTEN by their gradient in backward, so that a second such tensor never exists.
+    Of each token a rank sends 16 bytes. Backward communicates nothing. Shoeybi et al. 2019, section 3.
+    """
+    return TokenTerms(*_OfLogits.apply(logits, targets, first_id, group))
+
+
+def token_terms_of_hidden(
+    hidden: Tensor,
+    weight: ShardedParameter,
+    targets: Tensor,
+    first_id: int,
+    group: ProcessGroup,
+    sequence_parallel: bool = False,
+) -> TokenTerms:
+    """As token_terms(hidden @ weight^T, ...), a chunk of tokens at a time, forward and again in backward.
+
+    hidden: [tokens, hidden], or this rank's [tokens / n, hidden] under sequence parallelism; weight: [vocabulary part,
+    hidden]. Costs the projection a second time and saves the logits. Communicates as column_parallel_linear and
+    token_terms do.
+    """
+    return TokenTerms(*_OfHidden.apply(hidden, weight, targets, first_id, group, sequence_parallel))
+
+
+class _OfLogits(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first_id: int, group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, first_id: int, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         local = targets - first_id
-        local = local.masked_fill((local < 0) | (local >= logits.shape[1]), -1)  # -1: not in this rank's part
-        stats = softmax_stats(logits, local, keep_exponentials=ctx.needs_input_grad[0])
-        maximum, total, target = stats
-        rescale = torch.ones_like(maximum)
-        if group.size() > 1:
-            everyone = gather_rows(stats[None], group)[0]  # [n, 3, tokens]
-            maximum, target = everyone[:, 0].amax(0), everyone[:, 2].sum(0)
-            total = (everyone[:, 1] * (everyone[:, 0] - maximum).exp()).sum(0)
-            rescale = (stats[0] - maximum).exp()
-        counts = targets >= 0
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logits, local, counts, torch.where(counts, rescale / total, 0.0))
-        return torch.where(counts, total.log() + (maximum - target), 0.0).sum()
+        terms, maximum, total = _softmax(softmax_stats(logits, local), targets, group)
+        ctx.save_for_backward(logits, targets, local, maximum, total)
+        return tuple(terms)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        exponentials, local, counts, factor = ctx.saved_tensors
-        gradient = cross_entropy_gradient_(exponentials, local, factor * grads[0], counts * grads[0])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
+        logits, targets, local, maximum, total = ctx.saved_tensors
+        gradient = logits.detach()
+        cross_entropy_backward_(gradient, local, maximum, *_factors(total, targets, *grads))
         return gradient, None, None, None
+
+
+class _OfHidden(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: ShardedParameter,
+        targets: Tensor,
+        first_id: int,
+        group: ProcessGroup,
+        sequence: bool,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and group.size() > 1
+        local = targets - first_id
+        x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
+        stats = [softmax_stats(x[part] @ weight.t(), local[part]) for part in _chunks(x, weight)]
+        terms, maximum, total = _softmax(torch.cat(stats, dim=1), targets, group)
+        ctx.save_for_backward(hidden, targets, local, maximum, total)
+        return tuple(terms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
+        hidden, targets, local, maximum, total = ctx.saved_tensors
+        weight, group = ctx.weight, ctx.group
+        factors = _factors(total, targets, *grads)
+        x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
+        gradient = torch.empty_like(x)
+        for part in _chunks(x, weight):
+            logits = x[part] @ weight.t()
+            cross_entropy_backward_(logits, local[part], maximum[part], *(f[part] for f in factors))
+            torch.mm(logits, weight, out=gradient[part])
+            if ctx.needs_input_grad[1]:
+                add_linear_gradient(weight, logits, x[part])
+        if ctx.needs_input_grad[1]:
+            weight.accumulated()
+        if ctx.sequence:
+            gradient = scatter_sum_rows(gradient, group)[0]
+        elif group.size() > 1:
+            dist.all_reduce(gradient, group=group)
+        return gradient, None, None, None, None, None
+
+
+def _softmax(stats: Tensor, targets: Tensor, group: ProcessGroup) -> tuple[TokenTerms, Tensor, Tensor]:
+    """From [4, tokens] of softmax_stats on each rank: the terms, and maximum and sum of exponentials of whole rows."""
+    maximum, total, target, sum_of_logits = stats.unbind()
+    if group.size() > 1:
+        everyone = gather_rows(stats[None], group)[0]  # [n, 4, tokens]
+        maximum = everyone[:, 0].amax(0)
+        total = (everyone[:, 1] * (everyone[:, 0] - maximum).exp()).sum(0)
+        target, sum_of_logits = everyone[:, 2:].sum(0)
+    log_total = total.log()
+    # The difference comes first: it is exact where the target's logit is the maximum.
+    log_probabilities = torch.where(targets >= 0, (target - maximum) - log_total, 0.0)
+    return TokenTerms(log_probabilities, maximum + log_total, sum_of_logits.clone()), maximum, total
+
+
+def _factors(
+    total: Tensor,
+    targets: Tensor,
+    grad_log_probabilities: Tensor | None,
+    grad_log_normaliser: Tensor | None,
+    grad_sum: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale, at_target and shift of cross_entropy_backward_: with p = exp(logit - maximum) / total,
+
+    d log p(target) = (1 at the target) - p and d log_normaliser = p.
+    """
+    nothing = torch.zeros_like(total)
+    at_target = nothing
+    if grad_log_probabilities is not None:
+        at_target = torch.where(targets >= 0, grad_log_probabilities, 0.0)
+    of_p = (nothing if grad_log_normaliser is None else grad_log_normaliser) - at_target
+    scale = torch.where(of_p == 0, 0.0, of_p / total)  # of an ignored token, whose total may be NaN, nothing
+    return scale, at_target, nothing if grad_sum is None else grad_sum.contiguous()
+
+
+def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Tokens of x, [tokens, hidden], whose logits fit _CHUNK_BYTES."""
+    rows = max(1, _CHUNK_BYTES // max(1, len(weight) * x.element_size()))
+    return (slice(start, start + rows) for start in range(0, max(1, len(x)), rows))

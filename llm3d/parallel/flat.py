@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from llm3d.kernels.gradient_norm import squared_norm
 from llm3d.parallel.boxes import Piece, ShardedParameter
 from llm3d.parallel.mesh import Mesh
 
@@ -53,6 +54,7 @@ class FlatParameters:
         self.buckets: list[Bucket] = []
         if trainable:
             self.gradients = torch.zeros_like(self.parameters, dtype=torch.float32)
+            self._owned = self._owned_ranges()
             self._make_buckets()
 
     def _place(self, ordered: list[ShardedParameter]) -> None:
@@ -127,16 +129,25 @@ class FlatParameters:
         return views
 
     def gradient_norm(self) -> Tensor:
-        """fp32 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""
-        # fp32 within a row, fp64 over rows: on the CPU an fp32 norm of millions of elements loses four digits.
-        rows = [
-            torch.linalg.vector_norm(view, dim=-1).double().square().sum()
-            for piece, view in self.pieces(self.gradients)
-            if piece.owned
-        ]
-        squares = torch.stack(rows).sum() if rows else self.gradients.new_zeros((), dtype=torch.float64)
+        """fp64 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""
+        squares = sum(
+            (squared_norm(self.gradients[part])[0] for part in self._owned),
+            start=self.gradients.new_zeros((), dtype=torch.float64),
+        )
         dist.all_reduce(squares, group=self.mesh.model)
-        return squares.sqrt().float()
+        return squares.sqrt()
+
+    def _owned_ranges(self) -> list[slice]:
+        """The parts of a flat tensor that this rank owns, as long as they can be."""
+        ranges: list[slice] = []
+        for piece, view in self.pieces(torch.empty(len(self.parameters), device="meta")):
+            start = int(view.storage_offset())
+            assert view.is_contiguous(), "a piece is whole rows of its parameter"
+            if piece.owned and ranges and ranges[-1].stop == start:
+                ranges[-1] = slice(ranges[-1].start, start + view.numel())
+            elif piece.owned:
+                ranges.append(slice(start, start + view.numel()))
+        return ranges
 
     def pieces(self, flat: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """Each piece of each parameter with its view of `flat`, a tensor laid out like `parameters`."""

@@ -140,8 +140,11 @@ def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
     weight.accumulated()
 
 
-def _add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
-    """main_grad += grad_output^T x. On a CPU a bf16 product is rounded to bf16 before it is added."""
+def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
+    """main_grad += grad_output^T x. On a CPU a bf16 product is rounded to bf16 before it is added.
+
+    The last of a microbatch's additions is followed by weight.accumulated().
+    """
     assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
     if grad_output.dtype == torch.float32:
         weight.main_grad.addmm_(grad_output.t(), x)
@@ -149,7 +152,6 @@ def _add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tenso
         weight.main_grad.add_(torch.mm(grad_output.t(), x, out_dtype=torch.float32))
     else:
         weight.main_grad.add_(grad_output.t() @ x)
-    weight.accumulated()
 
 
 class _Linear(Function):
@@ -164,7 +166,8 @@ class _Linear(Function):
         (grad_output,), (x,) = grads, ctx.saved_tensors
         grad_input = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
-            _add_linear_gradient(ctx.weight, grad_output, x)
+            add_linear_gradient(ctx.weight, grad_output, x)
+            ctx.weight.accumulated()
         return grad_input, None
 
 
@@ -192,7 +195,8 @@ class _ColumnParallelLinear(Function):
         if gathering is not None:
             gathering.wait()
         if ctx.needs_input_grad[1]:
-            _add_linear_gradient(ctx.weight, grad_output, x)
+            add_linear_gradient(ctx.weight, grad_output, x)
+            ctx.weight.accumulated()
         assert reducing is not None
         reducing.wait()
         return grad_input, None, None, None

@@ -8,6 +8,7 @@ from typing import Any
 from llm3d.config import Config, config_to_yaml
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
+from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, process_group, whole_world
@@ -126,6 +127,7 @@ def introduce(report: Report, trainer: Trainer, data: LanguageData, origin: str)
         f"{config.num_microbatches(mesh.size)} microbatches a data rank"
     )
     against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
+    report.say(f"kernels: {backend.describe(mesh.device)}")
     report.say(f"{FORMULA}; {against}")
     epochs = data.train.epochs(data.consumed(config.train.steps).samples)
     passes = ", ".join(

@@ -1,4 +1,4 @@
-"""AdamW over flat tensors with fp32 master weights. Loshchilov and Hutter 2019."""
+"""AdamW over flat tensors with fp32 master weights."""
 
 from __future__ import annotations
 
@@ -6,48 +6,55 @@ import torch
 from torch import Tensor
 
 from llm3d.config import OptimConfig
+from llm3d.kernels.adamw import adamw_
 from llm3d.parallel.flat import FlatParameters
 
 
 class Optimizer:
-    """Steps a rank's flat parameters by PyTorch's fused AdamW.
+    """Steps a rank's flat parameters.
 
     master: fp32 [n], laid out like `flat.parameters`; the same tensor where those are fp32.
     exp_avg, exp_avg_sq: fp32 [n], the moments. Weight decay spares the vectors (norms).
     """
 
     def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
-        self.flat = flat
+        self.flat, self.config = flat, config
         parameters = flat.parameters
         self.master = parameters if parameters.dtype == torch.float32 else parameters.float()
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
-        split = flat.num_decayed
-        groups = [
-            {"params": [self._part(slice(0, split))], "weight_decay": config.weight_decay},
-            {"params": [self._part(slice(split, None))], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        for group, part in zip(self.adamw.param_groups, (slice(0, split), slice(split, None)), strict=True):
-            self.adamw.state[group["params"][0]] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameters.device),
-                "exp_avg": self.exp_avg[part],
-                "exp_avg_sq": self.exp_avg_sq[part],
-            }
+        # Where the kernel reads them: on the device.
+        self._step = torch.zeros((), dtype=torch.int64, device=parameters.device)
+        self._lr = torch.zeros((), dtype=torch.float64, device=parameters.device)
 
-    def _part(self, part: slice) -> Tensor:
-        parameter = self.master[part].detach().requires_grad_()
-        parameter.grad = self.flat.gradients[part]
-        return parameter
+    def step(self, lr: float, gradient_scale: Tensor) -> None:
+        """One step from `flat.gradients` times gradient_scale; then the parameters are the master weights, rounded.
 
-    def step(self, lr: float) -> None:
-        """One step from `flat.gradients`; then the parameters are the master weights, rounded."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        self.publish()
+        gradient_scale: fp64 scalar on the device.
+        """
+        self._step += 1
+        self._lr.fill_(lr)
+        split = self.flat.num_decayed
+        self._update(slice(0, split), self.config.weight_decay, gradient_scale)
+        self._update(slice(split, None), 0.0, gradient_scale)
+
+    def _update(self, part: slice, weight_decay: float, gradient_scale: Tensor) -> None:
+        parameters = self.flat.parameters
+        adamw_(
+            self.master[part],
+            self.exp_avg[part],
+            self.exp_avg_sq[part],
+            self.flat.gradients[part],
+            None if parameters is self.master else parameters[part],
+            self._step,
+            self._lr,
+            gradient_scale,
+            betas=self.config.betas,
+            eps=self.config.eps,
+            weight_decay=weight_decay,
+        )
 
     def publish(self) -> None:
-        """Round the master weights into the model's parameters."""
+        """Round the master weights into the model's parameters, after they were written from elsewhere."""
         if self.flat.parameters is not self.master:
             self.flat.parameters.copy_(self.master)
 
@@ -60,9 +67,8 @@ class Optimizer:
     @property
     def steps_taken(self) -> int:
         """The count that bias correction uses."""
-        return int(next(iter(self.adamw.state.values()))["step"])
+        return int(self._step)
 
     def set_steps_taken(self, steps: int) -> None:
         """Set the count that bias correction uses, after a checkpoint was loaded."""
-        for state in self.adamw.state.values():
-            state["step"].fill_(steps)
+        self._step.fill_(steps)

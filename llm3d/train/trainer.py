@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm3d.config import Config
+from llm3d.kernels import backend
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
 from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
@@ -32,7 +33,8 @@ class Evaluator:
     def __init__(self, config: Config, mesh: Mesh, trainable: bool = False) -> None:
         self.config, self.mesh = config, mesh
         self.dtype = DTYPES[config.precision.compute]
-        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute)
+        backend.use(config.kernels.backend, mesh.device)
+        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, config.loss)
         self.flat = FlatParameters(self.stages, mesh, self.dtype, trainable)
         rows = config.batch.micro * config.data.sequence_length
         if config.parallel.sequence:
@@ -105,14 +107,13 @@ class Trainer(Evaluator):
             self._actions(len(microbatches)), microbatches, scale=1 / max(1, num_targets)
         )
         self.flat.finish_gradients()
-        norm = self.flat.gradient_norm().item()
-        mean_loss = self._total_loss(loss) / max(1, num_targets)
-        if math.isfinite(norm) and math.isfinite(mean_loss):
-            self._clip(norm)
-            self.optimizer.step(lr)
-        return StepResult(mean_loss, norm, num_targets)
+        norm = self.flat.gradient_norm()
+        result = StepResult(self._total_loss(loss) / max(1, num_targets), norm.item(), num_targets)
+        if math.isfinite(result.grad_norm) and math.isfinite(result.loss):
+            self.optimizer.step(lr, self._clip_factor(norm))
+        return result
 
-    def _clip(self, norm: float) -> None:
+    def _clip_factor(self, norm: Tensor) -> Tensor:
+        """What brings a gradient of this norm down to optim.clip_grad_norm; 1 where it is below."""
         limit = self.config.optim.clip_grad_norm
-        if limit is not None and norm > limit:
-            self.flat.gradients.mul_(limit / norm)
+        return torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1.0)

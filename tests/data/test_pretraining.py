@@ -66,12 +66,11 @@ def test_microbatches_keep_documents_apart(tmp_path_factory, lengths, micro):
         assert target == (token + 1 if same else IGNORED)
         new = i % 8 == 0 or document[token] != document[token - 1]
         assert (i in cu) == new
-        assert batch.positions[i] == (0 if new else batch.positions[i - 1] + 1)
     assert (cu[0], cu[-1]) == (0, 8 * micro)
     assert batch.max_seqlen == max(np.diff(cu))
     assert batch.num_targets == sum(target != IGNORED for target in targets)
-    dtypes = (batch.tokens.dtype, batch.targets.dtype, batch.positions.dtype, batch.cu_seqlens.dtype)
-    assert dtypes == (torch.int64, torch.int64, torch.int64, torch.int32)
+    dtypes = (batch.tokens.dtype, batch.targets.dtype, batch.cu_seqlens.dtype)
+    assert dtypes == (torch.int64, torch.int64, torch.int32)
 
 
 def test_documents_need_not_be_kept_apart(corpus):

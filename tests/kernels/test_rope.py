@@ -69,11 +69,15 @@ def rotated(qkv: Tensor, positions: Tensor, frequencies: Tensor, num_rotated: in
     return torch.cat([whole.real, whole.imag], dim=-1)
 
 
-def ours(
-    qkv: Tensor, positions: Tensor, frequencies: Tensor, num_rotated: int, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    leaf = qkv.clone().requires_grad_()
-    out = rope(leaf * 1, *rope_tables(positions, frequencies, qkv.dtype), num_rotated)
+def sequences(tokens: int) -> tuple[Tensor, Tensor]:
+    """cu_seqlens of sequences of up to 11 tokens, one of them empty, and each token's position."""
+    starts = [0, 0, *range(11, tokens, 11), tokens]
+    return torch.tensor(starts, dtype=torch.int32), torch.arange(tokens) % 11
+
+
+def ours(qkv: Tensor, frequencies: Tensor, num_rotated: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+    leaf, tables = qkv.clone().requires_grad_(), rope_tables(12, frequencies)
+    out = rope(leaf * 1, *tables, sequences(len(qkv))[0], num_rotated)
     return out.detach(), torch.autograd.grad(out, leaf, grad.clone())[0]
 
 
@@ -84,8 +88,8 @@ SHAPES = [(1, 1, 1, 2), (5, 3, 2, 4), (13, 7, 5, 10), (31, 6, 4, 64)]  # tokens,
 def test_fp32_rotates_forth_and_gradients_back(shape: tuple[int, int, int, int]) -> None:
     tokens, heads, num_rotated, head_dim = shape
     qkv, grad = randn(tokens, heads, head_dim), randn(tokens, heads, head_dim, seed=1)
-    positions, frequencies = torch.arange(tokens) % 11, inverse_frequencies(head_dim, 10000.0)
-    out, grad_input = ours(qkv.float(), positions, frequencies, num_rotated, grad.float())
+    positions, frequencies = sequences(tokens)[1], inverse_frequencies(head_dim, 10000.0)
+    out, grad_input = ours(qkv.float(), frequencies, num_rotated, grad.float())
     assert_close(out, rotated(qkv, positions, frequencies, num_rotated))
     assert_close(grad_input, rotated(grad, -positions, frequencies, num_rotated))
 
@@ -94,9 +98,9 @@ def test_fp32_rotates_forth_and_gradients_back(shape: tuple[int, int, int, int])
 def test_bf16_is_as_exact_as_torch(shape: tuple[int, int, int, int]) -> None:
     tokens, heads, num_rotated, head_dim = shape
     qkv, grad = randn(tokens, heads, head_dim), randn(tokens, heads, head_dim, seed=1)
-    positions, frequencies = torch.arange(tokens) % 11, inverse_frequencies(head_dim, 10000.0)
-    out, grad_input = ours(qkv.bfloat16(), positions, frequencies, num_rotated, grad.bfloat16())
-    cos, sin = rope_tables(positions, frequencies, torch.bfloat16)
+    positions, frequencies = sequences(tokens)[1], inverse_frequencies(head_dim, 10000.0)
+    out, grad_input = ours(qkv.bfloat16(), frequencies, num_rotated, grad.bfloat16())
+    cos, sin = (table.bfloat16()[positions][:, None] for table in rope_tables(12, frequencies))
 
     def by_torch(x: Tensor, sin: Tensor) -> Tensor:
         turned, rest = x.bfloat16().split([num_rotated, heads - num_rotated], dim=1)
@@ -116,9 +120,12 @@ def test_scores_depend_on_distance_alone(query_at: int, key_at: int, shift: int)
     q, k = randn(1, 1, 16).float(), randn(1, 1, 16, seed=1).float()
     frequencies = inverse_frequencies(16, 10000.0)
 
+    tables = rope_tables(8001, frequencies)
+
     def score(query_at: int, key_at: int) -> float:
-        at = torch.tensor([query_at, key_at])
-        both = rope(torch.cat([q, k]), *rope_tables(at, frequencies, torch.float32), 1)
-        return float((both[0] * both[1]).sum())
+        qk = torch.zeros(8001, 2, 16)
+        qk[query_at, 0], qk[key_at, 1] = q[0, 0], k[0, 0]
+        rope(qk, *tables, torch.tensor([0, 8001], dtype=torch.int32), 2)
+        return float(qk[query_at, 0] @ qk[key_at, 1])
 
     assert score(query_at + shift, key_at + shift) == pytest.approx(score(query_at, key_at), abs=5e-3)

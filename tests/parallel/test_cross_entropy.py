@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from llm3d.parallel.cross_entropy import cross_entropy_sum
+from llm3d.kernels.backend import using
+from llm3d.parallel import cross_entropy as module
+from llm3d.parallel.boxes import Box, Piece, ShardedParameter
+from llm3d.parallel.cross_entropy import TokenTerms, cross_entropy_sum, token_terms, token_terms_of_hidden
 from llm3d.parallel.layers import vocabulary_range
 from llm3d.parallel.mesh import Mesh
 from tests import pool
 from tests.kernels.exactness import assert_as_exact_as, assert_close, error, randn
 
 SCALE = 0.125  # what the loss's gradient is, as one over the number of targets would be
+BACKENDS = ["native", "reference"]
 
 
-def on_rank(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Loss:
+    """What is summed over the tokens."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    of_log_probabilities: bool = False
+
+    def __call__(self, terms: TokenTerms, targets: Tensor, vocab_size: int) -> Tensor:
+        if self.of_log_probabilities:  # as a policy's loss has it: a weight a token
+            return (terms.log_probabilities * torch.linspace(-1, 2, len(targets))).sum()
+        return cross_entropy_sum(terms, targets, vocab_size, self.z_loss, self.label_smoothing)
+
+    def by_torch(self, logits: Tensor, targets: Tensor) -> Tensor:
+        counted = targets.where(targets >= 0, 0)[:, None]
+        log_p = logits.log_softmax(-1)
+        taken = log_p.gather(1, counted)[:, 0]
+        if self.of_log_probabilities:
+            return (taken * torch.linspace(-1, 2, len(targets)) * (targets >= 0)).sum()
+        loss = -(1 - self.label_smoothing) * taken + self.z_loss * logits.logsumexp(-1).square()
+        if self.label_smoothing:
+            loss = loss - self.label_smoothing * log_p.mean(-1)
+        return loss[targets >= 0].sum()
+
+
+def on_rank(logits: Tensor, targets: Tensor, loss: Loss, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The loss with and without a gradient wanted, and the gradient of this rank's part."""
     group = Mesh(tensor=torch.distributed.get_world_size()).tensor
     part = vocabulary_range(logits.shape[1], group)
     mine = logits[:, part.start : part.stop].clone()
-    alone = cross_entropy_sum(mine.clone(), targets, part.start, group)
-    leaf = mine.requires_grad_()
-    loss = cross_entropy_sum(leaf * 1, targets, part.start, group)
-    loss.backward(torch.tensor(SCALE))
+    with using(backend):
+        alone = loss(token_terms(mine.clone(), targets, part.start, group), targets, logits.shape[1])
+        leaf = mine.requires_grad_()
+        total = loss(token_terms(leaf * 1, targets, part.start, group), targets, logits.shape[1])
+        total.backward(torch.tensor(SCALE))
     assert leaf.grad is not None
-    return loss.detach(), alone, leaf.grad
+    return total.detach(), alone, leaf.grad
 
 
-def ours(logits: Tensor, targets: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+def ours(
+    logits: Tensor, targets: Tensor, num_ranks: int, loss: Loss = Loss(), backend: str = "native"
+) -> tuple[Tensor, Tensor]:
     """Loss and gradient, whole; every rank's loss is the same."""
-    parts = pool.run(on_rank, num_ranks, logits, targets)
-    for loss, alone, _ in parts:
-        assert torch.equal(loss, parts[0][0]) and torch.equal(alone, loss)
-        assert loss.dtype == torch.float32 and loss.shape == ()
+    parts = pool.run(on_rank, num_ranks, logits, targets, loss, backend)
+    for total, alone, _ in parts:
+        assert torch.allclose(total, parts[0][0], 0, 0, equal_nan=True)
+        assert torch.allclose(alone, total, 0, 0, equal_nan=True)
+        assert total.dtype == torch.float32 and total.shape == ()
     return parts[0][0], torch.cat([gradient for _, _, gradient in parts], dim=1)
 
 
-def by_torch(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def by_torch(logits: Tensor, targets: Tensor, loss: Loss = Loss()) -> tuple[Tensor, Tensor]:
     leaf = logits.clone().requires_grad_()
-    loss = cross_entropy(leaf, targets, ignore_index=-100, reduction="sum")
-    return loss.detach(), torch.autograd.grad(loss * SCALE, leaf)[0]
+    total = loss.by_torch(leaf, targets)
+    return total.detach(), torch.autograd.grad(total * SCALE, leaf)[0]
 
 
 def some_targets(tokens: int, vocabulary: int) -> Tensor:
@@ -53,21 +87,37 @@ def some_targets(tokens: int, vocabulary: int) -> Tensor:
 
 
 # On 4 ranks, 101 leaves the last 23 ids of 26, 5 leaves it none, and 2 leaves two ranks none.
-@pytest.mark.parametrize("vocabulary", [101, 5, 2])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocabulary", [8003, 101, 5, 2])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_loss_and_gradient_do_not_depend_on_the_ranks(num_ranks: int, vocabulary: int) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_ranks(num_ranks: int, vocabulary: int, backend: str) -> None:
     for tokens in (1, 37):
         exact, targets = randn(tokens, vocabulary, scale=3.0), some_targets(tokens, vocabulary)
-        loss, gradient = ours(exact.float(), targets, num_ranks)
+        loss, gradient = ours(exact.float(), targets, num_ranks, backend=backend)
         expected_loss, expected_gradient = by_torch(exact, targets)
         assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
         assert_close(gradient, expected_gradient)
 
 
+LOSSES = [Loss(z_loss=1e-2), Loss(label_smoothing=0.1), Loss(0.1, 0.3), Loss(of_log_probabilities=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
 @pytest.mark.parametrize("num_ranks", [1, 4])
-def test_bf16_is_as_exact_as_torch(num_ranks: int) -> None:
+def test_other_losses_are_made_of_the_same_terms(num_ranks: int, loss: Loss, backend: str) -> None:
     exact, targets = randn(37, 101, scale=3.0), some_targets(37, 101)
-    loss, gradient = ours(exact.bfloat16(), targets, num_ranks)
+    total, gradient = ours(exact.float(), targets, num_ranks, loss, backend)
+    expected, expected_gradient = by_torch(exact, targets, loss)
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_bf16_is_as_exact_as_torch(num_ranks: int, backend: str) -> None:
+    exact, targets = randn(37, 101, scale=3.0), some_targets(37, 101)
+    loss, gradient = ours(exact.bfloat16(), targets, num_ranks, backend=backend)
     expected_loss, expected_gradient = by_torch(exact, targets)
     their_loss, their_gradient = by_torch(exact.bfloat16(), targets)
     assert_as_exact_as(their_gradient, gradient, expected_gradient)
@@ -76,9 +126,10 @@ def test_bf16_is_as_exact_as_torch(num_ranks: int) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_where_all_targets_are_ignored_there_is_no_loss(num_ranks: int) -> None:
-    loss, gradient = ours(randn(6, 11).float(), torch.full((6,), -100), num_ranks)
-    assert float(loss) == 0.0
-    assert torch.equal(gradient, torch.zeros(6, 11))
+    for value in (1.0, torch.nan):
+        loss, gradient = ours(randn(6, 11).float() * value, torch.full((6,), -100), num_ranks)
+        assert float(loss) == 0.0
+        assert torch.equal(gradient, torch.zeros(6, 11))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -91,3 +142,62 @@ def test_logits_may_be_as_large_as_the_dtype_allows(num_ranks: int) -> None:
     expected_loss, expected_gradient = by_torch(exact.float().double(), targets)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
     assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ids_that_are_ruled_out_have_no_probability(num_ranks: int) -> None:
+    """A whole rank's part, too."""
+    exact = randn(3, 8)
+    exact[0, 4:], exact[1, :4], exact[2, ::2] = -torch.inf, -torch.inf, -torch.inf
+    targets = torch.tensor([1, 6, 3])
+    loss, gradient = ours(exact.float(), targets, num_ranks)
+    expected_loss, expected_gradient = by_torch(exact, targets)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_logits_that_are_no_numbers_show_in_the_loss(value: float, num_ranks: int) -> None:
+    logits = randn(3, 8).float()
+    logits[1, 2] = value
+    assert ours(logits, torch.tensor([1, 6, 3]), num_ranks)[0].isnan()
+
+
+# ---- with the projection ----
+
+
+def chunked_on_rank(
+    hidden: Tensor, table: Tensor, targets: Tensor, sequence: bool, chunk_bytes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    group = Mesh(tensor=torch.distributed.get_world_size()).tensor
+    part = vocabulary_range(len(table), group)
+    box = Box.whole("table", tuple(table.shape)).rows(part.start, len(part))
+    weight = ShardedParameter(table[part.start : part.stop].clone(), [Piece(box)], 1)
+    weight.main_grad, weight.on_accumulated = torch.zeros_like(weight, dtype=torch.float32), lambda: None
+    share = len(hidden) // group.size()
+    mine = hidden[group.rank() * share :][:share] if sequence else hidden
+    leaf = mine.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
+        terms = token_terms_of_hidden(leaf, weight, targets, part.start, group, sequence)
+        loss = cross_entropy_sum(terms, targets, len(table), 0.01, 0.1)
+        loss.backward(torch.tensor(SCALE))
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad, weight.main_grad
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 10**9])
+@pytest.mark.parametrize(("num_ranks", "sequence"), [(1, False), (2, False), (2, True), (4, True)])
+def test_the_projection_in_chunks_gives_the_same(num_ranks: int, sequence: bool, chunk_bytes: int) -> None:
+    hidden, table, targets = randn(36, 24), randn(101, 24, seed=1, scale=0.2), some_targets(36, 101)
+    parts = pool.run(
+        chunked_on_rank, num_ranks, hidden.float(), table.float(), targets, sequence, chunk_bytes
+    )
+    leaves = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+    expected = Loss(0.01, 0.1).by_torch(leaves[0] @ leaves[1].t(), targets)
+    for_hidden, for_table = torch.autograd.grad(expected * SCALE, leaves)
+    assert all(float(part[0]) == pytest.approx(float(expected.detach()), rel=1e-5) for part in parts)
+    actual = torch.cat([part[1] for part in parts]) if sequence else parts[0][1]
+    assert_close(actual, for_hidden)
+    assert_close(torch.cat([part[2] for part in parts]), for_table)

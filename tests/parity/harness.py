@@ -98,9 +98,7 @@ def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> tuple[Run,
         run.losses.append(result.loss)
         run.grad_norms.append(result.grad_norm)
         if step == 0:
-            # Clipping has scaled the gradients by now; undo it to see what backward gave.
-            unclip = max(1.0, result.grad_norm)
-            pieces["gradients"] = owned_pieces(trainer, trainer.flat.gradients * unclip)
+            pieces["gradients"] = owned_pieces(trainer, trainer.flat.gradients)
     pieces["weights"] = owned_pieces(trainer, trainer.optimizer.master)
     return run, pieces
 
@@ -123,7 +121,9 @@ def settings(layout: Layout) -> Config:
                 "recompute": layout.recompute,
                 "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
                 "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},
+                "loss": {},
                 "optim": {"lr": LEARNING_RATE},
+                "kernels": {},
                 "train": {"steps": 5},
                 "checkpoint": {},
                 "log": {},

@@ -23,8 +23,11 @@ def module() -> torch.nn.Module:
 
 
 @spawn(world_size=1)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_are_those_of_adamw_with_decay_on_matrices_alone(mesh: Mesh, dtype: torch.dtype) -> None:
+def test_steps_are_those_of_adamw_with_decay_on_matrices_alone(
+    mesh: Mesh, dtype: torch.dtype, scale: float
+) -> None:
     config = OptimConfig(lr=1.0, weight_decay=0.3, betas=(0.8, 0.9), eps=1e-3)
     flat = FlatParameters([module()], mesh, dtype)
     optimizer = Optimizer(flat, config)
@@ -44,10 +47,10 @@ def test_steps_are_those_of_adamw_with_decay_on_matrices_alone(mesh: Mesh, dtype
     for step in range(3):
         for name, (_, grad) in views.items():
             grad.normal_()
-            theirs[name].grad = grad.clone()
+            theirs[name].grad = scale * grad
         for group in oracle.param_groups:
             group["lr"] = 0.1 / (step + 1)
-        optimizer.step(0.1 / (step + 1))
+        optimizer.step(0.1 / (step + 1), torch.tensor(scale, dtype=torch.float64))
         oracle.step()
         for name, (view, _) in views.items():
             torch.testing.assert_close(view, theirs[name].detach())
