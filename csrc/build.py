@@ -59,6 +59,7 @@ class Library:
     sources: tuple[Path, ...]
     compiler: tuple[str, ...]  # up to, not including, the source
     linker: tuple[str, ...]  # what follows the object files
+    language: tuple[str, ...] = ()  # said of each source, where its name does not say it
 
 
 def libraries(torch: Torch) -> list[Library]:
@@ -158,8 +159,9 @@ def includes(torch: Torch) -> list[str]:
 
 def cpp_flags(torch: Torch) -> list[str]:
     # openmp-simd: only its vectorisation pragmas. Threads are torch's own, through its parallel_for.
-    # Not fast-math: NaN and infinity mean something here.
+    # Not fast-math: NaN and infinity mean something here. No jump threading: a choice stays a choice, not a branch.
     arithmetic = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    arithmetic.append("-fno-thread-jumps")
     return [*arithmetic, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *includes(torch)]
 
 
@@ -179,22 +181,46 @@ def links(torch: Torch, cuda: bool = False) -> tuple[str, ...]:
 
 
 def build(library: Library, output: Path, scratch: Path, jobs: int) -> None:
-    """Compile what is newer than its object file, and link. Raises BuildFailed with the compiler's words."""
-    newest_header = max(path.stat().st_mtime for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
-    digest = hashlib.sha256(repr(library.compiler).encode()).hexdigest()[:12]
+    """Compile what is older than a file that it includes, and link. Raises BuildFailed with the compiler's words.
+
+    Files appear whole, under their names, so that a library which a process has loaded stays as it was.
+    """
+    digest = hashlib.sha256(repr((library.compiler, library.language)).encode()).hexdigest()[:12]
     directory = scratch / f"{library.name}-{digest}"
     directory.mkdir(parents=True, exist_ok=True)
 
     def compiled(source: Path) -> Path:
         target = directory / f"{source.parent.name}-{source.stem}.o"
-        if not target.exists() or target.stat().st_mtime < max(newest_header, source.stat().st_mtime):
-            run([*library.compiler, "-c", str(source), "-o", str(target)])
+        includes = target.with_suffix(".d")
+        if not is_newer(target, included(includes)):
+            command = [*library.compiler, "-MMD", "-MF", str(includes), *library.language, "-c", str(source)]
+            run_for(target, command)
         return target
 
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(compiled, library.sources))
     output.parent.mkdir(parents=True, exist_ok=True)
-    run([*library.compiler, *map(str, objects), "-o", str(output), *library.linker])
+    run_for(output, [*library.compiler, *map(str, objects), *library.linker])
+
+
+def included(rule: Path) -> list[Path] | None:
+    """The files in the rule for make that the compiler wrote; None where there is none yet."""
+    if not rule.exists():
+        return None
+    _, _, files = rule.read_text().replace("\\\n", " ").partition(": ")
+    return [Path(file) for file in shlex.split(files)]
+
+
+def is_newer(target: Path, files: list[Path] | None) -> bool:
+    if files is None or not target.exists() or not all(file.exists() for file in files):
+        return False
+    return target.stat().st_mtime > max(file.stat().st_mtime for file in files)
+
+
+def run_for(target: Path, command: Sequence[str]) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    run([*command, "-o", str(partial)])
+    partial.replace(target)
 
 
 def run(command: Sequence[str]) -> None:

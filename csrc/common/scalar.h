@@ -119,7 +119,8 @@ LLM3D_FUNCTION float exponential(float x) {
   return expf(x);
 #else
   // e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2 from ln 2 in two parts, e^r by its minimax polynomial.
-  const float bounded = x < -104.0f ? -104.0f : (x > 90.0f ? 90.0f : x);
+  // At the bounds n is -127 and 128, whose powers come out as 0 and infinity.
+  const float at_least = x < -88.0f ? -88.0f : x, bounded = at_least > 88.7f ? 88.7f : at_least;
   const float shifted = bounded * 1.44269504f + 0x1.8p23f;  // the sum's low bits are n
   const float n = shifted - 0x1.8p23f;
   const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -129,11 +130,7 @@ LLM3D_FUNCTION float exponential(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const float power = from_bits((to_bits(shifted) << 23) + 0x3f800000u);
-  const float scaled = p * power;
-  const float at_least_0 = x < -87.3f ? 0.0f : scaled;
-  return x > 88.37f ? HUGE_VALF : at_least_0;
+  return ((p * r * r + r) + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 #endif
 }
 

@@ -10,7 +10,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ Op = Callable[..., Any]
 
 _libraries: dict[str, Path] = {}  # by device type, what is loaded
 _problems: dict[str, str] = {}  # by device type, why nothing is
+_ops: dict[str, Op] = {}
 _chosen = "auto"
 
 
@@ -79,14 +79,29 @@ def fused(op: str, x: Tensor) -> Op | None:
     return None
 
 
+def of(op: str, device: torch.device | str) -> str:
+    """What computes one operation on a device: native cpu avx512, native cuda, the name of a package, reference."""
+    found = fused(op, torch.empty(0, device=device))
+    if found is None:
+        return "reference"
+    return _name(device) if found is _native(op) else _chosen
+
+
 def describe(device: torch.device | str) -> str:
     """What computes on a device, in a few words, and why where it is not the fastest."""
     if _chosen == "reference":
         return "plain PyTorch, as chosen"
     if problem := _problem(device):
         return f"plain PyTorch: {problem}"
-    native = f"native ({_libraries[torch.device(device).type].stem.replace('_', ' ')})"
-    return native if _chosen in ("auto", "native") else f"{_chosen} where it has them, else {native}"
+    return (
+        _name(device)
+        if _chosen in ("auto", "native")
+        else f"{_chosen} where it has them, else {_name(device)}"
+    )
+
+
+def _name(device: torch.device | str) -> str:
+    return "native " + _libraries[torch.device(device).type].stem.replace("_", " ")
 
 
 def _problem(device: torch.device | str) -> str | None:
@@ -116,10 +131,10 @@ def _load() -> None:
         _problems["cuda"] = _problems["cpu"]
 
 
-@cache
 def _native(op: str) -> Op:
-    found: Op = getattr(torch.ops.llm3d, op).default
-    return found
+    if op not in _ops:
+        _ops[op] = getattr(torch.ops.llm3d, op).default
+    return _ops[op]
 
 
 def _load_first(device: str, candidates: list[Path]) -> None:

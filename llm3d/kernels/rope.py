@@ -43,7 +43,8 @@ def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated:
     """Rotate the first `num_rotated` heads (queries and keys) of qkv, in place.
 
     qkv: [tokens, heads, head_dim]; cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the
-    number of tokens; cos, sin: of rope_tables, for the longest sequence or more. Backward: the inverse rotation.
+    number of tokens; cos, sin: of rope_tables, for the longest sequence or more. Backward: the inverse rotation, which
+    overwrites the gradient that it is given.
     """
     return _Rope.apply(qkv, cos, sin, cu_seqlens, num_rotated)
 

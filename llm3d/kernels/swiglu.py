@@ -29,7 +29,7 @@ class _SwiGLU(Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gradient = gate_up.detach()
-        swiglu_backward_(grads[0], gradient)
+        swiglu_backward_(grads[0].contiguous(), gradient)
         return gradient
 
 

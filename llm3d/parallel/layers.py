@@ -243,7 +243,7 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, inverse_rms = ctx.saved_tensors
-        grad_input, grad_weight = rms_norm_backward(grads[0], x, ctx.weight, inverse_rms)
+        grad_input, grad_weight = rms_norm_backward(grads[0].contiguous(), x, ctx.weight, inverse_rms)
         if ctx.needs_input_grad[1]:
             add_to_main_grad(ctx.weight, grad_weight)
         return grad_input, None, None
@@ -262,7 +262,8 @@ class _AddRMSNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad_sum, grad_y), (x, inverse_rms) = grads, ctx.saved_tensors
+        grad_sum, grad_y = (grad.contiguous() for grad in grads)
+        x, inverse_rms = ctx.saved_tensors
         grad_input, grad_weight = rms_norm_backward(grad_y, x, ctx.weight, inverse_rms, grad_sum)
         if ctx.needs_input_grad[2]:
             add_to_main_grad(ctx.weight, grad_weight)
