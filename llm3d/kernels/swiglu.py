@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from llm3d.kernels.backend import fake, fused
 
@@ -30,6 +31,7 @@ class _SwiGLU(Function):
         (gate_up,) = ctx.saved_tensors
         gradient = gate_up.detach()
         swiglu_backward_(grads[0].contiguous(), gradient)
+        increment_version(gradient)  # a second backward then finds that what it needs is gone
         return gradient
 
 

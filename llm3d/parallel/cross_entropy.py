@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
@@ -94,6 +95,7 @@ class _OfLogits(Function):
         logits, targets, local, maximum, total = ctx.saved_tensors
         gradient = logits.detach()
         cross_entropy_backward_(gradient, local, maximum, *_factors(total, targets, *grads))
+        increment_version(gradient)  # a second backward then finds that what it needs is gone
         return gradient, None, None, None
 
 
