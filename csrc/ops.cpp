@@ -24,6 +24,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LLM3D_NAMESPACE, m) {
       "adamw_(Tensor(a!) master, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor gradient, Tensor(d!)? parameter,"
       " Tensor step, Tensor lr, Tensor gradient_scale, float beta1, float beta2, float eps, float weight_decay,"
       " int seed, int offset) -> ()");
+  // csrc/accumulate (CPU alone: PyTorch's own is one pass on a GPU)
+  m.def("accumulate_(Tensor(a!) total, Tensor x) -> ()");
   // csrc/gradient_norm
   m.def("squared_norm(Tensor x) -> Tensor");
   // csrc/paged_attention

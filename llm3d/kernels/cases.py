@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.adamw import adamw_
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
 from llm3d.kernels.gradient_norm import squared_norm
@@ -97,7 +98,7 @@ def make_cases(
     """Cases in one dtype; the numbers are the same in every dtype from bf16 up."""
     for make in (_rms_norm, _add_rms_norm, _rope, _swiglu, _cross_entropy):
         yield from make(sizes, _Numbers(dtype, device), functions)
-    for make_alone in (_adamw, _gradient_norm, _kv_cache_append, _decode):
+    for make_alone in (_accumulate, _adamw, _gradient_norm, _kv_cache_append, _decode):
         yield from make_alone(sizes, _Numbers(dtype, device), functions is EAGER)
 
 
@@ -321,6 +322,15 @@ def _cross_entropy(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Ite
         moved,
         moved,
     )
+
+
+def _accumulate(sizes: Sizes, numbers: _Numbers, with_torch: bool) -> Iterator[Case]:
+    gradient = numbers(sizes.hidden, sizes.intermediate)
+    total = numbers(sizes.hidden, sizes.intermediate).to(numbers.wide)
+    moved = _nbytes(gradient, total, total)
+    theirs = _in_place(total, lambda total: total.add_(gradient)) if with_torch else None
+    ours = _in_place(total, lambda total: accumulate_(total, gradient))
+    yield Case("sum of gradients", "accumulate_", ours, theirs, moved, moved)
 
 
 def _adamw(sizes: Sizes, numbers: _Numbers, with_torch: bool) -> Iterator[Case]:

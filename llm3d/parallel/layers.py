@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (
@@ -136,7 +137,7 @@ def column_parallel_linear(
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
     """Add a gradient shaped like the weight to its fp32 sum."""
     assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
-    weight.main_grad.add_(gradient)
+    accumulate_(weight.main_grad, gradient)
     weight.accumulated()
 
 
@@ -151,7 +152,7 @@ def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor
     elif grad_output.is_cuda:
         weight.main_grad.add_(torch.mm(grad_output.t(), x, out_dtype=torch.float32))
     else:
-        weight.main_grad.add_(grad_output.t() @ x)
+        accumulate_(weight.main_grad, grad_output.t() @ x)
 
 
 class _Linear(Function):

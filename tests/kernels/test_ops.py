@@ -184,6 +184,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
             0,
         ),
         "squared_norm": (x,),
+        "accumulate_": (torch.zeros(5, 8), x),
     }
 
 
