@@ -152,7 +152,8 @@ def nvcc_to_use(torch: Torch) -> Path | None:
 def includes(torch: Torch) -> list[str]:
     return [
         f"-I{CSRC}",
-        f"-isystem{torch.root / 'include'}",
+        "-isystem",  # nvcc wants the folder apart
+        str(torch.root / "include"),
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     ]
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/cpu.h"
-#include "common/tensor.h"
+#include "rms_norm/shape.h"
 
 namespace llm3d {
 namespace {
@@ -40,19 +40,17 @@ arithmetic<T> forward_row(T* __restrict x, const T* __restrict residual, const T
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor* residual, const Tensor& weight, double eps) {
-  const Rows rows = rows_of(x, "x");
-  check_size(weight, rows.columns, "weight");
-  check_type(weight, x.scalar_type(), "weight");
+  const NormShape shape = norm_shape(x, residual, weight);
+  const Rows rows = shape.x;
   Tensor y = empty(x, {rows.count, rows.columns}, x.scalar_type());
   Tensor inverse_rms = empty(x, {rows.count, 1}, arithmetic_type(x.scalar_type()));
-  const int64_t residual_stride = residual == nullptr ? 0 : rows_of(*residual, "residual").stride;
   for_floating_type(x.scalar_type(), "rms_norm", [&](auto type) {
     using T = typename decltype(type)::type;
     T *in = data<T>(x), *out = data<T>(y);
     const T *scale = data<T>(weight), *add = residual == nullptr ? nullptr : data<T>(*residual);
     auto* inverse = data<arithmetic<T>>(inverse_rms);
     parallel_rows(rows, kGrain, [&](int64_t row) {
-      const T* added = add == nullptr ? nullptr : add + row * residual_stride;
+      const T* added = add == nullptr ? nullptr : add + row * shape.residual_stride;
       inverse[row] = forward_row<T>(in + row * rows.stride, added, scale, out + row * rows.columns,
                                     rows.columns, arithmetic<T>(eps));
     });
@@ -66,9 +64,6 @@ std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weigh
 
 std::tuple<Tensor, Tensor> add_rms_norm_forward(Tensor x, const Tensor& residual, const Tensor& weight,
                                                 double eps) {
-  check(residual.scalar_type() == x.scalar_type(), "residual and x differ in dtype");
-  check(residual.dim() == 2 && residual.size(0) == x.size(0) && residual.size(1) == x.size(1),
-        "residual and x differ in shape");
   return forward(x, &residual, weight, eps);
 }
 
@@ -104,16 +99,8 @@ constexpr int64_t kParts = 64, kRowsInPart = 32;
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor& x, const Tensor& weight,
                                              const Tensor& inverse_rms, std::optional<Tensor> grad_sum) {
-  const Rows rows = rows_of(x, "x"), grad_rows = rows_of(grad_y, "grad_y");
-  check(grad_rows.count == rows.count && grad_rows.columns == rows.columns, "grad_y and x differ in shape");
-  check_size(weight, rows.columns, "weight");
-  check_size(inverse_rms, rows.count, "inverse_rms");
-  int64_t sum_stride = 0;
-  if (grad_sum.has_value()) {
-    const Rows sum_rows = rows_of(*grad_sum, "grad_sum");
-    check(sum_rows.count == rows.count && sum_rows.columns == rows.columns, "grad_sum and x differ in shape");
-    sum_stride = sum_rows.stride;
-  }
+  const NormGradientShape shape = norm_gradient_shape(grad_y, x, weight, inverse_rms, grad_sum);
+  const Rows rows = shape.x;
   Tensor grad_x = empty(x, {rows.count, rows.columns}, x.scalar_type());
   Tensor grad_weight = empty(x, {rows.columns}, arithmetic_type(x.scalar_type()));
   const int64_t rows_in_part = std::max(kRowsInPart, (rows.count + kParts - 1) / kParts);
@@ -129,8 +116,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor&
     parallel_rows({parts, rows_in_part * rows.columns, 0}, kGrain, [&](int64_t part) {
       const int64_t stop = std::min(rows.count, (part + 1) * rows_in_part);
       for (int64_t row = part * rows_in_part; row < stop; row++)
-        backward_row<T>(grads + row * grad_rows.stride, in + row * rows.stride, scale,
-                        sums == nullptr ? nullptr : sums + row * sum_stride, out + row * rows.columns,
+        backward_row<T>(grads + row * shape.grad_stride, in + row * rows.stride, scale,
+                        sums == nullptr ? nullptr : sums + row * shape.sum_stride, out + row * rows.columns,
                         partial.data() + part * rows.columns, rows.columns, inverse[row]);
     });
     A* total = data<A>(grad_weight);
