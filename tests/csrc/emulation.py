@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "llm3d_on_cpu"
 # Undefined behaviour, a misaligned load for instance, ends the process with a message.
 SANITIZER = "-fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
+# _FORTIFY_SOURCE would take a jump to another fiber's stack for an error.
+OPTIONS = f"-O1 -g1 {SANITIZER} -U_FORTIFY_SOURCE -Wno-unknown-pragmas"
 
 
 def build_module() -> ModuleType:
@@ -38,7 +40,7 @@ def emulated() -> torch._ops._OpNamespace:
     """
     installed = build.find_torch()
     names = f"-DLLM3D_NAMESPACE={NAMESPACE} -DLLM3D_CUDA_KEY=CPU"
-    flags = (*build.cpp_flags(installed), *f"-O1 -g1 {SANITIZER} -Wno-unknown-pragmas {names}".split())
+    flags = (*build.cpp_flags(installed), *OPTIONS.split(), *names.split())
     library = build.Library(
         "cuda_on_cpu",
         (ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc").glob("*/cuda.cu"))),

@@ -6,6 +6,7 @@
 // barriers, a barrier that some have returned before, a shuffle from a lane that takes no part) is an exception.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -79,8 +80,10 @@ struct Thread {
   unsigned lanes = 0;  // of the warp's barrier
   unsigned exchanges = 0;  // so far
   alignas(16) char given[2][16];  // by turns: a thread may be one exchange ahead of those who still read
-  ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf place;  // where it stands; unlike swapcontext, jumps make no system call
+  bool started = false;
 };
 
 class Block {
@@ -108,7 +111,7 @@ class Block {
     own.lanes = lanes;
     own.file = file;
     own.line = line;
-    swapcontext(&own.context, &scheduler);
+    if (_setjmp(own.place) == 0) _longjmp(scheduler, 1);
   }
 
   // The value that lane `source` of the own warp gives, once all of `lanes` have given theirs.
@@ -131,16 +134,24 @@ class Block {
   unsigned size = 0, current = 0;
   bool ascending = true;
   const std::function<void()>* body = nullptr;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
 
   static void enter();
 
   void start_thread() {
     Thread& added = *threads.emplace_back(std::make_unique<Thread>());
-    getcontext(&added.context);
-    added.context.uc_stack.ss_sp = added.stack.get();
-    added.context.uc_stack.ss_size = kStack;
-    makecontext(&added.context, enter, 0);
+    getcontext(&added.start);
+    added.start.uc_stack.ss_sp = added.stack.get();
+    added.start.uc_stack.ss_size = kStack;
+    makecontext(&added.start, enter, 0);
+  }
+
+  // Until its thread waits.
+  __attribute__((noinline)) void resume(Thread& thread) {
+    if (_setjmp(scheduler) != 0) return;
+    if (thread.started) _longjmp(thread.place, 1);
+    thread.started = true;
+    setcontext(&thread.start);
   }
 
   // Until each of its threads has returned or waits for the block.
@@ -151,7 +162,7 @@ class Block {
         if (threads[i]->state != State::runs) continue;
         current = i;
         threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
-        swapcontext(&scheduler, &threads[i]->context);
+        resume(*threads[i]);
       }
     } while (release_lanes(first, end));
   }
