@@ -323,6 +323,7 @@ def bench_kernels(
 
     from llm3d.kernels.bench import bandwidth, measure_kernels, print_measured
     from llm3d.kernels.cases import Sizes
+    from llm3d.train.host_memory import keep_freed_memory
 
     if hidden_size % 32 or (hidden_size // 32) % 2:
         raise InputError(f"--hidden-size: {hidden_size} is not a multiple of 64, 32 heads of an even size")
@@ -330,6 +331,8 @@ def bench_kernels(
     chosen = [types[dtype.value] for dtype in dtypes or (Precision.bf16, Precision.fp32)]
     where = device_to_use(device)
     sizes = Sizes(tokens, hidden_size, 32, intermediate_size, vocab_size, parameters)
+    if where.type == "cpu":
+        keep_freed_memory()  # as in training, and for all alike
     streaming = bandwidth(where)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(

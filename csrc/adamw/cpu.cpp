@@ -10,7 +10,6 @@
 namespace llm3d {
 namespace {
 
-constexpr int64_t kBlock = 512;         // parameters that are gathered before they are stored
 constexpr int64_t kGrain = 32 * kBlock;  // parameters a thread is worth starting for
 
 // P: what to write out, void for nothing.

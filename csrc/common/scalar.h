@@ -57,10 +57,13 @@ LLM3D_FUNCTION float widen(fp16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));
 #else
-  // Exponent and mantissa moved into place are the value times 2^-112; infinity and NaN need the exponent filled.
+  // Exponent and mantissa moved into place, and the exponents' origins brought together. A denormal number is what its
+  // mantissa adds to 2^-14: float's own denormals, which processors are slow with, do not come up.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  const uint32_t scaled = to_bits(from_bits(magnitude << 13) * 0x1p112f);
-  return from_bits(sign | scaled | (magnitude >= 0x7c00u ? 0x7f800000u : 0u));
+  const uint32_t moved = (magnitude << 13) + (112u << 23);
+  const float denormal = from_bits(moved + (1u << 23)) - 0x1p-14f;
+  const uint32_t special = magnitude >= 0x7c00u ? 112u << 23 : 0u;  // infinity and NaN
+  return from_bits(sign | (magnitude < 0x400u ? to_bits(denormal) : moved + special));
 #endif
 }
 

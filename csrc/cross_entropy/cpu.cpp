@@ -14,8 +14,8 @@
 namespace llm3d {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements read twice in a row, from the first-level cache the second time
 constexpr int64_t kLanes = 16;
+constexpr int64_t kGrain = 1 << 12;  // elements a thread is worth starting for
 
 template <class A>
 struct Softmax {
@@ -38,28 +38,28 @@ arithmetic<T> maximum_of(const T* __restrict x, int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
+// A block is read twice, the second time from the first-level cache.
 template <class T>
-Softmax<arithmetic<T>> softmax_of(const T* __restrict x, int64_t count) {
+Softmax<arithmetic<T>> softmax_of(const T* x, int64_t count) {
   using A = arithmetic<T>;
   constexpr A nothing = -std::numeric_limits<A>::infinity();
   Softmax<A> row{nothing, 0, 0};
-  for (int64_t start = 0; start < count; start += kBlock) {
-    const T* __restrict block = x + start;
-    const int64_t size = std::min(kBlock, count - start);
-    const A maximum = std::max(row.maximum, maximum_of<T>(block, size));
+  const auto block = [&row, x](int64_t begin, int64_t end) {
+    const A maximum = std::max(row.maximum, maximum_of<T>(x + begin, end - begin));
     if (maximum > row.maximum) row.total *= exponential(row.maximum - maximum);
     row.maximum = maximum;
     const A origin = maximum == nothing ? A(0) : maximum;  // -inf - -inf is no number
     A total = 0, sum = 0;
 #pragma omp simd reduction(+ : total, sum)
-    for (int64_t i = 0; i < size; i++) {
-      const A value = widen(block[i]);
+    for (int64_t i = begin; i < end; i++) {
+      const A value = widen(x[i]);
       total += exponential(value - origin);
       sum += value;
     }
     row.total += total;
     row.sum += sum;
-  }
+  };
+  in_blocks(count, block, x);
   return row;
 }
 
@@ -72,7 +72,7 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& targets) {
     using A = arithmetic<T>;
     const T* in = data<T>(logits);
     A* out = data<A>(stats);
-    parallel_rows(rows, kBlock, [&](int64_t row) {
+    parallel_rows(rows, kGrain, [&](int64_t row) {
       const T* x = in + row * rows.stride;
       const Softmax<A> s = softmax_of<T>(x, rows.columns);
       const bool here = columns[row] >= 0 && columns[row] < rows.columns;
@@ -86,7 +86,7 @@ Tensor softmax_stats(const Tensor& logits, const Tensor& targets) {
 }
 
 template <class T>
-void gradient_row(T* __restrict x, int64_t count, int64_t target, arithmetic<T> maximum,
+void gradient_row(T* x, int64_t count, int64_t target, arithmetic<T> maximum,
                   arithmetic<T> scale, arithmetic<T> at_target, arithmetic<T> shift) {
   using A = arithmetic<T>;
   if (scale == 0 && at_target == 0 && shift == 0) {  // an ignored token: whatever its logits are, NaN too
@@ -95,9 +95,11 @@ void gradient_row(T* __restrict x, int64_t count, int64_t target, arithmetic<T> 
   }
   const bool here = target >= 0 && target < count;
   const A kept = here ? scale * exponential(widen(x[target]) - maximum) + shift + at_target : A(0);
+  const auto block = [=](int64_t begin, int64_t end) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; i++)
-    x[i] = narrow<T>(scale * exponential(widen(x[i]) - maximum) + shift);
+    for (int64_t i = begin; i < end; i++) x[i] = narrow<T>(scale * exponential(widen(x[i]) - maximum) + shift);
+  };
+  in_blocks(count, block, x);
   if (here) x[target] = narrow<T>(kept);
 }
 
@@ -112,7 +114,7 @@ void cross_entropy_backward_(Tensor logits, const Tensor& targets, const Tensor&
     T* x = data<T>(logits);
     const A *maxima = data<A>(maximum), *scales = data<A>(scale);
     const A *at_targets = data<A>(at_target), *shifts = data<A>(shift);
-    parallel_rows(rows, kBlock, [&](int64_t row) {
+    parallel_rows(rows, kGrain, [&](int64_t row) {
       gradient_row<T>(x + row * rows.stride, rows.columns, columns[row], maxima[row], scales[row],
                       at_targets[row], shifts[row]);
     });

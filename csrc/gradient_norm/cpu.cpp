@@ -6,36 +6,44 @@
 namespace llm3d {
 namespace {
 
-constexpr int64_t kBlock = 1 << 15;  // elements with a sum of their own, so that threads change nothing
+constexpr int64_t kPart = 1 << 15;  // elements with a sum of their own, so that threads change nothing
 
 struct Squares {
   double sum, not_finite;
 };
 
 template <class T>
-Squares squares_of(const T* __restrict x, int64_t count) {
+double sum_of_squares(const T* x, int64_t count) {
   double sum = 0;
-  int32_t not_finite = 0;
-#pragma omp simd reduction(+ : sum, not_finite)
-  for (int64_t i = 0; i < count; i++) {
-    const auto value = widen(x[i]);
-    sum += static_cast<double>(value) * static_cast<double>(value);
-    not_finite += value - value == 0 ? 0 : 1;
-  }
-  return {sum, static_cast<double>(not_finite)};
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; i++) sum += static_cast<double>(widen(x[i])) * static_cast<double>(widen(x[i]));
+  return sum;
+}
+
+template <class T>
+Squares squares_of(const T* x, int64_t count) {
+  Squares total{0, 0};
+  const auto block = [&total, x](int64_t begin, int64_t end) {
+    const double sum = sum_of_squares(x + begin, end - begin);
+    total.sum += sum;
+    if (!std::isfinite(sum))
+      for (int64_t i = begin; i < end; i++) total.not_finite += std::isfinite(widen(x[i])) ? 0 : 1;
+  };
+  in_blocks(count, block, x);
+  return total;
 }
 
 Tensor squared_norm(const Tensor& x) {
   check_contiguous(x, "x");
-  const int64_t count = x.numel(), blocks = (count + kBlock - 1) / kBlock;
+  const int64_t count = x.numel(), parts = (count + kPart - 1) / kPart;
   Tensor result = empty(x, {2}, ScalarType::Double);
-  std::vector<Squares> partial(blocks);
+  std::vector<Squares> partial(parts);
   for_floating_type(x.scalar_type(), "squared_norm", [&](auto type) {
     using T = typename decltype(type)::type;
     const T* in = data<T>(x);
-    parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; block++)
-        partial[block] = squares_of<T>(in + block * kBlock, std::min(kBlock, count - block * kBlock));
+    parallel_ranges(parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++)
+        partial[part] = squares_of<T>(in + part * kPart, std::min(kPart, count - part * kPart));
     });
   });
   Squares total{0, 0};

@@ -15,23 +15,35 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 14;  // elements a thread is worth starting for
 
-// x = x + residual where there is one, then y. Returns 1 / rms.
+// x = x + residual where there is one; returns the sum of the squares of x.
 template <class T>
-arithmetic<T> forward_row(T* __restrict x, const T* __restrict residual, const T* __restrict weight,
-                          T* __restrict y, int64_t columns, arithmetic<T> eps) {
+arithmetic<T> add_and_square(T* __restrict x, const T* __restrict residual, int64_t count) {
   using A = arithmetic<T>;
   A squares = 0;
   if (residual != nullptr) {
 #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < columns; i++) {
+    for (int64_t i = 0; i < count; i++) {
       x[i] = narrow<T>(widen(x[i]) + widen(residual[i]));
       const A value = widen(x[i]);
       squares += value * value;
     }
   } else {
 #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < columns; i++) squares += widen(x[i]) * widen(x[i]);
+    for (int64_t i = 0; i < count; i++) squares += widen(x[i]) * widen(x[i]);
   }
+  return squares;
+}
+
+// The second pass over a row finds it in the first-level cache. Returns 1 / rms.
+template <class T>
+arithmetic<T> forward_row(T* x, const T* residual, const T* __restrict weight, T* __restrict y, int64_t columns,
+                          arithmetic<T> eps) {
+  using A = arithmetic<T>;
+  A squares = 0;
+  const auto block = [&](int64_t begin, int64_t end) {
+    squares += add_and_square(x + begin, residual == nullptr ? nullptr : residual + begin, end - begin);
+  };
+  in_blocks(columns, block, x, residual == nullptr ? x : residual, y);
   const A inverse_rms = A(1) / std::sqrt(squares / columns + eps);
 #pragma omp simd
   for (int64_t i = 0; i < columns; i++)
@@ -67,19 +79,31 @@ std::tuple<Tensor, Tensor> add_rms_norm_forward(Tensor x, const Tensor& residual
   return forward(x, &residual, weight, eps);
 }
 
-// grad_weight += this row's part; grad_x is written.
+// grad_weight += this row's part; returns the sum of grad_y * weight * n.
 template <class T>
-void backward_row(const T* __restrict grad_y, const T* __restrict x, const T* __restrict weight,
-                  const T* __restrict grad_sum, T* __restrict grad_x, arithmetic<T>* __restrict grad_weight,
-                  int64_t columns, arithmetic<T> inverse_rms) {
+arithmetic<T> add_to_grad_weight(const T* __restrict grad_y, const T* __restrict x, const T* __restrict weight,
+                                 arithmetic<T>* __restrict grad_weight, int64_t count, arithmetic<T> inverse_rms) {
   using A = arithmetic<T>;
   A dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t i = 0; i < columns; i++) {
+  for (int64_t i = 0; i < count; i++) {
     const A product = widen(grad_y[i]) * (widen(x[i]) * inverse_rms);
     grad_weight[i] += product;
     dot += product * widen(weight[i]);
   }
+  return dot;
+}
+
+template <class T>
+void backward_row(const T* __restrict grad_y, const T* __restrict x, const T* __restrict weight,
+                  const T* __restrict grad_sum, T* __restrict grad_x, arithmetic<T>* grad_weight, int64_t columns,
+                  arithmetic<T> inverse_rms) {
+  using A = arithmetic<T>;
+  A dot = 0;
+  const auto block = [&](int64_t begin, int64_t end) {
+    dot += add_to_grad_weight(grad_y + begin, x + begin, weight + begin, grad_weight + begin, end - begin, inverse_rms);
+  };
+  in_blocks(columns, block, grad_y, x, grad_sum == nullptr ? x : grad_sum, grad_x);
   const A slope = dot / columns * inverse_rms * inverse_rms;
   if (grad_sum != nullptr) {
 #pragma omp simd

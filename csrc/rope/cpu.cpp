@@ -14,6 +14,7 @@ template <class T>
 void rotate_head(T* __restrict first, T* __restrict second, const float* __restrict cos,
                  const float* __restrict sin, int64_t half, float direction) {
   using A = arithmetic<T>;
+  fetch_ahead(first, 2 * half);
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
     const A a = widen(first[i]), b = widen(second[i]), s = sin[i] * direction;

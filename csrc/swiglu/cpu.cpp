@@ -10,19 +10,25 @@ namespace {
 constexpr int64_t kGrain = 1 << 13;  // elements a thread is worth starting for
 
 template <class T>
-void forward_row(const T* __restrict gate, const T* __restrict up, T* __restrict out, int64_t columns) {
+void forward_row(const T* gate, const T* up, T* out, int64_t columns) {
+  const auto block = [=](int64_t begin, int64_t end) {
 #pragma omp simd
-  for (int64_t i = 0; i < columns; i++) out[i] = narrow<T>(swiglu(widen(gate[i]), widen(up[i])));
+    for (int64_t i = begin; i < end; i++) out[i] = narrow<T>(swiglu(widen(gate[i]), widen(up[i])));
+  };
+  in_blocks(columns, block, gate, up, out);
 }
 
 template <class T>
-void backward_row(const T* __restrict grad, T* __restrict gate, T* __restrict up, int64_t columns) {
+void backward_row(const T* grad, T* gate, T* up, int64_t columns) {
+  const auto block = [=](int64_t begin, int64_t end) {
 #pragma omp simd
-  for (int64_t i = 0; i < columns; i++) {
-    const auto g = swiglu_gradient(widen(gate[i]), widen(up[i]), widen(grad[i]));
-    gate[i] = narrow<T>(g.gate);
-    up[i] = narrow<T>(g.up);
-  }
+    for (int64_t i = begin; i < end; i++) {
+      const auto g = swiglu_gradient(widen(gate[i]), widen(up[i]), widen(grad[i]));
+      gate[i] = narrow<T>(g.gate);
+      up[i] = narrow<T>(g.up);
+    }
+  };
+  in_blocks(columns, block, grad, gate, up);
 }
 
 Rows check_gate_up(const Tensor& gate_up) {
