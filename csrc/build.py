@@ -88,15 +88,20 @@ def find_torch() -> Torch:
     roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
     for root in roots:
         if (root / "include/torch/csrc/stable/library.h").exists():
-            text = (root / "version.py").read_text()
-            version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
-            cuda = re.search(r"^cuda\b.* = '([\d.]+)'", text, re.MULTILINE)
-            assert version is not None, f"{root}/version.py names no version"
-            found = Torch(root, (int(version[1]), int(version[2])), cuda[1] if cuda else None)
-            if found.version < (2, 10):
-                raise CannotBuild(f"torch {version[1]}.{version[2]} is too old, 2.10 is needed")
-            return found
+            return read_torch(root)
     raise CannotBuild("torch is not installed yet; install it first, then llm3d")
+
+
+def read_torch(root: Path) -> Torch:
+    """What an installed torch says of itself."""
+    text = (root / "version.py").read_text()
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
+    cuda = re.search(r"^cuda\b.* = '([\d.]+)'", text, re.MULTILINE)
+    assert version is not None, f"{root}/version.py names no version"
+    found = Torch(root, (int(version[1]), int(version[2])), cuda[1] if cuda else None)
+    if found.version < (2, 10):
+        raise CannotBuild(f"torch {version[1]}.{version[2]} is too old, 2.10 is needed")
+    return found
 
 
 def cpp_compiler() -> tuple[str, ...]:

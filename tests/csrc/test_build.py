@@ -1,0 +1,101 @@
+"""What is built where: every machine gets an llm3d that works, and one line about what it lacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.emulation import ROOT, build
+
+
+def torch_of(root: Path, version: str = "2.11.0", cuda: str | None = "13.0") -> build.Torch:
+    """A torch as far as the build looks at one."""
+    (root / "include/torch/csrc/stable").mkdir(parents=True)
+    (root / "include/torch/csrc/stable/library.h").touch()
+    (root / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n")
+    return build.read_torch(root)
+
+
+def nvcc_of(directory: Path, release: str) -> Path:
+    program = directory / "nvcc"
+    program.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LLM3D_BUILD_CUDA", "CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_torch_is_read_without_importing_it(tmp_path: Path) -> None:
+    assert torch_of(tmp_path / "a") == build.Torch(tmp_path / "a", (2, 11), "13.0")
+    assert torch_of(tmp_path / "b", "2.13.0+cpu", None) == build.Torch(tmp_path / "b", (2, 13), None)
+    with pytest.raises(build.CannotBuild, match=r"torch 2\.9 is too old"):
+        torch_of(tmp_path / "c", "2.9.1")
+
+
+def test_no_compiler_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(build.CannotBuild, match=r"there is no C\+\+ compiler"):
+        build.cpp_compiler()
+
+
+def test_a_compiler_that_was_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(build.BuildFailed, match="CXX=no-such-compiler -O2, but there is no such program"):
+        build.cpp_compiler()
+
+
+def test_cuda_is_built_where_nvcc_and_torch_are_of_one_major(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nvcc = nvcc_of(tmp_path, "13.1")
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc)
+    fitting, other = torch_of(tmp_path / "13"), torch_of(tmp_path / "12", cuda="12.8")
+    without = torch_of(tmp_path / "cpu", cuda=None)
+    assert build.nvcc_to_use(fitting) == nvcc
+    assert build.nvcc_to_use(without) is None
+    assert build.nvcc_to_use(other) is None
+    assert "nvcc is of CUDA 13.1, torch of CUDA 12.8" in capfd.readouterr().out
+    monkeypatch.setenv("LLM3D_BUILD_CUDA", "0")
+    assert build.nvcc_to_use(fitting) is None
+
+
+def test_cuda_that_was_asked_for_is_built_or_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM3D_BUILD_CUDA", "1")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    with pytest.raises(build.BuildFailed, match="nvcc is neither on the path nor in CUDA_HOME"):
+        build.nvcc_to_use(torch_of(tmp_path / "a"))
+    monkeypatch.setattr(build, "find_nvcc", lambda: nvcc_of(tmp_path, "12.9"))
+    with pytest.raises(build.BuildFailed, match="the majors must be the same"):
+        build.nvcc_to_use(torch_of(tmp_path / "b"))
+    assert build.nvcc_to_use(torch_of(tmp_path / "cpu", cuda=None)) == tmp_path / "nvcc"
+    monkeypatch.setenv("LLM3D_BUILD_CUDA", "yes")
+    with pytest.raises(build.BuildFailed, match="LLM3D_BUILD_CUDA=yes: allowed are auto, 0, 1"):
+        build.nvcc_to_use(torch_of(tmp_path / "c"))
+
+
+def test_setup_goes_on_without_a_compiler(tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "llm3d: no native kernels: there is no C++ compiler" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_compiler_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    library = build.Library("cpu_x", (ROOT / "csrc/ops.cpp",), (str(compiler),), ())
+    with pytest.raises(build.BuildFailed, match="out of luck"):
+        build.build(library, tmp_path / "x.so", tmp_path / "scratch", jobs=1)
