@@ -14,7 +14,7 @@
 namespace llm3d {
 
 constexpr int kBackwardThreads = 512;  // of a row at most, for the sake of their registers: 16384 columns in bf16
-constexpr int kSlopeThreads = 256, kColumnThreads = 128;  // of a row that is read twice
+constexpr int kColumnThreads = 128;  // where a row is read twice
 constexpr int kSumThreads = 512;
 
 template <class T>
@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(kBackwardThreads) norm_gradient_kernel(NormGra
 
 // slopes[row], a block a row.
 template <class T, int n>
-__global__ void __launch_bounds__(kSlopeThreads) slope_kernel(NormGradient<T> norm, float* slopes) {
+__global__ void __launch_bounds__(kMostRowThreads) slope_kernel(NormGradient<T> norm, float* slopes) {
   const int64_t row = blockIdx.x;
   const T *x = norm.x + row * norm.x_stride, *grad_y = norm.grad_y + row * norm.grad_stride;
   const float inverse = norm.inverse_rms[row];
   float dot = 0;
-  for (int i = threadIdx.x * n; i < norm.columns; i += kSlopeThreads * n)
+  for (int i = threadIdx.x * n; i < norm.columns; i += blockDim.x * n)
     dot += dot_of(load<n>(grad_y + i), load<n>(x + i), load<n>(norm.weight + i), inverse);
-  dot = sum_over_row(dot, kSlopeThreads / kWarp, 0);
+  dot = sum_over_row(dot, blockDim.x / kWarp, 0);
   if (threadIdx.x == 0) slopes[row] = dot / norm.columns * inverse * inverse;
 }
 

@@ -12,11 +12,15 @@ bool fits(int64_t columns, int most_threads) {
   return threads_for(columns, Pack<T>::size) <= most_threads;
 }
 
+// Threads of a row that is read more than once, n elements at a time.
+int looping_threads(int64_t columns, int n) { return std::min(threads_for(columns, n), kMostRowThreads); }
+
 template <class T>
 void launch_forward(const Tensor& x, const Norm<T>& norm, bool packs) {
   if (!packs || !fits<T>(norm.columns, kMostRowThreads))
     return for_width<T>(packs, [&](auto width) {
-      launch(looping_norm_kernel<T, decltype(width)::value>, grid_of(norm.rows, 1), kLoopThreads, x, norm);
+      constexpr int n = decltype(width)::value;
+      launch(looping_norm_kernel<T, n>, grid_of(norm.rows, 1), looping_threads(norm.columns, n), x, norm);
     });
   const int threads = threads_for(norm.columns, Pack<T>::size), block = threads == kWarp ? 4 * kWarp : threads;
   const int64_t rows = block / threads;
@@ -66,7 +70,8 @@ void launch_columns(const Tensor& x, const NormGradient<T>& norm, int64_t parts,
   const Tensor slopes = empty(x, {norm.rows}, ScalarType::Float);
   for_width<T>(packs, [&](auto width) {
     constexpr int n = decltype(width)::value, a_block = kColumnThreads * n;
-    launch(slope_kernel<T, n>, grid_of(norm.rows, 1), kSlopeThreads, x, norm, data<float>(slopes));
+    launch(slope_kernel<T, n>, grid_of(norm.rows, 1), looping_threads(norm.columns, n), x, norm,
+           data<float>(slopes));
     const dim3 blocks((norm.columns + a_block - 1) / a_block, parts);
     launch(column_gradient_kernel<T, n>, blocks, kColumnThreads, x, norm, data<float>(slopes));
   });

@@ -10,8 +10,6 @@
 
 namespace llm3d {
 
-constexpr int kLoopThreads = 256;  // of a row that is read twice
-
 template <class T>
 struct Norm {
   T* x;
@@ -75,12 +73,14 @@ __global__ void __launch_bounds__(kMostRowThreads) norm_kernel(Norm<T> norm, int
   if (thread == 0) norm.inverse_rms[row] = inverse;
 }
 
+// A block a row.
 template <class T, int n>
-__global__ void __launch_bounds__(kLoopThreads) looping_norm_kernel(Norm<T> norm) {
+__global__ void __launch_bounds__(kMostRowThreads) looping_norm_kernel(Norm<T> norm) {
   const int64_t row = blockIdx.x;
   T *x = norm.x + row * norm.x_stride, *y = norm.y + row * norm.columns;
+  const int step = blockDim.x * n;
   float squares = 0;
-  for (int i = threadIdx.x * n; i < norm.columns; i += kLoopThreads * n) {
+  for (int i = threadIdx.x * n; i < norm.columns; i += step) {
     auto own = load<n>(x + i);
     if (norm.residual != nullptr) {
       own = sum_of(own, load<n>(norm.residual + row * norm.residual_stride + i));
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kLoopThreads) looping_norm_kernel(Norm<T> norm
     }
     squares += squares_of(own);
   }
-  const float mean = sum_over_row(squares, kLoopThreads / kWarp, 0) / norm.columns;
+  const float mean = sum_over_row(squares, blockDim.x / kWarp, 0) / norm.columns;
   const float inverse = 1 / sqrtf(mean + norm.eps);
-  for (int i = threadIdx.x * n; i < norm.columns; i += kLoopThreads * n)
+  for (int i = threadIdx.x * n; i < norm.columns; i += step)
     store<n>(y + i, normalised(load<n>(x + i), load<n>(norm.weight + i), inverse));
   if (threadIdx.x == 0) norm.inverse_rms[row] = inverse;
 }

@@ -42,7 +42,7 @@ __device__ __forceinline__ uint4 load_bits(const T* from) {
   return *reinterpret_cast<const uint4*>(from);
 }
 
-// Threads that hold a row, in whole warps.
+// Threads, in whole warps, that hold a row of such packs.
 inline int threads_for(int64_t columns, int pack) {
   const int64_t a_warp = int64_t{kWarp} * kHeld * pack;
   return static_cast<int>(std::max<int64_t>(1, (columns + a_warp - 1) / a_warp)) * kWarp;
@@ -57,9 +57,8 @@ __device__ __forceinline__ float sum_over_row(float value, int warps, int turn) 
   float* own = partial[turn % 2];
   if (threadIdx.x % kWarp == 0) own[threadIdx.x / kWarp] = value;
   __syncthreads();
-  float total = 0;
-  for (int warp = 0; warp < warps; warp++) total += own[warp];
-  return total;
+  const int lane = threadIdx.x % kWarp;
+  return warp_sum(lane < warps ? own[lane] : 0.0f);
 }
 
 }  // namespace llm3d
