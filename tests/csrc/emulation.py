@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = Path(__file__).parent / "cuda_on_cpu"
 NAMESPACE = "llm3d_on_cpu"
 # Undefined behaviour, a misaligned load for instance, ends the process with a message.
 SANITIZER = "-fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
@@ -43,8 +44,8 @@ def emulated() -> torch._ops._OpNamespace:
     flags = (*build.cpp_flags(installed), *OPTIONS.split(), *names.split())
     library = build.Library(
         "cuda_on_cpu",
-        (ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc").glob("*/cuda.cu"))),
-        (*build.cpp_compiler(), f"-I{Path(__file__).parent / 'cuda_on_cpu'}", *flags),
+        (ROOT / "csrc/ops.cpp", *sorted((ROOT / "csrc").glob("*/cuda.cu")), RUNTIME / "examples.cu"),
+        (*build.cpp_compiler(), f"-I{RUNTIME}", *flags),
         build.links(installed),
         language=("-x", "c++"),
     )
