@@ -6,6 +6,7 @@ Same model, same batch, one microbatch a step, no padding, attention over whole 
 norm. The two take turns, each in its own process; the figure is the median over rounds of the ratio within a
 round. In bf16 llm3d keeps fp32 master weights and moments; transformers is timed both with pure bf16 weights and
 moments (less work than llm3d does) and with fp32 weights under autocast (the same numerics class as llm3d).
+llm3d runs with its own kernels and with LLM3D_KERNELS=reference.
 
 llm3d tells glibc to keep freed memory (llm3d/train/host_memory.py), which a plain PyTorch script does not;
 --same-allocator gives transformers that too, and leaves the difference in what is computed.
@@ -52,7 +53,8 @@ def main() -> None:
     if arguments.profile:
         profile(CONTENDERS[arguments.profile](arguments))
         return
-    names = ["llm3d", *(name for name in CONTENDERS if name.startswith(f"transformers {arguments.compute}"))]
+    theirs = [name for name in CONTENDERS if name.startswith(f"transformers {arguments.compute}")]
+    names = ["llm3d", "llm3d in plain PyTorch", *theirs]
     contenders = {name: Contender(name, arguments) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for contender in contenders.values():
@@ -109,8 +111,9 @@ def random_tokens(arguments: argparse.Namespace) -> torch.Tensor:
     return torch.randint(0, arguments.vocab_size, shape, generator=generator)
 
 
-def llm3d_step(arguments: argparse.Namespace) -> Callable[[], float]:
+def llm3d_step(arguments: argparse.Namespace, kernels: str = "auto") -> Callable[[], float]:
     keep_freed_memory()  # as `llm3d pretrain` does
+    os.environ["LLM3D_KERNELS"] = kernels
     trainer = Trainer(settings(arguments), Mesh(device=start_process_group()))
     trainer.initialise()
     batch = collate([Sample(row, [0]) for row in random_tokens(arguments)])
@@ -154,6 +157,7 @@ def transformers_step(
 
 CONTENDERS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "llm3d": llm3d_step,
+    "llm3d in plain PyTorch": partial(llm3d_step, kernels="reference"),
     "transformers fp32": partial(transformers_step, dtype=torch.float32),
     "transformers bf16": partial(transformers_step, dtype=torch.bfloat16),
     "transformers bf16 autocast": partial(transformers_step, dtype=torch.float32, autocast=True),

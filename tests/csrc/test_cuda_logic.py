@@ -26,7 +26,7 @@ def native() -> Ops:
 
 # ---- RMSNorm ----
 
-# A warp a row, a block a row, a whole block in registers, longer rows; with and without whole packs of 16 bytes.
+# A warp a row, a block a row (of several rows in turn), longer rows; with and without whole packs of 16 bytes.
 SHAPES = [
     (0, 64),
     (1, 1),
