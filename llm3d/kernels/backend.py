@@ -19,8 +19,12 @@ from torch import Tensor
 
 from llm3d.errors import InputError
 
-BACKENDS = ("auto", "native", "transformer_engine", "apex", "reference")
+PACKAGES = {"transformer_engine": "transformer-engine", "apex": "apex"}
+BACKENDS = ("auto", "native", *PACKAGES, "reference")
 INSTRUCTION_SETS = ("avx512", "avx2", "default")
+SCHEMAS = (
+    Path(__file__).parents[2] / "csrc" / "ops.cpp"
+)  # in a checkout; the libraries must know what it declares
 Op = Callable[..., Any]
 
 _libraries: dict[str, Path] = {}  # by device type, what is loaded
@@ -29,10 +33,10 @@ _ops: dict[str, Op] = {}
 _chosen = "auto"
 
 
-def use(backend: str, device: torch.device | str = "cpu") -> None:
-    """Choose for the process from now on; auto leaves the choice to LLM3D_KERNELS.
+def use(backend: str, device: torch.device | str | None = None) -> None:
+    """Choose for the process from now on; auto leaves the choice to LLM3D_KERNELS. device: by default the fastest.
 
-    Raises InputError where the choice is not one of BACKENDS, its package is not installed, or `native` has no
+    Raises InputError where the choice is not one of BACKENDS, its package cannot be imported, or `native` has no
     library for the device.
     """
     global _chosen
@@ -41,8 +45,10 @@ def use(backend: str, device: torch.device | str = "cpu") -> None:
         source, backend = "LLM3D_KERNELS", os.environ.get("LLM3D_KERNELS", "auto")
     if backend not in BACKENDS:
         raise InputError(f"{source}: {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend in ("transformer_engine", "apex") and find_spec(backend) is None:
-        raise InputError(f"{source}: {backend} needs the package {backend}, which is not installed")
+    if backend in PACKAGES:
+        _import_adapter(source, backend)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if backend == "native" and (problem := _problem(device)):
         raise InputError(f"{source}: native, but {problem}")
     _chosen = backend
@@ -67,7 +73,7 @@ def fused(op: str, x: Tensor) -> Op | None:
     """
     if _chosen == "reference":
         return None
-    if _chosen in ("transformer_engine", "apex") and x.is_cuda:
+    if _chosen in PACKAGES and x.is_cuda:
         theirs = getattr(importlib.import_module(f"llm3d.kernels.{_chosen}"), op, None)
         if theirs is not None:
             return theirs
@@ -91,13 +97,21 @@ def describe(device: torch.device | str) -> str:
     """What computes on a device, in a few words, and why where it is not the fastest."""
     if _chosen == "reference":
         return "plain PyTorch, as chosen"
-    if problem := _problem(device):
-        return f"plain PyTorch: {problem}"
-    return (
-        _name(device)
-        if _chosen in ("auto", "native")
-        else f"{_chosen} where it has them, else {_name(device)}"
-    )
+    problem = _problem(device)
+    ours = f"plain PyTorch: {problem}" if problem else _name(device)
+    if _chosen in PACKAGES and torch.device(device).type == "cuda":
+        return f"{_chosen} where it has them, else {ours}"
+    return ours
+
+
+def _import_adapter(source: str, backend: str) -> None:
+    try:
+        importlib.import_module(f"llm3d.kernels.{backend}")
+    except (ImportError, OSError, RuntimeError) as error:
+        package = PACKAGES[backend]
+        missing = find_spec(backend) is None
+        problem = "which is not installed" if missing else f"which cannot be imported: {error}"
+        raise InputError(f"{source}: {backend} needs the package {package}, {problem}") from None
 
 
 def _name(device: torch.device | str) -> str:
@@ -139,6 +153,11 @@ def _native(op: str) -> Op:
 
 def _load_first(device: str, candidates: list[Path]) -> None:
     path = next((path for path in candidates if path.exists()), None)
+    if path is not None and SCHEMAS.exists() and SCHEMAS.stat().st_mtime > path.stat().st_mtime:
+        _problems[device] = (
+            f"llm3d/kernels/{path.name} is older than csrc/{SCHEMAS.name}; install llm3d again"
+        )
+        return
     if path is None:
         _problems[device] = (
             f"llm3d/kernels/{candidates[0].name} is not there; installing llm3d builds it where there is "

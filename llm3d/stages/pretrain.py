@@ -33,7 +33,8 @@ def run(config: Config) -> None:
 
 
 def check(config: Config) -> tuple[Config, Tokenizer | None, LanguageData]:
-    """Open the tokenizer and the data that the settings name; raise InputError where they cannot be used."""
+    """Open what the settings name: kernels, tokenizer, data. Raises InputError where it cannot be used."""
+    backend.use(config.kernels.backend)
     config, tokenizer = open_tokenizer(config)
     return config, tokenizer, LanguageData(config)
 

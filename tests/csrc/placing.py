@@ -1,11 +1,9 @@
-"""Where a kernel finds its tensors in memory, and how exact it has to be."""
+"""Where a kernel finds its tensors in memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from tests.kernels.exactness import error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLACES = ["contiguous", "misaligned", "strided", "strided and misaligned"]
@@ -21,15 +19,6 @@ def placed(x: Tensor, place: str) -> Tensor:
     before, after = (16, 16) if place == "strided" else (1, 2)
     around = x.new_full((*x.shape[:-1], before + x.shape[-1] + after), torch.nan)
     return around[..., before : before + x.shape[-1]].copy_(x)
-
-
-def assert_exact(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """At most twice PyTorch's error in the same dtype, or one rounding of the largest value."""
-    assert ours.dtype == theirs.dtype and ours.shape == exact.shape
-    assert torch.isfinite(ours).all()
-    if exact.numel():
-        rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
-        assert error(ours, exact) <= max(2 * error(theirs, exact), rounding)
 
 
 def assert_same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the CUDA kernel of the rotary positions computes, run on the CPU."""
+"""What the CUDA kernel of the rotary positions computes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from llm3d.kernels import backend
 from llm3d.kernels.rope import inverse_frequencies, rope_tables, rotate_
-from tests.csrc.placing import DTYPES, PLACES, assert_exact, placed
-from tests.kernels.exactness import assert_close, randn
+from tests.csrc.conftest import Ops
+from tests.csrc.placing import DTYPES, PLACES, placed
+from tests.kernels.exactness import assert_close, assert_exact, randn
 
-Ops = torch._ops._OpNamespace
 # Lengths of sequences, some empty, so that blocks of tokens begin and end anywhere; heads; head_dim.
 SHAPES = [
     ([0], 3, 16),
@@ -46,37 +46,34 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_rope(
-    emulated: Ops, shape: tuple[list[int], int, int], dtype: torch.dtype, place: str, inverse: bool
+    cuda: Ops, shape: tuple[list[int], int, int], dtype: torch.dtype, place: str, inverse: bool
 ) -> None:
     lengths, heads, head_dim = shape
     exact, arguments = randn(sum(lengths), heads, head_dim), tables(lengths, head_dim)
     x = exact.to(dtype)
-    ours = rotated(emulated, x, place, *arguments, inverse=inverse)
-    assert torch.equal(rotated(emulated, x, place, *arguments, inverse=inverse), ours)
+    ours = rotated(cuda, x, place, *arguments, inverse=inverse)
+    assert torch.equal(rotated(cuda, x, place, *arguments, inverse=inverse), ours)
     assert_exact(ours, reference(x, *arguments, inverse), reference(exact, *arguments, inverse))
 
 
-@pytest.mark.skipif(not backend.describe("cpu").startswith("native"), reason="no native kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope_is_that_of_the_cpu(emulated: Ops, dtype: torch.dtype) -> None:
+def test_rope_is_that_of_the_cpu(cuda: Ops, native: Ops, dtype: torch.dtype) -> None:
     x, arguments = randn(13, 3, 24).to(dtype), tables([6, 7], 24)
-    cpu = rotated(torch.ops.llm3d, x, "contiguous", *arguments)
-    assert_close(
-        rotated(emulated, x, "contiguous", *arguments), cpu.double(), max(2e-6, torch.finfo(dtype).eps)
-    )
+    cpu = rotated(native, x, "contiguous", *arguments)
+    assert_close(rotated(cuda, x, "contiguous", *arguments), cpu.double(), max(2e-6, torch.finfo(dtype).eps))
 
 
-def test_only_the_heads_that_are_given_turn(emulated: Ops) -> None:
+def test_only_the_heads_that_are_given_turn(cuda: Ops) -> None:
     qkv, arguments = randn(7, 5, 16).float(), tables([7], 16)
     expected = qkv.clone()
-    expected[:, :3] = rotated(emulated, qkv[:, :3], "contiguous", *arguments)
-    emulated.rope_(qkv[:, :3], *arguments, False)
+    expected[:, :3] = rotated(cuda, qkv[:, :3], "contiguous", *arguments)
+    cuda.rope_(qkv[:, :3], *arguments, False)
     assert torch.equal(qkv, expected)
 
 
-def test_tokens_without_a_position_stay_as_they_are(emulated: Ops) -> None:
+def test_tokens_without_a_position_stay_as_they_are(cuda: Ops) -> None:
     """Behind the last sequence, and beyond the tables, where a CPU raises an error."""
     x, (cos, sin, _) = randn(6, 2, 8).float(), tables([3], 8)
-    turned = rotated(emulated, x, "contiguous", cos[:2], sin[:2], torch.tensor([0, 3, 5], dtype=torch.int32))
+    turned = rotated(cuda, x, "contiguous", cos[:2], sin[:2], torch.tensor([0, 3, 5], dtype=torch.int32))
     assert torch.equal(turned[[2, 5]], x[[2, 5]])
     assert not torch.equal(turned[[1, 4]], x[[1, 4]])

@@ -28,3 +28,12 @@ def assert_as_exact_as(theirs: Tensor, ours: Tensor, exact: Tensor) -> None:
     assert ours.dtype == theirs.dtype
     assert torch.isfinite(ours).all()
     assert error(ours, exact) <= 2 * error(theirs, exact)
+
+
+def assert_exact(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """As assert_as_exact_as, or one rounding of the largest value: of few elements, PyTorch's error may be none."""
+    assert ours.dtype == theirs.dtype and ours.shape == exact.shape
+    assert torch.isfinite(ours).all()
+    if exact.numel():
+        rounding = torch.finfo(ours.dtype).eps * float(exact.abs().max())
+        assert error(ours, exact) <= max(2 * error(theirs, exact), rounding)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llm3d.kernels.attention import attention
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
-from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
+from tests.kernels.exactness import assert_as_exact_as, assert_close, error, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS = [(4, 1), (6, 2), (3, 3), (10, 1)]  # query heads, key-value heads
@@ -83,13 +83,15 @@ def sequences(
     return Sequences(q, k, v, *caches, table, torch.tensor(lengths, dtype=torch.int32))
 
 
-def assert_exact(inputs: Sequences) -> None:
+def assert_dense(inputs: Sequences) -> None:
     out, exact = inputs.decode(), inputs.dense(torch.float64)
     assert out.dtype == inputs.q.dtype and out.is_contiguous()
-    if out.dtype == torch.float32:
-        assert_close(out, exact)
-    elif out.dtype == torch.float64:
+    if out.dtype == torch.float64:
         assert_close(out, exact, tolerance=1e-14)
+    elif out.dtype == torch.float32:  # large scores are rounded by more than 2e-6, by PyTorch too
+        theirs = error(inputs.dense(out.dtype), exact)
+        assert torch.isfinite(out).all()
+        assert error(out, exact) <= max(2 * theirs, 2e-6 * float(exact.abs().max()))
     else:
         assert_as_exact_as(inputs.dense(out.dtype), out, exact)
 
@@ -98,23 +100,23 @@ def assert_exact(inputs: Sequences) -> None:
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 def test_a_decoded_token_is_dense_attention(block_size: int, dtype: torch.dtype) -> None:
     """Ragged lengths: none, one, a block's boundary, beyond it, and some that need several tiles of scores."""
-    assert_exact(sequences([0, 1, 16, 17, 48, 150], dtype, block_size=block_size))
+    assert_dense(sequences([0, 1, 16, 17, 48, 150], dtype, block_size=block_size))
 
 
 @pytest.mark.parametrize("head_dim", [1, 5, 64, 80, 129])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_any_heads_of_any_size(heads: tuple[int, int], head_dim: int) -> None:
-    assert_exact(sequences([7, 0, 70], heads=heads, head_dim=head_dim))
+    assert_dense(sequences([7, 0, 70], heads=heads, head_dim=head_dim))
 
 
 def test_scores_of_any_size() -> None:
     """Where one score stands far above the others, and where the largest comes last."""
-    assert_exact(sequences([200, 5], scale=300.0))
+    assert_dense(sequences([200, 5], scale=300.0))
     inputs = sequences([130], heads=(1, 1), block_size=16)
     for token, slot in enumerate(slots_of(inputs.block_table[0], 130, 16).tolist()):
         inputs.k[0][token] = inputs.q[0] * token / 10
         inputs.key_cache.flatten(0, 1)[slot] = inputs.k[0][token]
-    assert_exact(inputs)
+    assert_dense(inputs)
 
 
 def test_no_sequences_and_no_tokens() -> None:
