@@ -7,6 +7,7 @@ block * block_size + offset; the tokens of a sequence lie in the blocks that its
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm3d.kernels.backend import fake, fused
@@ -39,19 +40,20 @@ def paged_decode_attention(
     """
     if op := fused("paged_decode_attention", q):
         return op(q, key_cache, value_cache, block_table, lengths, scale)
-    dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), key_cache.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
     used = torch.arange(block_table.shape[1] * key_cache.shape[1], device=q.device) < lengths[:, None]
     k, v = (_contexts(cache, block_table, used).to(dtype) for cache in (key_cache, value_cache))
-    grouped = q.unflatten(1, (kv_heads, -1)).to(dtype) * scale
-    scores = torch.einsum("skgd,stkd->skgt", grouped, k).masked_fill_(~used[:, None, None], -torch.inf)
-    out = torch.einsum("skgt,stkd->skgd", scores.softmax(-1), v).flatten(1, 2)
-    return out.masked_fill_(lengths[:, None, None] == 0, 0.0).to(q.dtype)
+    mask = used[:, None, None]
+    out = F.scaled_dot_product_attention(
+        q[:, :, None].to(dtype), k, v, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return out[:, :, 0].masked_fill(lengths[:, None, None] == 0, 0.0).to(q.dtype)
 
 
 def _contexts(cache: Tensor, block_table: Tensor, used: Tensor) -> Tensor:
-    """[sequences, context, kv_heads, head_dim]: each sequence's part of the cache; where it is not used, 0."""
+    """[sequences, kv_heads, context, head_dim]: each sequence's part of the cache; where it is not used, 0."""
     blocks = block_table.clamp(0, len(cache) - 1)
-    return cache[blocks].flatten(1, 2).masked_fill_(~used[:, :, None, None], 0.0)
+    return cache[blocks].flatten(1, 2).masked_fill_(~used[:, :, None, None], 0.0).transpose(1, 2)
 
 
 @fake("kv_cache_append_")
