@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import pytest
 import torch
@@ -201,3 +203,41 @@ def test_the_projection_in_chunks_gives_the_same(num_ranks: int, sequence: bool,
     actual = torch.cat([part[1] for part in parts]) if sequence else parts[0][1]
     assert_close(actual, for_hidden)
     assert_close(torch.cat([part[2] for part in parts]), for_table)
+
+
+# ---- memory ----
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that PyTorch's allocator hands out at once while `run` runs, above what was there before."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
+def peaks_on_rank(logits: Tensor, targets: Tensor) -> tuple[int, int]:
+    """Forward and backward of the loss alone, ours and PyTorch's."""
+    group = Mesh().tensor
+    leaves = [logits.clone().requires_grad_() for _ in range(2)]
+
+    def our_loss() -> None:
+        terms = token_terms(leaves[0].detach().requires_grad_(), targets, 0, group)
+        cross_entropy_sum(terms, targets, logits.shape[1]).backward()
+
+    def their_loss() -> None:
+        wide = leaves[1].to(torch.float32)
+        torch.nn.functional.cross_entropy(wide, targets, reduction="sum").backward()
+
+    return peak_bytes(our_loss), peak_bytes(their_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_loss_takes_less_than_half_the_memory(dtype: torch.dtype) -> None:
+    """Counting the logits, whose gradient lies over them: no other tensor of their size ever exists."""
+    logits, targets = randn(64, 32000).to(dtype), some_targets(64, 32000)
+    ((ours, theirs),) = pool.run(peaks_on_rank, 1, logits, targets)
+    size = logits.nbytes
+    assert ours <= 0.01 * size
+    assert size + ours <= 0.5 * (size + theirs)
