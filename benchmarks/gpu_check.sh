@@ -1,20 +1,56 @@
 #!/usr/bin/env bash
-# All that needs a GPU, with one command and without a network: the gpu tests, then throughput.
+# All that needs a GPU, with one command, without a network, in under ten minutes: builds the kernels, runs their
+# tests and the others marked gpu, compute-sanitizer, the kernels' speed, and training's.
 #   bash benchmarks/gpu_check.sh [RESULTS_DIRECTORY]
-# Needs Python with torch and llm3d's dependencies; llm3d itself is taken from this checkout.
-set -euo pipefail
+# Needs nvcc and a Python ($PYTHON) with torch, setuptools, pytest, hypothesis and typer; training also needs pydantic
+# and OmegaConf, which may lie on PYTHONPATH. llm3d itself is taken from this checkout.
+# A part that fails does not keep the next from running; the last lines say which did, and so does the exit status.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results/gpu}
 python=${PYTHON:-python3}
-export PYTHONPATH="$PWD"
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" LLM3D_BUILD_CUDA=1
 mkdir -p "$results"
-{
-    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__, "cuda", torch.version.cuda)'
-} | tee "$results/machine.txt"
-"$python" -m pytest -m gpu -q -p no:cacheprovider tests | tee "$results/tests.txt"
-for recompute in none selective full; do
-    "$python" benchmarks/throughput.py llama-1b --sequence-length 4096 --micro 2 --microbatches 2 \
-        --recompute "$recompute" | tee "$results/throughput-llama-1b-$recompute.json"
+summary=() failed=0
+
+# part NAME SECONDS COMMAND...: what the command prints goes to RESULTS_DIRECTORY/NAME.txt
+part() {
+    local name=$1 limit=$2 began=$SECONDS status=0
+    shift 2
+    echo "--- $name"
+    timeout "$limit" "$@" 2>&1 | tee "$results/$name.txt" || status=$?
+    summary+=("$(printf '%-24s %4d s  exit status %d' "$name" $((SECONDS - began)) "$status")")
+    [ "$status" -eq 0 ] || failed=1
+}
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+machine() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv &&
+        nvcc --version | grep release &&
+        "$python" -c 'import sys, torch; print("python", sys.version.split()[0], "torch", torch.__version__)
+assert torch.cuda.is_available(), "no CUDA device"'
+}
+
+
+machine | tee "$results/machine.txt" || exit 2
+part build 240 "$python" setup.py --quiet build_ext --inplace
+part kernels 60 "$python" -m llm3d kernels --check --device cuda
+part kernel-tests 180 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/csrc tests/kernels
+part bench-kernels 200 "$python" -m llm3d bench kernels --device cuda --tokens 16384 --rounds 21
+for tool in memcheck racecheck; do
+    # Every allocation on its own, so that reading beyond one shows; our kernels alone.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        --kernel-regex kns=llm3d "$python" -m llm3d kernels --check --device cuda
 done
+if has pydantic && has omegaconf; then
+    part training-tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/parity
+    for kernels in native reference; do
+        LLM3D_KERNELS=$kernels part "throughput-llama-1b-$kernels" 60 "$python" benchmarks/throughput.py llama-1b \
+            --sequence-length 4096 --micro 2 --microbatches 2
+    done
+else
+    summary+=("training: not run, for pydantic or OmegaConf is not installed")
+fi
+printf '%s\n' "${summary[@]}" | tee "$results/summary.txt"
+exit "$failed"
