@@ -1,11 +1,12 @@
 # Each target does its own set-up; a stamp in .venv keeps it from being done twice.
 #   make demo     from text to a trained model, on two CPU cores
 #   make test     every test
+#   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.py csrc/*/*)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test parity lint format clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed-all
@@ -30,6 +31,10 @@ demo: .venv/installed
 # One thread a process: the tests start many.
 test: install
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+
+parity: install
+	for kernels in native reference; do \
+	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/parity || exit 1; done
 
 lint: install
 	.venv/bin/ruff check .

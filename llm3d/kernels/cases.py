@@ -341,7 +341,7 @@ def _adamw(sizes: Sizes, numbers: _Numbers, with_torch: bool) -> Iterator[Case]:
     exp_avg_sq = gradient.to(wide).square() + 1e-6
     parameter = None if numbers.dtype == wide else torch.empty_like(gradient)
     step = torch.tensor(3, device=device)
-    lr, scale = (torch.tensor(value, dtype=torch.float64, device=device) for value in (1e-3, 0.5))
+    lr, scale = (torch.tensor(value, dtype=torch.float64, device=device) for value in (1e-3, 1.0))
     betas, eps, weight_decay = (0.9, 0.95), 1e-8, 0.1
 
     def prepare() -> Callable[[], Results]:
@@ -356,7 +356,7 @@ def _adamw(sizes: Sizes, numbers: _Numbers, with_torch: bool) -> Iterator[Case]:
 
     def prepare_torch() -> Callable[[], Results]:
         leaf = master.clone().requires_grad_()
-        cast = leaf.grad = torch.zeros_like(leaf)
+        cast = leaf.grad = gradient if parameter is None else torch.zeros_like(leaf)
         optimizer = torch.optim.AdamW(
             [leaf], lr=1e-3, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
         )
@@ -367,9 +367,11 @@ def _adamw(sizes: Sizes, numbers: _Numbers, with_torch: bool) -> Iterator[Case]:
         }
 
         def run() -> Results:
-            torch.mul(gradient, 0.5, out=cast)
-            optimizer.step()
-            if parameter is not None:
+            if parameter is None:
+                optimizer.step()
+            else:
+                cast.copy_(gradient)
+                optimizer.step()
                 parameter.copy_(leaf.detach())
             return (leaf.detach(),)
 
