@@ -4,8 +4,9 @@
 
 Each does the same work on buffers of its own: bf16 gradients, fp32 master weights and moments updated, bf16
 parameters written. llm3d does it in one pass, and multiplies by the clipping factor on the way; for the others
-gradients are cast into an fp32 buffer that stays, and parameters copied out. They take turns; printed are the median times, and of the rounds' ratios the median,
-least and largest. Streaming bandwidth is that of an update in place, x += 1, over the same number of bytes.
+gradients are cast into an fp32 buffer that stays, and parameters copied out. They take turns; printed are the median
+times, and of the rounds' ratios the median, least and largest. Streaming bandwidth is that of an update in place,
+x += 1, over the same number of bytes.
 DeepSpeed is run where it is installed (DS_ACCELERATOR=cpu; it compiles its kernel at the first start).
 """
 

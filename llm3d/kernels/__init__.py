@@ -1,4 +1,4 @@
-"""The model's elementwise and reduction operations, one file each, in plain PyTorch.
+"""The Python face of csrc: an operation a file, each beside the same in plain PyTorch.
 
-Storage may be fp32 or bf16; reductions are in fp32.
+Storage may be fp32, bf16 or fp16; arithmetic is in fp32.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ SOURCES = sorted((ROOT / "csrc").glob("*/cuda.cu"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is neither on the path nor in CUDA_HOME")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="nvcc needs g++")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
 def test_no_kernel_spills(source: Path, tmp_path: Path) -> None:
     flags = build.cuda_flags(build.find_torch())

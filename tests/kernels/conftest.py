@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from llm3d.kernels.backend import using
+from tests.kernels.backends import BACKENDS
 
 
-@pytest.fixture(params=["native", "reference"], autouse=True)
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with using(request.param):
         yield request.param

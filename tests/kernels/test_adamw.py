@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llm3d.kernels.adamw import adamw_
+from tests.kernels.backends import needs_native
 from tests.kernels.exactness import randn
 
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -86,6 +87,7 @@ def test_stochastic_rounding_is_a_function_of_seed_step_and_index() -> None:
     assert not torch.equal(moments(2, 1), whole)
 
 
+@needs_native
 def test_both_back_ends_draw_the_same_bits() -> None:
     from llm3d.kernels.backend import using
 

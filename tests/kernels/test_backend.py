@@ -10,6 +10,7 @@ from llm3d.cli import app
 from llm3d.errors import InputError
 from llm3d.kernels import backend as module
 from llm3d.kernels.backend import describe, fused, of, use, using
+from tests.kernels.backends import needs_native
 
 X = torch.zeros(2, 4)
 
@@ -20,6 +21,7 @@ def test_reference_uses_no_kernel() -> None:
         assert (of("swiglu_forward", "cpu"), describe("cpu")) == ("reference", "plain PyTorch, as chosen")
 
 
+@needs_native
 def test_the_environment_decides_where_the_setting_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with using("native"):
         monkeypatch.setenv("LLM3D_KERNELS", "reference")
@@ -46,6 +48,7 @@ def test_without_a_library_native_is_an_error_and_auto_says_so(monkeypatch: pyte
         assert describe("cpu") == "plain PyTorch: nothing was built"
 
 
+@needs_native
 def test_native_never_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     with using("native"):
         monkeypatch.setattr(module, "_libraries", {})
@@ -54,6 +57,7 @@ def test_native_never_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch) -> 
             fused("swiglu_forward", X)
 
 
+@needs_native
 def test_the_library_is_that_of_the_processor() -> None:
     capability = torch.backends.cpu.get_cpu_capability().lower()
     expected = capability if capability in module.INSTRUCTION_SETS else "default"

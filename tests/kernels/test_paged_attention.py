@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llm3d.kernels.attention import attention
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
+from tests.kernels.backends import needs_native
 from tests.kernels.exactness import assert_as_exact_as, assert_close, error, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -193,6 +194,7 @@ def test_decoding_step_by_step_is_causal_attention(heads: tuple[int, int]) -> No
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@needs_native
 def test_the_ops_declare_what_they_do() -> None:
     """Schema, mutation and the shapes given to tracing, by PyTorch's own check."""
     inputs = sequences([5, 0, 9])

@@ -17,10 +17,10 @@ from llm3d.parallel.cross_entropy import TokenTerms, cross_entropy_sum, token_te
 from llm3d.parallel.layers import vocabulary_range
 from llm3d.parallel.mesh import Mesh
 from tests import pool
+from tests.kernels.backends import BACKENDS, needs_native
 from tests.kernels.exactness import assert_as_exact_as, assert_close, error, randn
 
 SCALE = 0.125  # what the loss's gradient is, as one over the number of targets would be
-BACKENDS = ["native", "reference"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def on_rank(logits: Tensor, targets: Tensor, loss: Loss, backend: str) -> tuple[
 
 
 def ours(
-    logits: Tensor, targets: Tensor, num_ranks: int, loss: Loss = Loss(), backend: str = "native"
+    logits: Tensor, targets: Tensor, num_ranks: int, loss: Loss = Loss(), backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient, whole; every rank's loss is the same."""
     parts = pool.run(on_rank, num_ranks, logits, targets, loss, backend)
@@ -233,6 +233,7 @@ def peaks_on_rank(logits: Tensor, targets: Tensor) -> tuple[int, int]:
     return peak_bytes(our_loss), peak_bytes(their_loss)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_loss_takes_less_than_half_the_memory(dtype: torch.dtype) -> None:
     """Counting the logits, whose gradient lies over them: no other tensor of their size ever exists."""
