@@ -105,16 +105,27 @@ def read_torch(root: Path) -> Torch:
 
 
 def cpp_compiler() -> tuple[str, ...]:
-    """$CXX, or the first of g++, clang++ and c++ that is there."""
+    """$CXX, or the first of g++, clang++ and c++ that is there and knows C++17."""
     if given := os.environ.get("CXX"):
         command = tuple(shlex.split(given))
         if shutil.which(command[0]) is None:
             raise BuildFailed(f"CXX={given}, but there is no such program")
+        if not knows_cpp17(command):
+            raise BuildFailed(f"CXX={given}, but it does not compile C++17")
         return command
-    for name in ("g++", "clang++", "c++"):
-        if shutil.which(name):
+    there = [name for name in ("g++", "clang++", "c++") if shutil.which(name)]
+    for name in there:
+        if knows_cpp17((name,)):
             return (name,)
+    if there:
+        raise CannotBuild(f"{there[0]} does not compile C++17")
     raise CannotBuild("there is no C++ compiler (g++ or clang++)")
+
+
+def knows_cpp17(compiler: Sequence[str]) -> bool:
+    program = "#include <optional>\nstd::optional<int> one{1};\nstatic_assert(__cplusplus >= 201703L);\n"
+    command = [*compiler, "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def find_nvcc() -> Path | None:

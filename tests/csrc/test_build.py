@@ -20,11 +20,14 @@ def torch_of(root: Path, version: str = "2.11.0", cuda: str | None = "13.0") -> 
     return build.read_torch(root)
 
 
+def program_of(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def nvcc_of(directory: Path, release: str) -> Path:
-    program = directory / "nvcc"
-    program.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
-    program.chmod(0o755)
-    return program
+    return program_of(directory / "nvcc", f"echo 'Cuda compilation tools, release {release}, V{release}.88'")
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +52,16 @@ def test_no_compiler_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_compiler_that_was_named_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(build.BuildFailed, match="CXX=no-such-compiler -O2, but there is no such program"):
+        build.cpp_compiler()
+
+
+def test_a_compiler_from_before_cpp17_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = program_of(tmp_path / "g++", "echo \"unrecognized option '-std=c++17'\" >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(build.CannotBuild, match=r"g\+\+ does not compile C\+\+17"):
+        build.cpp_compiler()
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(build.BuildFailed, match=r"but it does not compile C\+\+17"):
         build.cpp_compiler()
 
 
@@ -93,9 +106,7 @@ def test_setup_goes_on_without_a_compiler(tmp_path: Path) -> None:
 
 
 def test_a_compiler_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho 'out of luck' >&2\nexit 1\n")
-    compiler.chmod(0o755)
+    compiler = program_of(tmp_path / "broken", "echo 'out of luck' >&2; exit 1")
     library = build.Library("cpu_x", (ROOT / "csrc/ops.cpp",), (str(compiler),), ())
     with pytest.raises(build.BuildFailed, match="out of luck"):
         build.build(library, tmp_path / "x.so", tmp_path / "scratch", jobs=1)
