@@ -8,7 +8,7 @@
 //   w = w (1 - lr weight_decay) - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
 #include "adamw/math.h"
 #include "adamw/shape.h"
-#include "common/cuda.h"
+#include "common/elements.h"
 
 namespace llm3d {
 namespace {
@@ -33,21 +33,6 @@ struct Flat {
   P* parameter;
   int64_t count;
 };
-
-template <class T, int n>
-struct alignas(n * sizeof(T)) Few {
-  T values[n];
-};
-
-template <int n, class T>
-__device__ __forceinline__ Few<T, n> load(const T* from) {
-  return *reinterpret_cast<const Few<T, n>*>(from);
-}
-
-template <int n, class T>
-__device__ __forceinline__ void store(T* to, const Few<T, n>& elements) {
-  *reinterpret_cast<Few<T, n>*>(to) = elements;
-}
 
 template <class M>
 __device__ __forceinline__ M moment(float x, const AdamW& step, uint64_t index, uint32_t stream) {
@@ -75,7 +60,7 @@ __device__ __forceinline__ void update(const AdamW& step, const Flat<G, M, P>& f
   store<n>(flat.exp_avg + i, exp_avg);
   store<n>(flat.exp_avg_sq + i, exp_avg_sq);
   if constexpr (!std::is_void_v<P>) {
-    Few<P, n> parameter;
+    Elements<P, n> parameter;
 #pragma unroll
     for (int k = 0; k < n; k++) parameter.values[k] = narrow<P>(master.values[k]);
     store<n>(flat.parameter + i, parameter);

@@ -6,7 +6,7 @@
 namespace llm3d {
 
 template <class T, int n>
-struct alignas(n == 1 ? alignof(T) : 16) Elements {
+struct alignas(n * sizeof(T)) Elements {
   T values[n];
 };
 

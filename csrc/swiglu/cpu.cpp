@@ -3,6 +3,7 @@
 // gate_up: [tokens, 2 * intermediate], a row's gates before its ups.
 #include "common/cpu.h"
 #include "swiglu/math.h"
+#include "swiglu/shape.h"
 
 namespace llm3d {
 namespace {
@@ -31,12 +32,6 @@ void backward_row(const T* grad, T* gate, T* up, int64_t columns) {
   in_blocks(columns, block, grad, gate, up);
 }
 
-Rows check_gate_up(const Tensor& gate_up) {
-  const Rows rows = rows_of(gate_up, "gate_up");
-  check(rows.columns % 2 == 0, "gate_up has ", rows.columns, " columns, an odd number");
-  return rows;
-}
-
 Tensor swiglu_forward(const Tensor& gate_up) {
   const Rows rows = check_gate_up(gate_up);
   const int64_t columns = rows.columns / 2;
@@ -54,9 +49,7 @@ Tensor swiglu_forward(const Tensor& gate_up) {
 }
 
 void swiglu_backward_(const Tensor& grad_out, Tensor gate_up) {
-  const Rows rows = check_gate_up(gate_up), grads = rows_of(grad_out, "grad_out");
-  check(grads.count == rows.count && 2 * grads.columns == rows.columns, "grad_out does not fit gate_up");
-  check_type(grad_out, gate_up.scalar_type(), "grad_out");
+  const Rows rows = check_gate_up(gate_up), grads = check_grad_out(grad_out, gate_up, rows);
   for_floating_type(gate_up.scalar_type(), "swiglu_backward_", [&](auto type) {
     using T = typename decltype(type)::type;
     const T* grad = data<T>(grad_out);

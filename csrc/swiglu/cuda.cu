@@ -7,6 +7,7 @@
 //   backward:  gate, up = grad * up * d silu(gate) / d gate, grad * silu(gate)         5 numbers, in place
 #include "common/elements.h"
 #include "swiglu/math.h"
+#include "swiglu/shape.h"
 
 namespace llm3d {
 namespace {
@@ -54,12 +55,6 @@ __global__ void __launch_bounds__(kThreads)
   store<n>(at + shape.columns, up);
 }
 
-Rows check_gate_up(const Tensor& gate_up) {
-  const Rows rows = rows_of(gate_up, "gate_up");
-  check(rows.columns % 2 == 0, "gate_up has ", rows.columns, " columns, an odd number");
-  return rows;
-}
-
 SwigluShape shape_of(const Rows& gate_up, int64_t grad_stride, int width) {
   const int64_t columns = gate_up.columns / 2, a_block = static_cast<int64_t>(kThreads) * width;
   check(columns < (int64_t{1} << 31), "gate_up has ", gate_up.columns, " columns, too many");
@@ -83,9 +78,7 @@ Tensor swiglu_forward(const Tensor& gate_up) {
 }
 
 void swiglu_backward_(const Tensor& grad_out, Tensor gate_up) {
-  const Rows rows = check_gate_up(gate_up), grads = rows_of(grad_out, "grad_out");
-  check(grads.count == rows.count && 2 * grads.columns == rows.columns, "grad_out does not fit gate_up");
-  check_type(grad_out, gate_up.scalar_type(), "grad_out");
+  const Rows rows = check_gate_up(gate_up), grads = check_grad_out(grad_out, gate_up, rows);
   for_floating_type(gate_up.scalar_type(), "swiglu_backward_", [&](auto type) {
     using T = typename decltype(type)::type;
     const T* grad = data<T>(grad_out);

@@ -17,10 +17,6 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y, inverse_rms[:, None]
 
 
-def add_rms_norm_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return rms_norm_forward(x.add_(residual), weight, eps)
-
-
 def rms_norm_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, grad_sum: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -150,18 +150,16 @@ def adapter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_norms_are_ours(adapter: ModuleType) -> None:
-    x, residual, grad, grad_sum = (randn(5, 24, seed=seed).bfloat16() for seed in range(4))
+    x, grad, grad_sum = (randn(5, 24, seed=seed).bfloat16() for seed in range(3))
     weight = randn(24, seed=9).bfloat16()
-    total, expected_total = x.clone(), x.clone()
-    y, inverse_rms = adapter.add_rms_norm_forward(total, residual, weight, EPS)
-    expected_y, expected_rms = ours.add_rms_norm_forward(expected_total, residual, weight, EPS)
+    y, inverse_rms = adapter.rms_norm_forward(x, weight, EPS)
+    expected_y, expected_rms = ours.rms_norm_forward(x, weight, EPS)
     close = {"rtol": 2**-7, "atol": 2**-7}
     torch.testing.assert_close(y, expected_y, **close)
     torch.testing.assert_close(inverse_rms, expected_rms)
-    assert torch.equal(total, expected_total)
     for addend in (None, grad_sum):
-        actual = adapter.rms_norm_backward(grad, total, weight, inverse_rms, addend)
-        expected = ours.rms_norm_backward(grad, total, weight, expected_rms, addend)
+        actual = adapter.rms_norm_backward(grad, x, weight, inverse_rms, addend)
+        expected = ours.rms_norm_backward(grad, x, weight, expected_rms, addend)
         assert actual[1].dtype == torch.float32
         torch.testing.assert_close(actual[0], expected[0], **close)
         torch.testing.assert_close(actual[1], expected[1], **close)
