@@ -4,7 +4,7 @@
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.py csrc/*/*)
+INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
 .PHONY: install demo test parity lint format clean
 .DELETE_ON_ERROR:

@@ -39,7 +39,10 @@ class BuildKernels(build_ext):
             try:
                 build.build(library, target, ROOT / "build" / "kernels", jobs=os.cpu_count() or 1)
             except build.BuildFailed as error:
-                raise SystemExit(f"llm3d: {error}") from None
+                way_out = (
+                    "\nLLM3D_BUILD_CUDA=0 installs without the CUDA kernels" if library.name == "cuda" else ""
+                )
+                raise SystemExit(f"llm3d: {error}{way_out}") from None
 
 
 LIBRARIES = planned()

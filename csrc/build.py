@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
+sys.path.insert(0, str(CSRC.parent))
+from llm3d.kernels.sources import stamp  # noqa: E402
+
 INSTRUCTION_SETS = {  # the names are those of torch.backends.cpu.get_cpu_capability(), in lower case
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -34,6 +38,9 @@ ARCHITECTURES = (
     "90",
 )  # A100, H100 and H200; later ones compile the PTX of the last when they first load it
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+
+
+STAMP = 'extern const char llm3d_sources[];\n__attribute__((used)) const char llm3d_sources[] = "%s";\n'
 
 
 class CannotBuild(Exception):
@@ -89,7 +96,7 @@ def find_torch() -> Torch:
     for root in roots:
         if (root / "include/torch/csrc/stable/library.h").exists():
             return read_torch(root)
-    raise CannotBuild("torch is not installed yet; install it first, then llm3d")
+    raise CannotBuild("there is no torch here; install it first, then llm3d with --no-build-isolation")
 
 
 def read_torch(root: Path) -> Torch:
@@ -129,15 +136,17 @@ def knows_cpp17(compiler: Sequence[str]) -> bool:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc on the path, in $CUDA_HOME, or where CUDA installs it."""
-    places = [shutil.which("nvcc"), os.environ.get("CUDA_HOME", "") + "/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
+    """nvcc in $CUDA_HOME, on the path, or where CUDA installs it."""
+    home = os.environ.get("CUDA_HOME")
+    places = [home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     return next((Path(place) for place in places if place and Path(place).is_file()), None)
 
 
 def cuda_version(nvcc: Path) -> str:
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release ([\d.]+)", text)
-    assert release is not None, f"nvcc --version names no release: {text}"
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    release = re.search(r"release ([\d.]+)", done.stdout)
+    if release is None:
+        raise BuildFailed(f"{nvcc} --version names no release: {done.stdout}{done.stderr}".rstrip())
     return release[1]
 
 
@@ -214,10 +223,17 @@ def build(library: Library, output: Path, scratch: Path, jobs: int) -> None:
             run_for(target, command)
         return target
 
+    stamp_source = directory / "stamp.cpp"
+    write_if_changed(stamp_source, STAMP % stamp(CSRC))
     with ThreadPoolExecutor(jobs) as pool:
-        objects = list(pool.map(compiled, library.sources))
+        objects = list(pool.map(compiled, (*library.sources, stamp_source)))
     output.parent.mkdir(parents=True, exist_ok=True)
     run_for(output, [*library.compiler, *map(str, objects), *library.linker])
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def included(rule: Path) -> list[Path] | None:

@@ -344,12 +344,15 @@ def bench_kernels(
 def device_to_use(name: str | None) -> torch.device:
     import torch
 
+    from llm3d.kernels import backend
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise InputError(f"--device: {name} is neither cpu nor cuda") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise InputError(f"--device: {name} is not there; torch {torch.__version__} sees no such device")
+    backend.use("auto", device)
     return device
 
 

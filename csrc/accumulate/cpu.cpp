@@ -16,6 +16,9 @@ void accumulate_(Tensor total, const Tensor& x) {
   check_type(total, ScalarType::Float, "total");
   check_contiguous(total, "total");
   check_size(x, total.numel(), "x");
+  check(x.dim() == total.dim(), "x has ", x.dim(), " dimensions, total ", total.dim());
+  for (int64_t i = 0; i < x.dim(); i++)
+    check(x.size(i) == total.size(i), "x has ", x.size(i), " in dimension ", i, ", total ", total.size(i));
   float* to = data<float>(total);
   for_floating_type(x.scalar_type(), "accumulate_", [&](auto type) {
     using T = typename decltype(type)::type;
@@ -31,6 +34,6 @@ void accumulate_(Tensor total, const Tensor& x) {
 
 }  // namespace
 
-LLM3D_CPU(m) { m.impl("accumulate_", TORCH_BOX(&accumulate_)); }
+LLM3D_CPU(m) { m.impl("accumulate_", LLM3D_OP(accumulate_)); }
 
 }  // namespace llm3d

@@ -68,6 +68,6 @@ void adamw_(Tensor master, Tensor exp_avg, Tensor exp_avg_sq, const Tensor& grad
 
 }  // namespace
 
-LLM3D_CPU(m) { m.impl("adamw_", TORCH_BOX(&adamw_)); }
+LLM3D_CPU(m) { m.impl("adamw_", LLM3D_OP(adamw_)); }
 
 }  // namespace llm3d

@@ -8,7 +8,8 @@ namespace llm3d {
 // What is the same for every element of a step.
 struct AdamW {
   float gradient_scale;  // unscaling and clipping
-  float beta1, beta2, eps;
+  float beta2, eps;
+  float gain1, gain2;  // 1 - beta1, 1 - beta2: from beta2 in float, the latter would be off by up to 1e-4
   float decay;      // 1 - lr * weight_decay
   float step_size;  // lr / (1 - beta1^step)
   float root_of_correction2;  // 1 / sqrt(1 - beta2^step)
@@ -21,9 +22,10 @@ LLM3D_FUNCTION AdamW adamw_of_step(double lr, double step, double gradient_scale
   const double correction1 = 1 - pow(beta1, step), correction2 = 1 - pow(beta2, step);
   const uint64_t mixed = (seed * 0x9e3779b97f4a7c15u) ^ (static_cast<uint64_t>(step) * 0xd1342543de82ef95u);
   return {static_cast<float>(gradient_scale),
-          static_cast<float>(beta1),
           static_cast<float>(beta2),
           static_cast<float>(eps),
+          static_cast<float>(1 - beta1),
+          static_cast<float>(1 - beta2),
           static_cast<float>(1 - lr * weight_decay),
           static_cast<float>(lr / correction1),
           static_cast<float>(1 / sqrt(correction2)),
@@ -36,8 +38,8 @@ struct AdamWState {
 
 LLM3D_FUNCTION AdamWState adamw(const AdamW& step, AdamWState state, float gradient) {
   const float g = gradient * step.gradient_scale;
-  const float exp_avg = state.exp_avg + (1 - step.beta1) * (g - state.exp_avg);
-  const float exp_avg_sq = step.beta2 * state.exp_avg_sq + (1 - step.beta2) * g * g;
+  const float exp_avg = state.exp_avg + step.gain1 * (g - state.exp_avg);
+  const float exp_avg_sq = step.beta2 * state.exp_avg_sq + step.gain2 * g * g;
   const float denominator = sqrtf(exp_avg_sq) * step.root_of_correction2 + step.eps;
   return {state.master * step.decay - step.step_size * (exp_avg / denominator), exp_avg, exp_avg_sq};
 }

@@ -6,7 +6,7 @@
 namespace llm3d {
 
 template <class T, int n>
-struct alignas(n * sizeof(T)) Elements {
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Elements {
   T values[n];
 };
 

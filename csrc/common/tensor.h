@@ -7,11 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "common/scalar.h"
 
-// Where implementations are registered: LLM3D_CPU(m) { m.impl("op", TORCH_BOX(&op)); }
+// Where implementations are registered: LLM3D_CPU(m) { m.impl("op", LLM3D_OP(op)); }
 #ifndef LLM3D_NAMESPACE
 #define LLM3D_NAMESPACE llm3d
 #define LLM3D_CUDA_KEY CUDA
@@ -33,6 +34,34 @@ void check(bool condition, const Words&... words) {
   throw std::runtime_error(message.str());
 }
 
+// ---- registration ----
+
+inline bool is_beside(const Tensor& x, const Tensor& first) {
+  return x.is_cpu() == first.is_cpu() && x.is_cuda() == first.is_cuda() &&
+         x.get_device_index() == first.get_device_index();
+}
+inline bool is_beside(const std::optional<Tensor>& x, const Tensor& first) {
+  return !x.has_value() || is_beside(*x, first);
+}
+template <class Scalar>
+bool is_beside(const Scalar&, const Tensor&) {
+  return true;
+}
+
+// An operation that refuses tensors of several devices: PyTorch asks only that one of them is of the right kind.
+template <class Function, Function* op>
+struct OnOneDevice;
+template <class Result, class First, class... Others, Result (*op)(First, Others...)>
+struct OnOneDevice<Result(First, Others...), op> {
+  static Result call(First first, Others... others) {
+    check((is_beside(others, first) && ...), "the tensors are not all on one device");
+    return op(first, others...);
+  }
+};
+#define LLM3D_OP(op) TORCH_BOX((&OnOneDevice<decltype(op), &op>::call))
+
+// ---- shapes and types ----
+
 // A matrix whose rows are contiguous; from one row to the next it is `stride` elements.
 struct Rows {
   int64_t count, columns, stride;
@@ -49,9 +78,27 @@ inline void check_contiguous(const Tensor& x, const char* name) {
   check(x.is_contiguous(), name, " is not contiguous");
 }
 
+inline std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "number " + std::to_string(static_cast<int>(type)) + " of torch";
+  }
+}
+
 inline void check_type(const Tensor& x, ScalarType type, const char* name) {
-  check(x.scalar_type() == type, name, " has dtype ", static_cast<int>(x.scalar_type()), ", not ",
-        static_cast<int>(type));
+  check(x.scalar_type() == type, name, " has dtype ", name_of(x.scalar_type()), ", not ", name_of(type));
 }
 
 inline void check_size(const Tensor& x, int64_t size, const char* name) {
@@ -89,7 +136,7 @@ void for_floating_type(ScalarType type, const char* op, const F& body) {
       return body(Type<double>{});
 #endif
     default:
-      check(false, op, ": dtype ", static_cast<int>(type), " is not supported");
+      check(false, op, ": dtype ", name_of(type), " is not supported");
   }
 }
 

@@ -124,8 +124,8 @@ void cross_entropy_backward_(Tensor logits, const Tensor& targets, const Tensor&
 }  // namespace
 
 LLM3D_CPU(m) {
-  m.impl("softmax_stats", TORCH_BOX(&softmax_stats));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
+  m.impl("softmax_stats", LLM3D_OP(softmax_stats));
+  m.impl("cross_entropy_backward_", LLM3D_OP(cross_entropy_backward_));
 }
 
 }  // namespace llm3d

@@ -58,6 +58,6 @@ Tensor squared_norm(const Tensor& x) {
 
 }  // namespace
 
-LLM3D_CPU(m) { m.impl("squared_norm", TORCH_BOX(&squared_norm)); }
+LLM3D_CPU(m) { m.impl("squared_norm", LLM3D_OP(squared_norm)); }
 
 }  // namespace llm3d

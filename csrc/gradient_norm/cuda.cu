@@ -75,6 +75,6 @@ Tensor squared_norm(const Tensor& x) {
 
 }  // namespace
 
-LLM3D_CUDA(m) { m.impl("squared_norm", TORCH_BOX(&squared_norm)); }
+LLM3D_CUDA(m) { m.impl("squared_norm", LLM3D_OP(squared_norm)); }
 
 }  // namespace llm3d

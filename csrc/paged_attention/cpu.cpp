@@ -207,8 +207,8 @@ Tensor paged_decode_attention(const Tensor& q, const Tensor& key_cache, const Te
 }  // namespace
 
 LLM3D_CPU(m) {
-  m.impl("kv_cache_append_", TORCH_BOX(&kv_cache_append_));
-  m.impl("paged_decode_attention", TORCH_BOX(&paged_decode_attention));
+  m.impl("kv_cache_append_", LLM3D_OP(kv_cache_append_));
+  m.impl("paged_decode_attention", LLM3D_OP(paged_decode_attention));
 }
 
 }  // namespace llm3d

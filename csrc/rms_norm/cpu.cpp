@@ -158,9 +158,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_y, const Tensor&
 }  // namespace
 
 LLM3D_CPU(m) {
-  m.impl("rms_norm_forward", TORCH_BOX(&rms_norm_forward));
-  m.impl("add_rms_norm_forward", TORCH_BOX(&add_rms_norm_forward));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("rms_norm_forward", LLM3D_OP(rms_norm_forward));
+  m.impl("add_rms_norm_forward", LLM3D_OP(add_rms_norm_forward));
+  m.impl("rms_norm_backward", LLM3D_OP(rms_norm_backward));
 }
 
 }  // namespace llm3d

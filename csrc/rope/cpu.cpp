@@ -51,6 +51,6 @@ void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seql
 
 }  // namespace
 
-LLM3D_CPU(m) { m.impl("rope_", TORCH_BOX(&rope_)); }
+LLM3D_CPU(m) { m.impl("rope_", LLM3D_OP(rope_)); }
 
 }  // namespace llm3d

@@ -73,6 +73,6 @@ void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seql
 
 }  // namespace
 
-LLM3D_CUDA(m) { m.impl("rope_", TORCH_BOX(&rope_)); }
+LLM3D_CUDA(m) { m.impl("rope_", LLM3D_OP(rope_)); }
 
 }  // namespace llm3d

@@ -64,8 +64,8 @@ void swiglu_backward_(const Tensor& grad_out, Tensor gate_up) {
 }  // namespace
 
 LLM3D_CPU(m) {
-  m.impl("swiglu_forward", TORCH_BOX(&swiglu_forward));
-  m.impl("swiglu_backward_", TORCH_BOX(&swiglu_backward_));
+  m.impl("swiglu_forward", LLM3D_OP(swiglu_forward));
+  m.impl("swiglu_backward_", LLM3D_OP(swiglu_backward_));
 }
 
 }  // namespace llm3d

@@ -9,8 +9,7 @@ from llm3d.kernels.backend import fake, fused
 
 def accumulate_(total: Tensor, x: Tensor) -> None:
     """total += x. total: fp32; x: of the same shape, fp32, bf16 or fp16; both contiguous."""
-    # PyTorch's own addition of two dtypes is one pass on a GPU, not on a CPU.
-    if not x.is_cuda and (op := fused("accumulate_", x)):
+    if op := fused("accumulate_", x):  # on a CPU; on a GPU PyTorch's own addition of two dtypes is one pass
         op(total, x)
     else:
         total.add_(x)

@@ -108,6 +108,7 @@ class _Numbers:
     def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
         self.dtype, self.device, self._generator = dtype, device, torch.Generator().manual_seed(0)
         self.wide = torch.promote_types(dtype, torch.float32)
+        self.element_size = torch.empty((), dtype=dtype).element_size()
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=self._generator, dtype=torch.float32)
@@ -184,13 +185,18 @@ def _rms_norm(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Iterator
         _always(lambda: rms_norm_backward(grad, x, weight, inverse_rms)),
         _backward(functions.rms_norm, (grad,), (x, weight), eps),
         moved,
-        moved + _partial_sums(sizes),
+        moved + _partial_sums(sizes, numbers),
     )
 
 
-def _partial_sums(sizes: Sizes) -> int:
-    """Bytes of the weight gradient's parts, written and read."""
-    return 2 * 4 * sizes.hidden * min(64, -(-sizes.tokens // 32))
+def _partial_sums(sizes: Sizes, numbers: _Numbers) -> int:
+    """Bytes of the weight gradient's parts, written and read: as many as backward has blocks of rows."""
+    parts = min(64, -(-sizes.tokens // 32))
+    if torch.device(numbers.device).type == "cuda":  # as csrc/rms_norm/cuda.cu has them for rows in registers
+        threads = 32 * -(-sizes.hidden * numbers.element_size // (16 * 4 * 32))
+        blocks = torch.cuda.get_device_properties(numbers.device).multi_processor_count * (512 // threads)
+        parts = min(sizes.tokens, blocks)
+    return 2 * 4 * sizes.hidden * parts
 
 
 def _add_rms_norm(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Iterator[Case]:
@@ -228,7 +234,7 @@ def _add_rms_norm(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Iter
         prepare_backward,
         _backward(functions.add_rms_norm, (grad_sum, grad_y), (x, residual, weight), eps),
         moved,
-        moved + _partial_sums(sizes),
+        moved + _partial_sums(sizes, numbers),
     )
 
 

@@ -36,7 +36,8 @@ def paged_decode_attention(
     q: [sequences, heads, head_dim], of any strides but a last of 1; query head h reads key-value head
     h / (heads / kv_heads). block_table: int32 [sequences, max_blocks], entries beyond a sequence's tokens are not
     looked at; lengths: int32 [sequences], tokens attended to; of none, the result is 0.
-    -> [sequences, heads, head_dim], by a softmax in fp32.
+    -> [sequences, heads, head_dim], by a softmax in fp32. The native CPU kernel raises where the table names a block
+    that the cache lacks, or is too short for a length; elsewhere that must not be.
     """
     if op := fused("paged_decode_attention", q):
         return op(q, key_cache, value_cache, block_table, lengths, scale)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from llm3d.kernels.backend import fake, fused
 
@@ -39,33 +40,44 @@ def rope_tables(positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rope(qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int) -> Tensor:
+def rope(
+    qkv: Tensor, head_dim: int, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int
+) -> Tensor:
     """Rotate the first `num_rotated` heads (queries and keys) of qkv, in place.
 
-    qkv: [tokens, heads, head_dim]; cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the
-    number of tokens; cos, sin: of rope_tables, for the longest sequence or more. Backward: the inverse rotation, which
-    overwrites the gradient that it is given.
+    qkv: [tokens, heads * head_dim], contiguous, and no view, which autograd would copy.
+    cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the number of tokens. cos, sin: of
+    rope_tables, for the longest sequence or more. Backward: the inverse rotation, over
+    the gradient that it is given: the result is to be split into queries, keys and values, and not used otherwise.
     """
-    return _Rope.apply(qkv, cos, sin, cu_seqlens, num_rotated)
+    return _Rope.apply(qkv, head_dim, cos, sin, cu_seqlens, num_rotated)
 
 
 class _Rope(Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int
+        ctx: Any,
+        qkv: Tensor,
+        head_dim: int,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        num_rotated: int,
     ) -> Tensor:
         ctx.save_for_backward(cos, sin, cu_seqlens)
-        ctx.num_rotated = num_rotated
-        rotate_(qkv[:, :num_rotated], cos, sin, cu_seqlens)
+        ctx.num_rotated, ctx.head_dim = num_rotated, head_dim
+        rotate_(qkv.unflatten(1, (-1, head_dim))[:, :num_rotated], cos, sin, cu_seqlens)
         ctx.mark_dirty(qkv)
         return qkv
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad = grads[0].contiguous()  # made by the backward of a split just now, so it may be overwritten
         cos, sin, cu_seqlens = ctx.saved_tensors
-        rotate_(grad[:, : ctx.num_rotated], cos, sin, cu_seqlens, inverse=True)
-        return grad, None, None, None, None
+        heads = grad.unflatten(1, (-1, ctx.head_dim))[:, : ctx.num_rotated]
+        rotate_(heads, cos, sin, cu_seqlens, inverse=True)
+        return grad, None, None, None, None, None
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool = False) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from llm3d.kernels.backend import fake, fused
@@ -27,6 +28,7 @@ class _SwiGLU(Function):
         return swiglu_forward(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gradient = gate_up.detach()

@@ -183,8 +183,9 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(output, mesh.tensor, sequence_parallel)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
-        qkv = rope(qkv, context.cos, context.sin, context.cu_seqlens, self.num_heads + self.num_kv_heads)
+        rotated = self.num_heads + self.num_kv_heads
+        qkv = rope(self.qkv(x), self.head_dim, context.cos, context.sin, context.cu_seqlens, rotated)
+        qkv = qkv.unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return self.output(attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1))
 

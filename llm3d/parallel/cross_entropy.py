@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
@@ -44,13 +45,15 @@ def cross_entropy_sum(
     Of each: -(1 - s) log p(target) - s * mean over the whole vocabulary of log p, with s = label_smoothing
     (Szegedy et al. 2016), + z_loss * log_normaliser^2 (Chowdhery et al. 2022, section 5).
     """
+    counted = targets >= 0
+    log_normaliser = torch.where(counted, terms.log_normaliser, 0.0)  # before the square: NaN times 0 is NaN
     loss = -terms.log_probabilities
     if label_smoothing:
-        mean_log_probability = terms.sum_of_logits / vocab_size - terms.log_normaliser
+        mean_log_probability = terms.sum_of_logits / vocab_size - log_normaliser
         loss = (1 - label_smoothing) * loss - label_smoothing * mean_log_probability
     if z_loss:
-        loss = loss + z_loss * terms.log_normaliser.square()
-    return torch.where(targets >= 0, loss, 0.0).sum()
+        loss = loss + z_loss * log_normaliser.square()
+    return torch.where(counted, loss, 0.0).sum()
 
 
 def token_terms(logits: Tensor, targets: Tensor, first_id: int, group: ProcessGroup) -> TokenTerms:
@@ -91,6 +94,7 @@ class _OfLogits(Function):
         return tuple(terms)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, targets, local, maximum, total = ctx.saved_tensors
         gradient = logits.detach()
@@ -120,6 +124,7 @@ class _OfHidden(Function):
         return tuple(terms)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
         hidden, targets, local, maximum, total = ctx.saved_tensors
         weight, group = ctx.weight, ctx.group

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
@@ -163,6 +164,7 @@ class _Linear(Function):
         return x @ weight.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         (grad_output,), (x,) = grads, ctx.saved_tensors
         grad_input = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
@@ -183,6 +185,7 @@ class _ColumnParallelLinear(Function):
         return gathered @ weight.t()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_output,), (x,) = grads, ctx.saved_tensors
         gathering = None
@@ -216,6 +219,7 @@ class _Embedding(Function):
         return y.masked_fill_(elsewhere[:, None], 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         (grad_output,), (local,), weight = grads, ctx.saved_tensors, ctx.weight
         if len(weight):
@@ -242,6 +246,7 @@ class _RMSNorm(Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, inverse_rms = ctx.saved_tensors
         grad_input, grad_weight = rms_norm_backward(grads[0].contiguous(), x, ctx.weight, inverse_rms)
@@ -262,6 +267,7 @@ class _AddRMSNorm(Function):
         return x, y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_sum, grad_y = (grad.contiguous() for grad in grads)
         x, inverse_rms = ctx.saved_tensors

@@ -140,13 +140,20 @@ def process_group() -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
+def device_of_this_process() -> torch.device:
+    """The GPU of this process's number on its host; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 def start_process_group() -> torch.device:
     """Join the world that the environment describes (RANK and WORLD_SIZE; none: a world of one); -> this rank's device.
 
     GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo.
     """
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = device_of_this_process()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         # The same run gives the same bits, which resuming promises.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -154,7 +161,7 @@ def start_process_group() -> torch.device:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         backend = "cpu:gloo,cuda:nccl"
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        backend = "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:

@@ -8,7 +8,7 @@ from llm3d.config import Config
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
-from llm3d.parallel.mesh import Mesh, process_group, whole_world
+from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.stages.language_data import ValidationData, open_tokenizer
 from llm3d.stages.pretrain import checkpoint_to_resume
 from llm3d.train.checkpoint import load_pretrained
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> tuple[Config, ValidationData]:
     """Open what the settings name; raise InputError where it cannot be used."""
-    backend.use(config.kernels.backend)
+    backend.use(config.kernels.backend, device_of_this_process())
     if not config.data.valid:
         raise InputError("data.valid: empty; name the data to evaluate on")
     config, _ = open_tokenizer(config)

@@ -11,7 +11,7 @@ from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
-from llm3d.parallel.mesh import Mesh, process_group, whole_world
+from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.stages.language_data import LanguageData, open_tokenizer
 from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
 from llm3d.train.host_memory import keep_freed_memory
@@ -34,7 +34,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> tuple[Config, Tokenizer | None, LanguageData]:
     """Open what the settings name: kernels, tokenizer, data. Raises InputError where it cannot be used."""
-    backend.use(config.kernels.backend)
+    backend.use(config.kernels.backend, device_of_this_process())
     config, tokenizer = open_tokenizer(config)
     return config, tokenizer, LanguageData(config)
 

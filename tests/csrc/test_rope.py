@@ -63,6 +63,14 @@ def test_rope_is_that_of_the_cpu(cuda: Ops, native: Ops, dtype: torch.dtype) -> 
     assert_close(rotated(cuda, x, "contiguous", *arguments), cpu.double(), max(2e-6, torch.finfo(dtype).eps))
 
 
+def test_tables_need_no_more_than_sixteen_bytes_of_alignment(cuda: Ops) -> None:
+    x, (cos, sin, starts) = randn(7, 3, 64).bfloat16(), tables([7], 64)
+    expected = rotated(cuda, x, "contiguous", cos, sin, starts)
+    for before in (4, 8, 12):
+        shifted = (torch.cat([t.new_zeros(before), t.flatten()])[before:].view(t.shape) for t in (cos, sin))
+        assert torch.equal(rotated(cuda, x, "contiguous", *shifted, starts), expected)
+
+
 def test_only_the_heads_that_are_given_turn(cuda: Ops) -> None:
     qkv, arguments = randn(7, 5, 16).float(), tables([7], 16)
     expected = qkv.clone()

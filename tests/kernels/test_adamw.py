@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm3d.kernels.adamw import adamw_
 from tests.kernels.backends import needs_native
-from tests.kernels.exactness import randn
+from tests.kernels.exactness import assert_exact, randn
 
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 SIZES = [0, 1, 13, 512, 5003]
@@ -47,6 +47,24 @@ def test_steps_are_those_of_torch(size: int, dtype: torch.dtype, offset: int) ->
     if size:
         allowed = max(2 * float((theirs - exact).abs().max()), 2e-7 * float(exact.abs().max()))
         assert float((master - exact).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.99, 0.9999)], ids=str)
+def test_moments_and_update_are_as_exact_for_betas_near_one(betas: tuple[float, float]) -> None:
+    """From weights of 0, in which the whole update shows."""
+    gradient, hyper = randn(4096), {**HYPER, "betas": betas}
+    state = [torch.zeros(4096) for _ in range(3)]
+    adamw_(*state, gradient.float(), None, *scalars(1, lr=1.0, scale=1.0), **hyper)
+
+    def by_torch(dtype: torch.dtype) -> list[Tensor]:
+        leaf = torch.zeros(4096, dtype=dtype, requires_grad=True)
+        optimizer = torch.optim.AdamW([leaf], lr=1.0, **hyper, fused=True)
+        leaf.grad = gradient.to(dtype)
+        optimizer.step()
+        return [leaf.detach(), optimizer.state[leaf]["exp_avg"], optimizer.state[leaf]["exp_avg_sq"]]
+
+    for ours, theirs, exact in zip(state, by_torch(torch.float32), by_torch(torch.float64), strict=True):
+        assert_exact(ours, theirs, exact)
 
 
 @pytest.mark.parametrize("scale", [torch.inf, torch.nan])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -42,7 +44,7 @@ def test_without_a_library_native_is_an_error_and_auto_says_so(monkeypatch: pyte
     monkeypatch.setattr(module, "_libraries", {})
     monkeypatch.setattr(module, "_problems", {"cpu": "nothing was built"})
     with pytest.raises(InputError, match=r"kernels\.backend: native, but nothing was built"):
-        use("native")
+        use("native", "cpu")
     with using("auto"):
         assert fused("swiglu_forward", X) is None
         assert describe("cpu") == "plain PyTorch: nothing was built"
@@ -55,6 +57,33 @@ def test_native_never_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "_problems", {"cpu": "nothing was built"})
         with pytest.raises(InputError, match="nothing was built"):
             fused("swiglu_forward", X)
+
+
+@needs_native
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ops.cpp").write_text("// what is checked out now")
+    for name in ("_libraries", "_problems", "_ops"):
+        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(module, "CSRC", tmp_path)
+    monkeypatch.setattr(module, "_chosen", "auto")
+    module._load()
+    assert "was built from other sources" in describe("cpu")
+    assert fused("swiglu_forward", X) is None
+
+
+@needs_native
+def test_a_gpu_older_than_the_kernels_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_libraries", {"cuda": Path("cuda.so")})
+    monkeypatch.setattr(module, "_problems", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    with using("auto"):
+        use("auto", "cuda")
+        assert describe("cuda") == (
+            "plain PyTorch: Tesla V100 is older than an A100, which the CUDA kernels are compiled for"
+        )
+        with pytest.raises(InputError, match="native, but Tesla V100 is older"):
+            use("native", "cuda")
 
 
 @needs_native

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.backend import using
 from llm3d.kernels.cases import Sizes, make_cases
 from llm3d.kernels.check import check_kernels
@@ -105,22 +106,9 @@ def leaf(*shape: int, seed: int = 0) -> Tensor:
     return randn(*shape, seed=seed).requires_grad_()
 
 
-class SwiGLU(torch.autograd.Function):
+class AddRMSNorm(torch.autograd.Function):
     """On copies, for gradcheck goes backward again and again."""
 
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        return swiglu_forward(gate_up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        gradient = ctx.saved_tensors[0].clone()
-        swiglu_backward_(grads[0], gradient)
-        return gradient
-
-
-class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = x.clone()
@@ -138,9 +126,28 @@ class AddRMSNorm(torch.autograd.Function):
 def test_gradients_are_derivatives_in_fp64() -> None:
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     tables = rope_tables(4, inverse_frequencies(6, 10000.0))
-    assert torch.autograd.gradcheck(SwiGLU.apply, (leaf(3, 10),))
     assert torch.autograd.gradcheck(AddRMSNorm.apply, (leaf(3, 7), leaf(3, 7, seed=1), leaf(7, seed=2)))
-    assert torch.autograd.gradcheck(lambda x: rope(x * 1, *tables, starts, 3) * 1, (leaf(5, 4, 6),))
+    assert torch.autograd.gradcheck(lambda x: rope(x * 1, 6, *tables, starts, 3) * 1, (leaf(5, 24),))
+
+
+def test_the_gradient_of_swiglu_is_its_derivative_in_fp64() -> None:
+    """It goes backward once, so not by gradcheck."""
+    x, grad, step = leaf(3, 10), randn(3, 5, seed=1), 1e-6
+    (gradient,) = torch.autograd.grad(swiglu(x * 1), x, grad.clone())
+    for i in range(x.numel()):
+        shift = torch.zeros(30, dtype=torch.float64)
+        shift[i] = step
+        ahead, behind = (swiglu_forward(x.detach() + shift.view(3, 10) * sign) for sign in (1, -1))
+        assert float(gradient.flatten()[i]) == pytest.approx(
+            float(((ahead - behind) * grad).sum()) / (2 * step), abs=1e-8
+        )
+
+
+def test_a_gradient_of_a_gradient_is_an_error() -> None:
+    x = leaf(3, 10)
+    (gradient,) = torch.autograd.grad(swiglu(x * 1).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_a_second_backward_through_what_was_overwritten_is_an_error() -> None:
@@ -220,12 +227,15 @@ def test_a_wrong_call_is_an_error_that_says_what_is_wrong(backend: str) -> None:
         "not side by side": lambda: swiglu_forward(torch.zeros(4, 6).t()),
         "an odd number": lambda: swiglu_forward(torch.zeros(3, 5)),
         "dtype .* is not supported": lambda: swiglu_forward(torch.zeros(3, 4, dtype=torch.int32)),
+        "the tensors are not all on one device": lambda: rms_norm_forward(x, weight.to("meta"), 1e-5),
+        "weight has dtype float32, not bfloat16": lambda: rms_norm_forward(x.bfloat16(), weight, 1e-5),
+        "x has 3 in dimension 0, total 4": lambda: accumulate_(torch.zeros(4, 3), x.bfloat16()),
         "targets has 2 elements, not 3": lambda: softmax_stats(x, targets[:2]),
         "the tables have 5 positions": lambda: rope(
-            torch.zeros(6, 1, 2), table, table, torch.tensor([0, 6], dtype=torch.int32), 1
+            torch.zeros(6, 2), 2, table, table, torch.tensor([0, 6], dtype=torch.int32), 1
         ),
         "not over the 6 tokens": lambda: rope(
-            torch.zeros(6, 1, 2), table, table, torch.tensor([0, 5], dtype=torch.int32), 1
+            torch.zeros(6, 2), 2, table, table, torch.tensor([0, 5], dtype=torch.int32), 1
         ),
     }.items():
         with pytest.raises(RuntimeError, match=message):

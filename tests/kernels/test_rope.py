@@ -77,7 +77,9 @@ def sequences(tokens: int) -> tuple[Tensor, Tensor]:
 
 def ours(qkv: Tensor, frequencies: Tensor, num_rotated: int, grad: Tensor) -> tuple[Tensor, Tensor]:
     leaf, tables = qkv.clone().requires_grad_(), rope_tables(12, frequencies)
-    out = rope(leaf * 1, *tables, sequences(len(qkv))[0], num_rotated)
+    head_dim = qkv.shape[2]
+    out = rope((leaf * 1).flatten(1).clone(), head_dim, *tables, sequences(len(qkv))[0], num_rotated)
+    out = out.unflatten(1, (-1, head_dim))
     return out.detach(), torch.autograd.grad(out, leaf, grad.clone())[0]
 
 
@@ -125,7 +127,7 @@ def test_scores_depend_on_distance_alone(query_at: int, key_at: int, shift: int)
     def score(query_at: int, key_at: int) -> float:
         qk = torch.zeros(8001, 2, 16)
         qk[query_at, 0], qk[key_at, 1] = q[0, 0], k[0, 0]
-        rope(qk, *tables, torch.tensor([0, 8001], dtype=torch.int32), 2)
+        rope(qk.flatten(1), 16, *tables, torch.tensor([0, 8001], dtype=torch.int32), 2)
         return float(qk[query_at, 0] @ qk[key_at, 1])
 
     assert score(query_at + shift, key_at + shift) == pytest.approx(score(query_at, key_at), abs=5e-3)

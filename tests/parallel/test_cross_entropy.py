@@ -128,10 +128,12 @@ def test_bf16_is_as_exact_as_torch(num_ranks: int, backend: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_where_all_targets_are_ignored_there_is_no_loss(num_ranks: int) -> None:
-    for value in (1.0, torch.nan):
-        loss, gradient = ours(randn(6, 11).float() * value, torch.full((6,), -100), num_ranks)
-        assert float(loss) == 0.0
-        assert torch.equal(gradient, torch.zeros(6, 11))
+    for value in (1.0, torch.nan, -torch.inf):
+        logits, targets = randn(6, 11).float().abs() * value, torch.full((6,), -100)
+        for kind in (Loss(), Loss(z_loss=0.1), Loss(label_smoothing=0.3)):
+            loss, gradient = ours(logits, targets, num_ranks, kind)
+            assert float(loss) == 0.0
+            assert torch.equal(gradient, torch.zeros(6, 11))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
