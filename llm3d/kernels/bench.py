@@ -57,8 +57,8 @@ def measure_kernels(
 
 
 def bandwidth(device: torch.device, rounds: int = 15) -> float:
-    """Bytes a second, read and written: the most seen in copying a tensor of 512 MiB and in adding to it in place."""
-    x = torch.zeros(2**27, device=device)
+    """Bytes a second, read and written: the most seen in copying a tensor of 2 GiB and in adding to it in place."""
+    x = torch.zeros(2**29, device=device)
     y = torch.zeros_like(x)
     runs: list[Callable[[], object]] = [lambda: y.copy_(x), lambda: x.add_(1.0)]
     return 2 * x.numel() * x.element_size() / min(_timed(run, device) for run in runs for _ in range(rounds))
