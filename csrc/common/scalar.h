@@ -133,7 +133,8 @@ LLM3D_FUNCTION float exponential(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return ((p * r * r + r) + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+  p = p * r + 1.0f;
+  return (p * r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 #endif
 }
 

@@ -12,7 +12,7 @@ struct GateUp {
 
 template <class A>
 LLM3D_FUNCTION A swiglu(A gate, A up) {
-  return gate * sigmoid(gate) * up;
+  return gate / (A(1) + exponential(-gate)) * up;
 }
 
 // With s = sigmoid(gate): d silu / d gate = s (1 + gate (1 - s)).
