@@ -141,6 +141,15 @@ class ParallelConfig(Section):
     """Layers of each of the pipeline x chunks stages, in model order. Default: as even as possible."""
 
 
+class ZeroConfig(Section):
+    """What data ranks share out instead of each holding a copy. Rajbhandari et al. 2020."""
+
+    stage: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] = 0
+    """1: the optimizer's state; 2: gradients too; 3: parameters too."""
+    prefetch: Positive = 1
+    """Stage 3: how many layers ahead parameters are gathered."""
+
+
 class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16"] = "fp32"
     """Of forward and backward; master weights, gradient sums and optimizer states are fp32."""
@@ -243,6 +252,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     parallel: ParallelConfig
+    zero: ZeroConfig
     precision: PrecisionConfig
     recompute: Literal["none", "selective", "full"] = "none"
     data: DataConfig

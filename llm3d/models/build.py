@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from llm3d.config import LossConfig, ModelConfig, ParallelConfig
 from llm3d.models.llama import LlamaStage
 from llm3d.parallel.boxes import Box
-from llm3d.parallel.flat import FlatParameters
 from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.zero.flat import FlatParameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BLOCK_ROWS = 64
@@ -58,8 +59,8 @@ def spread_layers(num_layers: int, num_stages: int) -> list[int]:
     return counts
 
 
-def initialise(flat: FlatParameters, master: Tensor, config: ModelConfig, seed: int) -> None:
-    """Fill `master`, a fp32 tensor laid out like `flat.parameters`, with random weights that no layout changes."""
+def initialise(flat: FlatParameters, master: Sequence[Tensor], config: ModelConfig, seed: int) -> None:
+    """Fill `master`, fp32 tensors laid out like `flat.parameters`, with random weights that no layout changes."""
     for piece, view in flat.pieces(master):
         view.copy_(initial_value(piece.box, config, seed))
 

@@ -54,7 +54,7 @@ class LanguageModelHead(nn.Module):
             )
         return token_terms(self.logits(hidden), targets, first_id, self.group)
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The fp32 sum over target tokens of the cross-entropy, the same on all ranks of the tensor group.
 
         z-loss and label smoothing are part of what is trained, not of an evaluation.

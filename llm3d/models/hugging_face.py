@@ -18,7 +18,7 @@ from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
 from llm3d.parallel.boxes import Box
 from llm3d.parallel.collectives import gather_bytes
-from llm3d.parallel.flat import FlatParameters
+from llm3d.parallel.zero.flat import FlatParameters
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -31,55 +31,61 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
     """Write the model's weights, in their compute dtype, as sharded safetensors under `folder`.
 
     Called on all ranks. A file holds whole tensors of one pipeline stage, about box_files.FILE_BYTES; its writer,
-    one rank of one tensor group, receives their parts from that group. Files go round the data ranks, which hold
-    the same weights, and round the tensor ranks, so that many disks or links share the work.
+    one rank of those that together hold the stage, receives their parts from them. Files go round these ranks, and
+    round the copies of the stage, so that many disks or links share the work.
     """
-    mesh = flat.mesh
+    mesh, group = flat.mesh, flat.replica
     parts = _owned_parts(flat)
-    names = sorted({box.name for boxes in parts for box in boxes}, key=_model_order)
-    shapes = {box.name: box.shape for boxes in parts for box in boxes}
-    item_size = flat.parameters.element_size()
-    runs = split_by_size([Box.whole(name, shapes[name]).numel * item_size for name in names])
+    names = sorted(parts, key=_model_order)
+    whole = {name: Box.whole(name, parts[name][0][1].shape) for name in names}
+    runs = split_by_size([whole[name].numel * flat.dtype.itemsize for name in names])
     counts = [int(count) for count in gather_bytes(str(len(runs)).encode(), mesh.pipeline)]
     first, total = sum(counts[: mesh.pipeline_rank]), sum(counts)
     views = {piece.box: view for piece, view in flat.pieces(flat.parameters) if piece.owned}
     for i, run in enumerate(runs):
-        if i % mesh.data_size != mesh.data_rank:
+        if i % flat.num_replicas != mesh.data_rank % flat.num_replicas:
             continue
-        writing_rank = i // mesh.data_size % mesh.tensor_size
-        whole = [Box.whole(name, shapes[name]) for name in names[run.start : run.stop]]
-        values = [_gather(box, parts, views, flat, writing_rank) for box in whole]
-        if mesh.tensor_rank == writing_rank:
+        writing_rank = i // flat.num_replicas % group.size()
+        keys = names[run.start : run.stop]
+        values = [_gather(whole[key], parts[key], views, flat, writing_rank) for key in keys]
+        if group.rank() == writing_rank:
             file = f"model-{first + i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else _SINGLE
-            keys = [box.name for box in whole]
-            writer.tensors(f"{folder}/{file}", list(zip(keys, whole, values, strict=True)))
+            boxes = [whole[key] for key in keys]
+            writer.tensors(f"{folder}/{file}", list(zip(keys, boxes, values, strict=True)))
 
 
-def _owned_parts(flat: FlatParameters) -> list[list[Box]]:
-    """The boxes that each rank of the tensor group owns, in rank order."""
+def _owned_parts(flat: FlatParameters) -> dict[str, list[tuple[int, Box]]]:
+    """By global tensor: the ranks of the group that holds a copy of this stage, and the boxes that each owns."""
     mine = [asdict(piece.box) for piece, _ in flat.pieces(flat.parameters) if piece.owned]
-    everyone = gather_bytes(json.dumps(mine).encode(), flat.mesh.tensor)
-    return [[box_of(fields) for fields in json.loads(boxes)] for boxes in everyone]
+    parts: dict[str, list[tuple[int, Box]]] = {}
+    for rank, boxes in enumerate(gather_bytes(json.dumps(mine).encode(), flat.replica)):
+        for box in map(box_of, json.loads(boxes)):
+            parts.setdefault(box.name, []).append((rank, box))
+    return parts
 
 
 def _gather(
-    whole: Box, parts: list[list[Box]], views: dict[Box, Tensor], flat: FlatParameters, writing_rank: int
+    whole: Box,
+    parts: list[tuple[int, Box]],
+    views: dict[Box, Tensor],
+    flat: FlatParameters,
+    writing_rank: int,
 ) -> Tensor:
-    """A global tensor on the host of one rank of the tensor group, to which the others send their parts of it.
+    """A global tensor on the host of one rank of the group, to which the others send their parts of it.
 
     On the other ranks, what is returned is empty.
     """
-    group, rank = flat.mesh.tensor, flat.mesh.tensor_rank
-    values = torch.empty(whole.size if rank == writing_rank else 0, dtype=flat.parameters.dtype)
-    for source, boxes in enumerate(parts):
-        for box in (box for box in boxes if box.name == whole.name):
-            if rank == writing_rank:
-                part = views[box] if source == rank else flat.parameters.new_empty(box.size)
-                if source != rank:
-                    dist.recv(part, group=group, group_src=source)
-                values[box.slices_within(whole)].copy_(part)
-            elif rank == source:
-                dist.send(views[box].contiguous(), group=group, group_dst=writing_rank)
+    group, rank = flat.replica, flat.replica.rank()
+    values = torch.empty(whole.size if rank == writing_rank else 0, dtype=flat.dtype)
+    for source, box in parts:
+        if rank == writing_rank:
+            here = source == rank
+            part = views[box] if here else torch.empty(box.size, dtype=flat.dtype, device=flat.mesh.device)
+            if not here:
+                dist.recv(part, group=group, group_src=source)
+            values[box.slices_within(whole)].copy_(part)
+        elif rank == source:
+            dist.send(views[box].contiguous(), group=group, group_dst=writing_rank)
     return values
 
 
@@ -131,8 +137,8 @@ def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 # ---- reading ----
 
 
-def read_weights(directory: Path, flat: FlatParameters, into: Tensor, config: ModelConfig) -> None:
-    """Fill `into`, a tensor laid out like flat.parameters, from a Hugging Face directory; each rank reads its boxes.
+def read_weights(directory: Path, flat: FlatParameters, into: Sequence[Tensor], config: ModelConfig) -> None:
+    """Fill `into`, tensors laid out like flat.parameters, from a Hugging Face directory; each rank reads its boxes.
 
     Called on all ranks. A tied model's output weights may be stored under the embedding's name, the head's or
     both. Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
@@ -157,7 +163,7 @@ def model_names(flat: FlatParameters) -> set[str]:
     mine = sorted({piece.box.name for piece, _ in flat.pieces(flat.parameters)})
     return {
         name
-        for names in gather_bytes(json.dumps(mine).encode(), flat.mesh.model)
+        for names in gather_bytes(json.dumps(mine).encode(), flat.mesh.everyone)
         for name in json.loads(names)
     }
 

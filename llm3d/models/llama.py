@@ -77,7 +77,7 @@ class LlamaStage(nn.Module):
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
-        self.config, self.recompute = config, recompute
+        self.config = config
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         shared = mesh.embedding if config.tie_word_embeddings else None
         self.embedding: VocabParallelEmbedding | None = None
@@ -109,9 +109,12 @@ class LlamaStage(nn.Module):
         fp32 sum over target tokens of the cross-entropy.
         """
         hidden = self.transform(hidden, batch)
-        if self.head is None:
-            return hidden
-        return self.head.loss(hidden, batch.targets)
+        return hidden if self.head is None else self.head(hidden, batch.targets)
+
+    def units(self) -> list[nn.Module]:
+        """The modules whose parameters are stored and gathered together, in the order of their calls."""
+        ends = [self.norm, self.head] if self.head is not None else []
+        return [*([self.embedding] if self.embedding is not None else []), *self.layers.values(), *ends]
 
     def transform(self, hidden: Tensor | None, batch: Batch) -> Tensor:
         """Everything but the head: the embedding, the layers and the final norm that this stage has."""
@@ -122,11 +125,8 @@ class LlamaStage(nn.Module):
         tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
         context = Context(*tables, batch.cu_seqlens, batch.max_seqlen)
         for layer in self.layers.values():
-            hidden = self._recomputed(layer, self.recompute == "full")(hidden, context)
+            hidden = layer(hidden, context)
         return self.norm(hidden) if self.head is not None else hidden
-
-    def _recomputed(self, function: Callable[..., Tensor], wanted: bool) -> Callable[..., Tensor]:
-        return recomputed(function) if wanted and torch.is_grad_enabled() else function
 
 
 class LlamaLayer(nn.Module):
@@ -147,14 +147,18 @@ class LlamaLayer(nn.Module):
         self.attention = Attention(config, mesh, f"{prefix}.self_attn", kv_replicas, sequence_parallel)
         self.mlp_norm = _norm(f"{prefix}.post_attention_layernorm.weight", config, mesh, sequence_parallel)
         self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel)
-        self.recompute_attention = recompute == "selective"
+        self.recompute = recompute
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        attend: Callable[..., Tensor] = self._attend
-        if self.recompute_attention and torch.is_grad_enabled():
-            attend = recomputed(attend)
+        return self._recomputed("full", self._forward)(hidden, context)
+
+    def _forward(self, hidden: Tensor, context: Context) -> Tensor:
+        attend = self._recomputed("selective", self._attend)
         hidden, normalised = self.mlp_norm.after_adding(attend(hidden, context), hidden)
         return hidden + self.mlp(normalised)
+
+    def _recomputed(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return recomputed(function) if self.recompute == kind and torch.is_grad_enabled() else function
 
     def _attend(self, hidden: Tensor, context: Context) -> Tensor:
         return self.attention(self.attention_norm(hidden), context)

@@ -43,6 +43,23 @@ class Box:
         """The box narrowed to `count` columns (dimension 1) from its own column `start` on."""
         return Box(self.name, self.shape, (self.offset[0], self.offset[1] + start), (self.size[0], count))
 
+    def elements(self, start: int, count: int) -> list[Box]:
+        """`count` of the box's elements in row-major order from `start` on: part of a row, whole rows, part of a row.
+
+        At most three boxes, in order; of a box of one dimension, one.
+        """
+        if not count:
+            return []
+        if len(self.size) == 1:
+            return [self.rows(start, count)]
+        columns = self.size[1]
+        first, offset = divmod(start, columns)
+        if offset or count < columns:
+            head = min(count, columns - offset)
+            return [self.rows(first, 1).columns(offset, head), *self.elements(start + head, count - head)]
+        whole, rest = divmod(count, columns)
+        return [self.rows(first, whole), *self.elements(start + whole * columns, rest)]
+
     def intersect(self, other: Box) -> Box | None:
         """The part that both boxes hold, or None."""
         if self.name != other.name:
@@ -90,12 +107,15 @@ class ShardedParameter(nn.Parameter):
 
     pieces: boxes under each other along dimension 0; they cover the parameter.
     uses: how often one backward pass of a microbatch adds to its gradient (2 for tied embeddings).
-    main_grad: fp32, same shape; gradients of all microbatches are summed here, never in `.grad`.
+    main_grad: same shape; gradients of all microbatches are summed here, never in `.grad`. None while ZeRO keeps
+        no memory for it.
+    main_grad_is_stale: the next addition replaces what main_grad holds.
     """
 
     pieces: tuple[Piece, ...]
     uses: int
     main_grad: Tensor | None
+    main_grad_is_stale: bool
     on_accumulated: Callable[[], None] | None
 
     def __new__(cls, data: Tensor, pieces: Sequence[Piece], uses: int = 1) -> ShardedParameter:
@@ -103,6 +123,7 @@ class ShardedParameter(nn.Parameter):
         parameter.pieces = tuple(pieces)
         parameter.uses = uses
         parameter.main_grad = None
+        parameter.main_grad_is_stale = False
         parameter.on_accumulated = None
         return parameter
 

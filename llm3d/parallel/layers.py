@@ -72,6 +72,8 @@ class VocabParallelEmbedding(nn.Module):
     Forward: all_reduce or reduce_scatter. Backward: nothing, or all_gather of the gradient.
     """
 
+    backward_reads_weights = False
+
     def __init__(
         self,
         box: Box,
@@ -136,24 +138,35 @@ def column_parallel_linear(
 
 
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
-    """Add a gradient shaped like the weight to its fp32 sum."""
-    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
-    accumulate_(weight.main_grad, gradient)
+    """Add a gradient shaped like the weight to its sum."""
+    _add(weight, gradient)
     weight.accumulated()
 
 
 def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
-    """main_grad += grad_output^T x. On a CPU a bf16 product is rounded to bf16 before it is added.
+    """main_grad += grad_output^T x. On a CPU a product in bf16 is rounded to it before it is added.
 
     The last of a microbatch's additions is followed by weight.accumulated().
     """
-    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
-    if grad_output.dtype == torch.float32:
-        weight.main_grad.addmm_(grad_output.t(), x)
+    main_grad, transposed = weight.main_grad, grad_output.t()
+    assert main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    if grad_output.dtype == main_grad.dtype:
+        # What is stale counts as zero, whatever it is.
+        main_grad.addmm_(transposed, x, beta=0 if weight.main_grad_is_stale else 1)
+        weight.main_grad_is_stale = False
     elif grad_output.is_cuda:
-        weight.main_grad.add_(torch.mm(grad_output.t(), x, out_dtype=torch.float32))
+        _add(weight, torch.mm(transposed, x, out_dtype=main_grad.dtype))
     else:
-        accumulate_(weight.main_grad, grad_output.t() @ x)
+        _add(weight, transposed @ x)
+
+
+def _add(weight: ShardedParameter, gradient: Tensor) -> None:
+    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    if weight.main_grad_is_stale:
+        weight.main_grad.copy_(gradient)
+        weight.main_grad_is_stale = False
+    else:
+        accumulate_(weight.main_grad, gradient)
 
 
 class _Linear(Function):

@@ -21,6 +21,7 @@ class Mesh:
     neighbouring devices, where the links are fastest, and stages sit furthest apart.
 
     tensor, data, pipeline: the groups this rank communicates in along each axis.
+    stage: all ranks of this rank's pipeline stage (tensor x data).
     model: all ranks of this rank's model replica (tensor x pipeline).
     embedding: first and last stage of this pipeline; None on other stages, and with one stage.
     everyone: all ranks.
@@ -50,6 +51,7 @@ class Mesh:
         self.data = self._mine(ranks.transpose(0, 2, 1).reshape(-1, self.data_size))
         pipelines = ranks.transpose(1, 2, 0).reshape(-1, self.pipeline_size)
         self.pipeline = self._mine(pipelines)
+        self.stage = self._mine(ranks.reshape(self.pipeline_size, -1))
         self.model = self._mine(ranks.transpose(1, 0, 2).reshape(self.data_size, -1))
         self.embedding: ProcessGroup | None = None
         self.channels: dict[tuple[str, bool], ProcessGroup] = {}
@@ -87,7 +89,15 @@ class Mesh:
         NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a
         schedule, which is free of deadlocks only where posting a receive blocks nothing, that could be forever.
         """
-        for group in (self.everyone, self.tensor, self.data, self.pipeline, self.model, self.embedding):
+        for group in (
+            self.everyone,
+            self.tensor,
+            self.data,
+            self.pipeline,
+            self.stage,
+            self.model,
+            self.embedding,
+        ):
             if group is not None:
                 dist.all_reduce(self._token(), group=group)
         for (direction, wraps), channel in self.channels.items():

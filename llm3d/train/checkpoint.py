@@ -28,7 +28,7 @@ from llm3d.parallel.agreement import first_failure, input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, split_by_size, sync
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import gather_bytes
-from llm3d.parallel.flat import FlatParameters
+from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train import manifest
 from llm3d.train.manifest import Manifest, manifest_text, read_manifest
 from llm3d.train.trainer import Evaluator, Trainer
@@ -73,6 +73,7 @@ def save_checkpoint(
             _tidy(final.parent)
             partial.mkdir()
     _agree(writer, trainer, partial)
+    trainer.flat.settle()
     write_weights(writer, trainer.flat, "model")
     _write_optimizer(writer, trainer)
     if trainer.mesh.rank == 0:
@@ -116,16 +117,16 @@ def _write_optimizer(writer: BoxWriter, trainer: Trainer) -> None:
 
 
 def _share(flat: FlatParameters) -> set[Box]:
-    """The owned boxes that this data rank writes: the largest first, each to the rank with the least so far."""
-    boxes = sorted(
-        (piece.box for piece, _ in flat.pieces(flat.parameters) if piece.owned), key=lambda box: -box.numel
-    )
-    load = [0] * flat.mesh.data_size
+    """The owned boxes that this rank writes: where data ranks hold copies, the largest first, each to the rank with
+    the least so far.
+    """
+    boxes = [piece.box for piece, _ in flat.pieces(flat.parameters) if piece.owned]
+    load = [0] * flat.num_replicas
     mine = set()
-    for box in boxes:
+    for box in sorted(boxes, key=lambda box: -box.numel):
         rank = load.index(min(load))
         load[rank] += box.numel
-        if rank == flat.mesh.data_rank:
+        if rank == flat.mesh.data_rank % flat.num_replicas:
             mine.add(box)
     return mine
 
@@ -170,6 +171,7 @@ def _write_manifest(writer: BoxWriter, trainer: Trainer, step: int, boxes: list[
         "pipeline": mesh.pipeline_size,
         "chunks": trainer.config.parallel.chunks,
         "data": mesh.data_size,
+        "zero": trainer.config.zero.stage,
     }
     text = manifest_text(step, trainer.optimizer.steps_taken, layout, writer.files, boxes)
     writer.text(manifest.FILE, text)

@@ -1,4 +1,4 @@
-"""AdamW over flat tensors with fp32 master weights."""
+"""AdamW over the shards of a rank's flat parameters, with fp32 master weights."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ from torch import Tensor
 
 from llm3d.config import OptimConfig
 from llm3d.kernels.adamw import adamw_
-from llm3d.parallel.flat import FlatParameters
+from llm3d.parallel.zero.flat import FlatParameters
 
 
 class Optimizer:
-    """Steps a rank's flat parameters.
+    """Steps this rank's shard of each unit of `flat`.
 
-    master: fp32 [n], laid out like `flat.parameters`; the same tensor where those are fp32.
-    exp_avg, exp_avg_sq: fp32 [n], the moments. Weight decay spares the vectors (norms).
+    master: fp32, laid out like `flat.parameters`; the same tensors where those are fp32.
+    exp_avg, exp_avg_sq: fp32, laid out alike, the moments. Weight decay spares the vectors (norms).
     """
 
     def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
         self.flat, self.config = flat, config
-        parameters = flat.parameters
-        self.master = parameters if parameters.dtype == torch.float32 else parameters.float()
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self._separate = flat.dtype != torch.float32  # master weights from parameters
+        self.master = [p.float() if self._separate else p for p in flat.parameters]
+        self.exp_avg = [torch.zeros_like(master) for master in self.master]
+        self.exp_avg_sq = [torch.zeros_like(master) for master in self.master]
         # Where the kernel reads them: on the device.
-        self._step = torch.zeros((), dtype=torch.int64, device=parameters.device)
-        self._lr = torch.zeros((), dtype=torch.float64, device=parameters.device)
+        self._step = torch.zeros((), dtype=torch.int64, device=flat.mesh.device)
+        self._lr = torch.zeros((), dtype=torch.float64, device=flat.mesh.device)
 
     def step(self, lr: float, gradient_scale: Tensor) -> None:
         """One step from `flat.gradients` times gradient_scale; then the parameters are the master weights, rounded.
 
-        gradient_scale: fp64 scalar on the device.
+        gradient_scale: fp64 scalar on the device. What other ranks need of a unit leaves while the next is stepped.
         """
         self._step += 1
         self._lr.fill_(lr)
-        split = self.flat.num_decayed
-        self._update(slice(0, split), self.config.weight_decay, gradient_scale)
-        self._update(slice(split, None), 0.0, gradient_scale)
+        for i, unit in enumerate(self.flat.units):
+            split = unit.decayed()
+            self._update(i, slice(0, split), self.config.weight_decay, gradient_scale)
+            self._update(i, slice(split, None), 0.0, gradient_scale)
+            self.flat.publish(unit)
 
-    def _update(self, part: slice, weight_decay: float, gradient_scale: Tensor) -> None:
-        parameters = self.flat.parameters
+    def _update(self, i: int, part: slice, weight_decay: float, gradient_scale: Tensor) -> None:
+        unit = self.flat.units[i]
+        if not len(self.master[i][part]):
+            return
         adamw_(
-            self.master[part],
-            self.exp_avg[part],
-            self.exp_avg_sq[part],
-            self.flat.gradients[part],
-            None if parameters is self.master else parameters[part],
+            self.master[i][part],
+            self.exp_avg[i][part],
+            self.exp_avg_sq[i][part],
+            unit.gradients[part],
+            unit.parameters[part] if self._separate else None,
             self._step,
             self._lr,
             gradient_scale,
@@ -55,14 +60,16 @@ class Optimizer:
 
     def publish(self) -> None:
         """Round the master weights into the model's parameters, after they were written from elsewhere."""
-        if self.flat.parameters is not self.master:
-            self.flat.parameters.copy_(self.master)
+        for unit, master in zip(self.flat.units, self.master, strict=True):
+            if self._separate:
+                unit.parameters.copy_(master)
+            self.flat.publish(unit)
 
     @property
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the model's weights: flat fp32 tensors."""
+    def state(self) -> dict[str, list[Tensor]]:
+        """What a checkpoint holds beside the model's weights: fp32 tensors laid out like `flat.parameters`."""
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return moments if self.flat.parameters is self.master else {"master": self.master, **moments}
+        return {"master": self.master, **moments} if self._separate else moments
 
     @property
     def steps_taken(self) -> int:

@@ -14,10 +14,10 @@ from llm3d.kernels import backend
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
 from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
-from llm3d.parallel.flat import FlatParameters
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.schedules import Action, make_schedule
+from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.optimizer import Optimizer
 
 
@@ -35,7 +35,7 @@ class Evaluator:
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
         self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, config.loss)
-        self.flat = FlatParameters(self.stages, mesh, self.dtype, trainable)
+        self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable)
         rows = config.batch.micro * config.data.sequence_length
         if config.parallel.sequence:
             rows //= mesh.tensor_size
@@ -43,7 +43,7 @@ class Evaluator:
         self.pipeline = Pipeline(mesh, self.stages, activation)
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> list[Tensor]:
         """What to write first weights into, laid out like `flat.parameters`; then call `publish`."""
         return self.flat.parameters
 
@@ -85,7 +85,7 @@ class Trainer(Evaluator):
         self.optimizer = Optimizer(self.flat, config.optim)
 
     @property
-    def weights(self) -> Tensor:
+    def weights(self) -> list[Tensor]:
         return self.optimizer.master
 
     def publish(self) -> None:

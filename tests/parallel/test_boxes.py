@@ -103,3 +103,16 @@ def test_even_parts_are_equal_and_in_order(part: int, num_ranks: int) -> None:
     ranges = parts(split_evenly, part * num_ranks, num_ranks)
     assert [i for part in ranges for i in part] == list(range(part * num_ranks))
     assert {len(part) for part in ranges} == {part}
+
+
+@given(st.data(), st.lists(extents, min_size=1, max_size=2))
+def test_a_range_of_elements_is_at_most_three_boxes_in_order(data: st.DataObject, shape: list[int]) -> None:
+    box = data.draw(boxes_of(tuple(shape)))
+    start = data.draw(st.integers(0, box.numel))
+    count = data.draw(st.integers(0, box.numel - start))
+    whole = torch.arange(Box.whole("weight", shape).numel).view(shape)
+    values = whole[box.slices_within(Box.whole("weight", shape))].flatten()
+    parts = box.elements(start, count)
+    found = [whole[part.slices_within(Box.whole("weight", shape))].flatten() for part in parts]
+    assert len(parts) <= (3 if len(shape) == 2 else 1) and all(part.numel for part in parts)
+    assert torch.equal(torch.cat([values[:0], *found]), values[start : start + count])

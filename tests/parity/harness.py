@@ -47,6 +47,8 @@ class Layout:
     layers_per_stage: tuple[int, ...] | None = None
     model: tuple[tuple[str, Any], ...] = ()
     compute: str = "fp32"
+    zero: int = 0
+    prefetch: int = 1
 
     @property
     def world_size(self) -> int:
@@ -56,6 +58,7 @@ class Layout:
         words = [f"t{self.tensor}p{self.pipeline}d{self.data}"]
         words += [f"{self.schedule}x{self.chunks}"] if self.pipeline > 1 else []
         words += ["sequence"] * self.sequence + [self.recompute] * (self.recompute != "none")
+        words += [f"zero{self.zero}"] * (self.zero > 0) + [f"prefetch{self.prefetch}"] * (self.prefetch > 1)
         words += [f"micro{self.micro}"] * (self.micro > 1) + ["uneven"] * (self.layers_per_stage is not None)
         return "-".join(words + [f"{name}={value}" for name, value in self.model])
 
@@ -117,6 +120,7 @@ def settings(layout: Layout) -> Config:
                     "sequence": layout.sequence,
                     "layers_per_stage": layout.layers_per_stage,
                 },
+                "zero": {"stage": layout.zero, "prefetch": layout.prefetch},
                 "precision": {"compute": layout.compute},
                 "recompute": layout.recompute,
                 "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
@@ -149,8 +153,8 @@ def _sample(generator: random.Random) -> Sample:
     return Sample(tokens, [0, *starts], ends_document=generator.random() < 0.3)
 
 
-def owned_pieces(trainer: Trainer, flat: Tensor) -> list[tuple[Any, Tensor]]:
-    """Boxes and values of a flat tensor that this rank owns, from the first data rank only."""
-    if trainer.mesh.data_rank:
+def owned_pieces(trainer: Trainer, shards: list[Tensor]) -> list[tuple[Any, Tensor]]:
+    """Boxes and values of flat tensors that this rank owns; of copies only the first data rank's."""
+    if trainer.flat.num_replicas > 1 and trainer.mesh.data_rank:
         return []
-    return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(flat) if piece.owned]
+    return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(shards) if piece.owned]

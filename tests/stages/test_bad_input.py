@@ -217,7 +217,7 @@ TABLE = [
         "model.max_position_embeddings 32",
         BOTH,
     ),
-    Wrong("another width", trained_wider, ("step-00000002: of another model", "[24, 36]"), "run.dir", BOTH),
+    Wrong("another width", trained_wider, ("step-00000002: of another model", "[36, 24]"), "run.dir", BOTH),
     Wrong("another depth", trained_deeper, ("step-00000002: of another model", "layers.4"), "run.dir", BOTH),
     Wrong(
         "later checkpoints",

@@ -51,7 +51,8 @@ def save_on_rank(given: dict[str, Any]) -> None:
     config = make_config(given)
     trainer = Trainer(config, Mesh())
     trainer.initialise()
-    trainer.weights.mul_(5)
+    for weights in trainer.weights:
+        weights.mul_(5)
     save_checkpoint(Path(config.run.dir), 1, trainer, {"step": 1})
 
 

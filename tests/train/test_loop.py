@@ -91,7 +91,7 @@ class Run:
         return self.directory / f"step-{step}"
 
     def weights(self) -> Tensor:
-        return self.trainer.optimizer.master.clone()
+        return torch.cat(self.trainer.optimizer.master)
 
     @property
     def saved_steps(self) -> list[int]:
@@ -187,7 +187,7 @@ def test_numbers_that_are_not_finite_abort_with_the_state_before_saved(
         if poison == "loss":
             run.trainer.loss_factor = float("nan")
         else:
-            run.trainer.flat.gradients[7] = float("inf")
+            run.trainer.flat.gradients[0][7] = float("inf")
 
     run.trainer.during[3] = interfere
     with pytest.raises(TrainingAborted, match=r"step 3: .* not finite, step not taken") as aborted:
