@@ -110,6 +110,10 @@ def assert_equal(actual: State, expected: State) -> None:
         Layout(micro=4, model=FEW, compute="bf16"),
         Layout(tensor=2, pipeline=2, sequence=True, micro=4, model=(*TIED, *FEW), compute="bf16"),
         Layout(tensor=2, data=2, micro=4, model=FEW),
+        Layout(data=2, zero=1, model=FEW, compute="bf16"),
+        Layout(pipeline=2, data=2, zero=2, model=(*TIED, *FEW)),
+        Layout(tensor=2, data=2, zero=3, sequence=True, micro=2, model=FEW, compute="bf16"),
+        Layout(data=8, zero=3, model=FEW),
     ],
     ids=lambda layout: f"{layout}-{layout.compute}",
 )
@@ -126,6 +130,8 @@ SAVED_BY = [
     Layout(tensor=4, micro=4, sequence=True, model=FOUR),  # key/value heads replicated
     Layout(pipeline=2, data=2, chunks=2, schedule="interleaved", model=FOUR),
     Layout(tensor=2, pipeline=2, model=FOUR_TIED),
+    Layout(data=4, zero=3, model=FOUR),
+    Layout(pipeline=2, data=2, zero=2, model=FOUR_TIED),
 ]
 RESUMED_BY = {
     FOUR: [
@@ -133,8 +139,14 @@ RESUMED_BY = {
         Layout(tensor=4, data=2, micro=2, model=FOUR),
         Layout(pipeline=4, micro=2, model=FOUR),
         Layout(tensor=2, pipeline=2, chunks=2, schedule="interleaved", sequence=True, micro=2, model=FOUR),
+        Layout(tensor=2, pipeline=2, data=2, zero=1, model=FOUR),
+        Layout(tensor=2, data=4, zero=3, model=FOUR),
     ],
-    FOUR_TIED: [Layout(micro=8, model=FOUR_TIED), Layout(tensor=4, pipeline=2, micro=2, model=FOUR_TIED)],
+    FOUR_TIED: [
+        Layout(micro=8, model=FOUR_TIED),
+        Layout(tensor=4, pipeline=2, micro=2, model=FOUR_TIED),
+        Layout(tensor=4, data=2, zero=3, sequence=True, model=FOUR_TIED),
+    ],
 }
 
 
@@ -164,8 +176,9 @@ def test_weights_pass_between_precisions(tmp_path: Path) -> None:
         assert torch.equal(in_fp32[name], from_bf16.pieces[name.replace("model/", "master/")])
 
 
-def test_weights_are_the_same_however_many_files_hold_them(tmp_path: Path) -> None:
-    layout = Layout(tensor=2, pipeline=2, data=2, micro=2, model=FOUR)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_weights_are_the_same_however_many_files_hold_them(zero: int, tmp_path: Path) -> None:
+    layout = Layout(tensor=2, pipeline=2, data=2, zero=zero, micro=2, model=FOUR)
     part = whole(pool.run(save_in_small_files, 8, layout, tmp_path))
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
