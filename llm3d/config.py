@@ -148,11 +148,32 @@ class ZeroConfig(Section):
     """1: the optimizer's state; 2: gradients too; 3: parameters too."""
     prefetch: Positive = 1
     """Stage 3: how many layers ahead parameters are gathered."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: master weights and moments are in host memory, and the host's processor steps them."""
+    offload_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the optimizer's state that offload takes; the rest stays on the device."""
+
+
+class LossScaleConfig(Section):
+    """What the loss is multiplied by in fp16, so that small gradients do not become zero."""
+
+    initial: float = Field(65536.0, gt=0)
+    growth_interval: Positive = 1000
+    """Steps without overflow after which it doubles."""
+    hysteresis: Positive = 2
+    """Overflows since it last doubled before it is halved."""
+    minimum: float = Field(1.0, gt=0)
+    """Below this, training is aborted."""
 
 
 class PrecisionConfig(Section):
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward; master weights, gradient sums and optimizer states are fp32."""
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of forward and backward; master weights are fp32. fp16 scales the loss."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in, over microbatches and over ranks."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What the optimizer's moments are kept in; bf16 is rounded stochastically."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
 
 
 class DataSource(Section):
@@ -447,7 +468,14 @@ def _stage_problems(config: Config) -> Iterator[str]:
 
 
 def _step_problems(config: Config) -> Iterator[str]:
-    optim, steps = config.optim, config.train.steps
+    optim, steps, precision = config.optim, config.train.steps, config.precision
+    if precision.gradients == "bf16" and precision.compute != "bf16":
+        yield f"precision.gradients: bf16 needs precision.compute bf16, not {precision.compute}"
+    if precision.loss_scale.initial < precision.loss_scale.minimum:
+        scale = precision.loss_scale
+        yield f"precision.loss_scale.initial: {scale.initial} is below precision.loss_scale.minimum {scale.minimum}"
+    if config.zero.offload == "none" and config.zero.offload_fraction != 1.0:
+        yield f"zero.offload_fraction: {config.zero.offload_fraction} needs zero.offload optimizer"
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
     if optim.decay_steps is not None and optim.schedule != "wsd":

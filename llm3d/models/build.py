@@ -15,7 +15,7 @@ from llm3d.parallel.boxes import Box
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_ROWS = 64
 
 

@@ -140,6 +140,8 @@ def _entry(state: str, box: Box, values: Tensor) -> tuple[str, Box, Tensor]:
 def _write_small_files(
     writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
+    if trainer.loss_scale is not None:
+        state = {**state, "loss_scale": trainer.loss_scale.state}
     writer.text("state.json", json.dumps(state, indent=1) + "\n")
     for name, content in config_files(trainer.config.model, trainer.dtype).items():
         writer.text(f"model/{name}", content)
@@ -249,6 +251,8 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_bytes())
     optimizer.publish()
     optimizer.set_steps_taken(found.optimizer_steps)
+    if trainer.loss_scale is not None and "loss_scale" in state:
+        trainer.loss_scale.restore(state["loss_scale"])
     return state
 
 

@@ -82,8 +82,12 @@ def train(
                 upcoming = reader.submit(data.microbatches, step + 1, mesh)
             lr = learning_rate(step, steps, config.optim)
             result = trainer.step(microbatches, lr)
-            if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-                _abort(step, result, rescue)
+            if result.problem:
+                _abort(step, result.problem, rescue)
+            if result.skipped:
+                report.say(
+                    f"step {step}: skipped, gradients overflow at a loss scale of {result.loss_scale:g}"
+                )
             metrics = {"step": step, **data.consumed(step)._asdict()}
             metrics |= meter.measure(microbatches, result, lr, time.perf_counter() - started)
             if config.train.eval_every and step % config.train.eval_every == 0:
@@ -144,7 +148,8 @@ class _Meter:
         return {
             "loss": result.loss,
             "lr": lr,
-            "grad_norm": result.grad_norm,
+            "grad_norm": None if result.skipped else result.grad_norm,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "step_time_s": seconds,
             "tokens_per_s": tokens / seconds,
             "tflops_per_device": per_device / 1e12,
@@ -153,11 +158,11 @@ class _Meter:
         }
 
 
-def _abort(step: int, result: StepResult, rescue: Callable[[], Path] | None) -> None:
+def _abort(step: int, problem: str, rescue: Callable[[], Path] | None) -> None:
     """Save the weights, which the step has not touched, and raise."""
     saved = f"; the state after step {step - 1} is in {rescue()}" if rescue else ""
     raise TrainingAborted(
-        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step not taken{saved}; "
+        f"step {step}: {problem}{saved}; "
         "lower optim.lr, lengthen optim.warmup_steps or look at this step's data"
     )
 

@@ -82,7 +82,8 @@ class Report:
                 if name != "step" and value is not None:
                     self._tensorboard.add_scalar(name, value, metrics["step"])
         if not self.console.is_terminal:
-            rate = f"lr {metrics['lr']:.2e}  grad norm {metrics['grad_norm']:.3f}"
+            norm = "overflow" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
+            rate = f"lr {metrics['lr']:.2e}  grad norm {norm}"
             self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}")
 
 

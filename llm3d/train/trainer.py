@@ -18,6 +18,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.schedules import Action, make_schedule
 from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.train.loss_scale import LossScale
 from llm3d.train.optimizer import Optimizer
 
 
@@ -25,6 +26,9 @@ class StepResult(NamedTuple):
     loss: float  # mean over the step's target tokens, of all ranks
     grad_norm: float  # before clipping
     num_targets: int
+    loss_scale: float | None = None  # that the step was taken with, in fp16
+    skipped: bool = False  # the gradients overflowed fp16: nothing was changed but the loss scale
+    problem: str | None = None  # why training cannot go on: nothing was changed
 
 
 class Evaluator:
@@ -35,7 +39,8 @@ class Evaluator:
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
         self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, config.loss)
-        self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable)
+        gradients = DTYPES[config.precision.gradients]
+        self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
         rows = config.batch.micro * config.data.sequence_length
         if config.parallel.sequence:
             rows //= mesh.tensor_size
@@ -82,7 +87,10 @@ class Trainer(Evaluator):
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         super().__init__(config, mesh, trainable=True)
-        self.optimizer = Optimizer(self.flat, config.optim)
+        moments = DTYPES[config.precision.moments]
+        self.optimizer = Optimizer(self.flat, config.optim, config.zero, moments, config.run.seed)
+        fp16 = config.precision.compute == "fp16"
+        self.loss_scale = LossScale(config.precision.loss_scale) if fp16 else None
 
     @property
     def weights(self) -> list[Tensor]:
@@ -99,19 +107,40 @@ class Trainer(Evaluator):
     def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update on this data rank's microbatches of the step.
 
-        Where the loss or the gradient is not finite, the weights stay as they are; see the result.
+        Where the loss or the gradient is not finite, the weights stay as they are; see the result. All ranks get the
+        same one.
         """
         num_targets = self._count_targets(microbatches)
+        scale = self.loss_scale.value if self.loss_scale else None
         self.flat.begin_step(len(microbatches))
         loss = self.pipeline.run(
-            self._actions(len(microbatches)), microbatches, scale=1 / max(1, num_targets)
+            self._actions(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
         )
         self.flat.finish_gradients()
-        norm = self.flat.gradient_norm()
-        result = StepResult(self._total_loss(loss) / max(1, num_targets), norm.item(), num_targets)
-        if math.isfinite(result.grad_norm) and math.isfinite(result.loss):
-            self.optimizer.step(lr, self._clip_factor(norm))
-        return result
+        norm = self.flat.gradient_norm() / (scale or 1.0)
+        mean = self._total_loss(loss) / max(1, num_targets)
+        result = StepResult(mean, norm.item(), num_targets, scale)
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            self.optimizer.step(lr, self._clip_factor(norm) / (scale or 1.0))
+        return self._judged(result)
+
+    def _judged(self, result: StepResult) -> StepResult:
+        """The result, with what is made of numbers that are not finite."""
+        if not math.isfinite(result.loss) or (
+            self.loss_scale is None and not math.isfinite(result.grad_norm)
+        ):
+            numbers = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            return result._replace(problem=f"{numbers}: not finite, step not taken")
+        if self.loss_scale is None:
+            return result
+        overflowed = not math.isfinite(result.grad_norm)
+        self.loss_scale.update(overflowed)
+        if overflowed and self.loss_scale.underflowed:
+            return result._replace(
+                problem=f"the gradients overflow fp16 even at a loss scale of {result.loss_scale:g}, "
+                "where smaller ones are lost; precision.compute=bf16 needs none"
+            )
+        return result._replace(skipped=overflowed)
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         """What brings a gradient of this norm down to optim.clip_grad_norm; 1 where it is below."""

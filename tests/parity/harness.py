@@ -49,6 +49,7 @@ class Layout:
     compute: str = "fp32"
     zero: int = 0
     prefetch: int = 1
+    offload: float = 0.0  # share of the optimizer's state
 
     @property
     def world_size(self) -> int:
@@ -59,6 +60,7 @@ class Layout:
         words += [f"{self.schedule}x{self.chunks}"] if self.pipeline > 1 else []
         words += ["sequence"] * self.sequence + [self.recompute] * (self.recompute != "none")
         words += [f"zero{self.zero}"] * (self.zero > 0) + [f"prefetch{self.prefetch}"] * (self.prefetch > 1)
+        words += [f"offload{self.offload:g}"] * (self.offload > 0)
         words += [f"micro{self.micro}"] * (self.micro > 1) + ["uneven"] * (self.layers_per_stage is not None)
         return "-".join(words + [f"{name}={value}" for name, value in self.model])
 
@@ -120,7 +122,12 @@ def settings(layout: Layout) -> Config:
                     "sequence": layout.sequence,
                     "layers_per_stage": layout.layers_per_stage,
                 },
-                "zero": {"stage": layout.zero, "prefetch": layout.prefetch},
+                "zero": {
+                    "stage": layout.zero,
+                    "prefetch": layout.prefetch,
+                    "offload": "optimizer" if layout.offload else "none",
+                    "offload_fraction": layout.offload or 1.0,
+                },
                 "precision": {"compute": layout.compute},
                 "recompute": layout.recompute,
                 "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},

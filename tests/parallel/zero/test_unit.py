@@ -20,7 +20,10 @@ def parameters(draw: st.DrawFn) -> list[ShardedParameter]:
         if draw(st.booleans()):
             pieces = [Piece(Box.whole(f"{i}", (draw(st.integers(1, 300)),)))]
         else:
-            columns, rows = draw(st.integers(1, 90)), draw(st.lists(st.integers(0, 9), min_size=1, max_size=2))
+            columns, rows = (
+                draw(st.integers(1, 90)),
+                draw(st.lists(st.integers(0, 9), min_size=1, max_size=2)),
+            )
             pieces = [Piece(Box.whole(f"{i}.{j}", (n, columns))) for j, n in enumerate(rows)]
         made.append(ShardedParameter.on_meta(stack(pieces)))
     return made
@@ -37,7 +40,9 @@ def test_shards_hold_every_element_once(made: list[ShardedParameter], num_shards
         decayed[unit.start : unit.start + unit.shard_size] += unit.parameters
         for piece, view in unit.pieces(torch.ones(unit.shard_size)):
             assert view.shape == piece.box.size
-            target = whole[piece.box.name][piece.box.slices_within(Box.whole(piece.box.name, piece.box.shape))]
+            target = whole[piece.box.name][
+                piece.box.slices_within(Box.whole(piece.box.name, piece.box.shape))
+            ]
             target += view
     assert all((tensor == 1).all() for tensor in whole.values())
     # Weight decay is for matrices, which come first.
