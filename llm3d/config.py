@@ -144,7 +144,7 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """What data ranks share out instead of each holding a copy. Rajbhandari et al. 2020."""
 
-    stage: Annotated[int, Field(ge=0, le=3), BeforeValidator(_whole)] = 0
+    stage: Literal[0, 1, 2, 3] = 0
     """1: the optimizer's state; 2: gradients too; 3: parameters too."""
     prefetch: Positive = 1
     """Stage 3: how many layers ahead parameters are gathered."""

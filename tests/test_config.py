@@ -237,6 +237,14 @@ def test_everything_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
 # ---- what is wrong: a setting ----
 
 OVERRIDES = {
+    # zero and precision
+    "zero.stage=4": "zero.stage: 4 is not 0, 1, 2 or 3",
+    "zero.offload=all": "zero.offload: 'all' is not 'none' or 'optimizer'",
+    "zero.offload_fraction=0.5": "zero.offload_fraction: 0.5 needs zero.offload optimizer",
+    "precision.gradients=bf16": "precision.gradients: bf16 needs precision.compute bf16, not fp32",
+    "precision.loss_scale.initial=0.5": (
+        "precision.loss_scale.initial: 0.5 is below precision.loss_scale.minimum 1.0"
+    ),
     # not an override
     "foo": "override 'foo': write it as section.key=value",
     "a.b": "override 'a.b': write it as section.key=value",
@@ -267,7 +275,7 @@ OVERRIDES = {
     "parallel.sequence=1": "parallel.sequence: 1 is neither true nor false",
     "parallel.schedule=1f1": "is not 'gpipe', '1f1b' or 'interleaved'; did you mean 1f1b?",
     "recompute=some": "recompute: 'some' is not 'none', 'selective' or 'full'",
-    "precision.compute=fp64": "precision.compute: 'fp64' is not 'fp32' or 'bf16'",
+    "precision.compute=fp64": "precision.compute: 'fp64' is not 'fp32', 'bf16' or 'fp16'; did you mean fp16?",
     "run.dir=5": "run.dir: 5 is not text (a number that is meant as text needs quotes)",
     "run.dir=''": "run.dir: '' is empty",
     "run.seed=-1": "run.seed: -1 is below 0, the least allowed",

@@ -36,7 +36,9 @@ class Optimizer:
         mesh, zero = flat.mesh, zero or ZeroConfig()
         self.seed = seed * mesh.pipeline_size * mesh.tensor_size + mesh.model.rank()
         self.num_on_device = units_on_device(flat, zero)
-        self.offload = Offload(mesh.device, flat.dtype) if self.num_on_device < len(flat.units) else None
+        self.offload: Offload | None = None
+        if self.num_on_device < len(flat.units):
+            self.offload = Offload(mesh.device, flat.dtype, staged=mesh.device.type == "cuda")
         self.master = [self._master_of(i) for i in range(len(flat.units))]
         self.exp_avg, self.exp_avg_sq = (
             [self._zeros(i, moments) for i in range(len(flat.units))] for _ in range(2)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**24
-CHUNK_ELEMENTS_ON_CPU = 2**18  # there both are the same memory, and a chunk stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Chunk:
     """Part of a shard, flat [n].
 
     gradient, parameter: on the device.  master: fp32 on the host.
-    step: called with the gradient on the host, in the compute dtype, and room for the parameter there, which it fills
-        (None where the compute dtype is fp32: then the master weights are sent).
+    step: called with the gradient on the host and room for the parameter there, which it fills (None where the
+        compute dtype is fp32: then the master weights are sent).
     after: called when the parameter is on its way; what it puts on the current stream sees it.
     """
 
@@ -37,20 +36,23 @@ class Chunk:
 
 
 class Offload:
-    """Buffers and streams of one device. dtype: of the parameters, and of what leaves."""
+    """Buffers and streams of one device. dtype: of the parameters, and of what leaves.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.is_cuda = device.type == "cuda"
-        self.chunk_elements = CHUNK_ELEMENTS if self.is_cuda else CHUNK_ELEMENTS_ON_CPU
-        self.gradients = [self._on_host(self.chunk_elements, dtype) for _ in range(2)]
-        self.parameters: list[Tensor] | None = None
-        if dtype != torch.float32:
-            self.parameters = [self._on_host(self.chunk_elements, dtype) for _ in range(2)]
+    staged: gradients and parameters pass through buffers that the device reaches directly. Where it is the host's
+    processor itself, what it has is in host memory already, and is stepped where it lies.
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, staged: bool, chunk_elements: int = CHUNK_ELEMENTS
+    ) -> None:
+        self.is_cuda, self.chunk_elements = device.type == "cuda", chunk_elements
+        self.sends_master = dtype == torch.float32
+        self.gradients = [self._room(dtype) for _ in range(2 * staged)]
+        self.parameters = [self._room(dtype) for _ in range(2 * (staged and not self.sends_master))]
         self.leaving, self.returning = _Copies(device), _Copies(device)
 
-    def _on_host(self, size: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(size, dtype=dtype, pin_memory=self.is_cuda)
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.chunk_elements, dtype=dtype, pin_memory=self.is_cuda)
 
     def like(self, shard: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros in host memory that a device reaches directly, for a shard's state."""
@@ -65,25 +67,35 @@ class Offload:
         """Step the chunks."""
         self.leaving.begin()
         self.returning.begin()
-        arrived = [self._fetch(0, chunks[0])] if chunks else []
-        returned: list[Any] = []
+        arriving = [self._fetch(i, chunk) for i, chunk in enumerate(chunks[:1])]
+        returning: list[Any] = []
         for i, chunk in enumerate(chunks):
-            if i + 1 < len(chunks):
-                arrived.append(self._fetch(i + 1, chunks[i + 1]))
+            arriving += [self._fetch(j, chunks[j]) for j in range(i + 1, min(i + 2, len(chunks)))]
             if i >= 2:
-                self.returning.wait(returned[i - 2])  # its room is used again
-            self.leaving.wait(arrived[i])
-            size = len(chunk.master)
-            parameter = None if self.parameters is None else self.parameters[i % 2][:size]
-            chunk.step(self.gradients[i % 2][:size], parameter)
+                self.returning.wait(returning[i - 2])  # its room is used again
+            gradient, arrived = arriving[i]
+            self.leaving.wait(arrived)
+            parameter = self._room_for_parameter(i, chunk)
+            chunk.step(gradient, parameter)
             source = chunk.master if parameter is None else parameter
-            returned.append(self.returning.copy(chunk.parameter, source))
+            returning.append(
+                None if source is chunk.parameter else self.returning.copy(chunk.parameter, source)
+            )
             if chunk.after is not None:
                 self.returning.join()
                 chunk.after()
 
-    def _fetch(self, i: int, chunk: Chunk) -> Any:
-        return self.leaving.copy(self.gradients[i % 2][: len(chunk.gradient)], chunk.gradient)
+    def _fetch(self, i: int, chunk: Chunk) -> tuple[Tensor, Any]:
+        """The chunk's gradient on the host, and what tells when it is there."""
+        if not self.gradients:
+            return chunk.gradient, None
+        room = self.gradients[i % 2][: len(chunk.gradient)]
+        return room, self.leaving.copy(room, chunk.gradient)
+
+    def _room_for_parameter(self, i: int, chunk: Chunk) -> Tensor | None:
+        if self.sends_master:
+            return None
+        return self.parameters[i % 2][: len(chunk.parameter)] if self.parameters else chunk.parameter
 
 
 class _Copies:
