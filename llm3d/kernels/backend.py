@@ -124,6 +124,7 @@ def _name(device: torch.device | str) -> str:
 def _problem(device: torch.device | str) -> str | None:
     """Why there is no library for a device; None: there is one."""
     device_type = torch.device(device).type
+    device_type = "cpu" if device_type == "meta" else device_type
     return None if device_type in _libraries else _problems.get(device_type, f"{device_type} has no kernels")
 
 

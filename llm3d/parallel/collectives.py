@@ -21,18 +21,12 @@ def gather_rows(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple
     return out, _all_gather(out, x.contiguous(), group=group, async_op=async_op)
 
 
-def scatter_sum_rows(
-    x: Tensor, group: ProcessGroup, async_op: bool = False
-) -> tuple[Tensor, dist.Work | None]:
+def scatter_sum_rows(x: Tensor, group: ProcessGroup) -> Tensor:
     """[n * rows, ...], partial sums -> this rank's [rows, ...] of the sum. No backward.
 
     Each rank sends (n - 1) / n of x.
     """
-    assert x.shape[0] % group.size() == 0, (
-        "configuration guarantees that tensor divides the tokens of a microbatch"
-    )
-    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    return out, _reduce_scatter(out, x.contiguous(), group=group, async_op=async_op)
+    return SumInFlight(x, group).finish()
 
 
 def start_gather(x: Tensor, into: Tensor, group: ProcessGroup) -> dist.Work:
@@ -46,31 +40,32 @@ def start_gather(x: Tensor, into: Tensor, group: ProcessGroup) -> dist.Work:
 
 
 class SumInFlight:
-    """A flat tensor, [n * size], being summed over a group of n ranks; of the sum this rank gets its [size].
+    """A tensor, [n * rows, ...], being summed over a group of n ranks; of the sum this rank gets its [rows, ...].
 
     Each rank sends (n - 1) / n of x, which stays as it is until `finish`. Gloo's reduce-scatter is two to eight times
     slower than an exchange of all parts; their sum is then taken here, in rank order, of narrower types in fp32.
     """
 
     def __init__(self, x: Tensor, group: ProcessGroup) -> None:
-        self.x, self.size = x, x.numel() // group.size()
-        self.exchanges = not x.is_cuda
-        self.result = torch.empty_like(x) if self.exchanges else x.new_empty(self.size)
+        rows, rest = divmod(x.shape[0], group.size())
+        assert rest == 0, "configuration guarantees that tensor divides the tokens of a microbatch"
+        self.x, self.exchanges = x.contiguous(), not x.is_cuda
+        self.result = torch.empty_like(self.x) if self.exchanges else x.new_empty(rows, *x.shape[1:])
         start = dist.all_to_all_single if self.exchanges else _reduce_scatter
-        work = start(self.result, x, group=group, async_op=True)
+        work = start(self.result, self.x, group=group, async_op=True)
         assert work is not None, "this rank is in the group"
-        self.work = work
+        self.work, self.parts = work, group.size() if self.exchanges else 1
 
-    def finish(self, into: Tensor, add: bool) -> None:
-        """Wait; write the sum into [size], or add it to what is there. `into` may be part of x."""
+    def finish(self, into: Tensor | None = None, add: bool = False) -> Tensor:
+        """Wait; -> the sum, written into or added to `into`, which may be part of x, where that is given."""
         self.work.wait()
-        parts = self.result.view(-1, self.size)
+        parts = self.result.unflatten(0, (self.parts, -1))
         if add:
-            into.add_(parts.sum(0) if len(parts) > 1 else parts[0])
-        elif len(parts) > 1:
-            torch.sum(parts, 0, out=into)
-        else:
-            into.copy_(parts[0])
+            assert into is not None
+            return into.add_(parts.sum(0) if self.parts > 1 else parts[0])
+        if self.parts > 1:
+            return torch.sum(parts, 0, out=into)
+        return parts[0] if into is None else into.copy_(parts[0])
 
 
 class _AllReduce(Function):
@@ -89,7 +84,7 @@ class _ReduceScatterTokens(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return scatter_sum_rows(x, group)[0]
+        return scatter_sum_rows(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

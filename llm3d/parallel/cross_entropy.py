@@ -140,7 +140,7 @@ class _OfHidden(Function):
         if ctx.needs_input_grad[1]:
             weight.accumulated()
         if ctx.sequence:
-            gradient = scatter_sum_rows(gradient, group)[0]
+            gradient = scatter_sum_rows(gradient, group)
         elif group.size() > 1:
             dist.all_reduce(gradient, group=group)
         return gradient, None, None, None, None, None

@@ -21,10 +21,10 @@ from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (
+    SumInFlight,
     all_reduce_partial_sums,
     gather_rows,
     reduce_scatter_tokens,
-    scatter_sum_rows,
 )
 
 
@@ -206,7 +206,7 @@ class _ColumnParallelLinear(Function):
             x, gathering = gather_rows(x, ctx.group, async_op=True)
         grad_input = grad_output @ ctx.weight
         if ctx.sequence:
-            grad_input, reducing = scatter_sum_rows(grad_input, ctx.group, async_op=True)
+            summing = SumInFlight(grad_input, ctx.group)
         else:
             reducing = dist.all_reduce(grad_input, group=ctx.group, async_op=True)
         if gathering is not None:
@@ -214,6 +214,8 @@ class _ColumnParallelLinear(Function):
         if ctx.needs_input_grad[1]:
             add_linear_gradient(ctx.weight, grad_output, x)
             ctx.weight.accumulated()
+        if ctx.sequence:
+            return summing.finish(), None, None, None
         assert reducing is not None
         reducing.wait()
         return grad_input, None, None, None

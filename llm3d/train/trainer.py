@@ -58,10 +58,11 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> tuple[float, int]:
         """Sum of the loss over all ranks' target tokens, and their number."""
-        loss = self.pipeline.run(self._actions(len(microbatches), forward_only=True), microbatches)
+        loss = self.pipeline.run(self.actions(len(microbatches), forward_only=True), microbatches)
         return self._total_loss(loss), self._count_targets(microbatches)
 
-    def _actions(self, num_microbatches: int, forward_only: bool = False) -> list[Action]:
+    def actions(self, num_microbatches: int, forward_only: bool = False) -> list[Action]:
+        """What this rank does in a step."""
         layout = self.config.parallel
         schedule = make_schedule(
             layout.schedule, layout.pipeline, layout.chunks, num_microbatches, forward_only=forward_only
@@ -114,7 +115,7 @@ class Trainer(Evaluator):
         scale = self.loss_scale.value if self.loss_scale else None
         self.flat.begin_step(len(microbatches))
         loss = self.pipeline.run(
-            self._actions(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
+            self.actions(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
         )
         self.flat.finish_gradients()
         norm = self.flat.gradient_norm() / (scale or 1.0)

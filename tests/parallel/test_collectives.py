@@ -9,6 +9,7 @@ from torch import Tensor
 from llm3d.errors import InputError
 from llm3d.parallel.agreement import first_failure, input_errors_on_all
 from llm3d.parallel.collectives import (
+    SumInFlight,
     all_reduce_partial_sums,
     all_reduce_sum,
     broadcast_from_last,
@@ -58,10 +59,21 @@ def test_rows_are_gathered_in_rank_order_and_scattered_back(mesh: Mesh) -> None:
     gathered, work = gather_rows(mine, mesh.tensor)
     assert work is None
     assert torch.equal(gathered, torch.cat([values(0, 3).t(), values(1, 3).t()]))
-    scattered, work = scatter_sum_rows(gathered, mesh.tensor, async_op=True)
-    assert work is not None
-    work.wait()
-    assert torch.equal(scattered, 2 * mine)
+    assert torch.equal(scatter_sum_rows(gathered, mesh.tensor), 2 * mine)
+
+
+@spawn(world_size=3, tensor=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_in_flight_lands_where_it_is_wanted(mesh: Mesh, dtype: torch.dtype) -> None:
+    x = torch.arange(12.0).view(3, 4).to(dtype) * (1 + mesh.tensor_rank)
+    expected = SumInFlight(x, mesh.tensor).finish()[0]
+    assert torch.equal(expected, 6 * torch.arange(12.0).view(3, 4)[mesh.tensor_rank].to(dtype))
+    total = torch.ones_like(expected[None])
+    assert SumInFlight(x, mesh.tensor).finish(total, add=True) is total
+    assert torch.equal(total[0], expected + 1)
+    own = x[mesh.tensor_rank : mesh.tensor_rank + 1]
+    SumInFlight(x, mesh.tensor).finish(own)
+    assert torch.equal(x[mesh.tensor_rank], expected), "it may overwrite what was sent"
 
 
 @spawn(world_size=4, tensor=4)

@@ -181,6 +181,14 @@ class FlatParameters:
                 views.setdefault(piece.partial, []).append(view)
         return views
 
+    def bytes_of_passing_gradients(self) -> int:
+        """Of whole gradients that are there for a while, and of those on their way to other ranks."""
+        passing = [unit.whole_gradients for unit in self.units if self.stage >= 2]
+        flying = [tensor for done in self._sums for tensor in (done.flying.x, done.flying.result)]
+        if self.stage == 1:
+            flying = [done.flying.result for done in self._sums]
+        return sum(tensor.nbytes for tensor in (*passing, *flying) if tensor is not None)
+
     def gradient_norm(self) -> Tensor:
         """fp64 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)

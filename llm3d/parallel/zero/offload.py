@@ -46,17 +46,23 @@ class Offload:
         self, device: torch.device, dtype: torch.dtype, staged: bool, chunk_elements: int = CHUNK_ELEMENTS
     ) -> None:
         self.is_cuda, self.chunk_elements = device.type == "cuda", chunk_elements
+        self.host = device if device.type == "meta" else torch.device("cpu")
         self.sends_master = dtype == torch.float32
         self.gradients = [self._room(dtype) for _ in range(2 * staged)]
         self.parameters = [self._room(dtype) for _ in range(2 * (staged and not self.sends_master))]
         self.leaving, self.returning = _Copies(device), _Copies(device)
 
     def _room(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.chunk_elements, dtype=dtype, pin_memory=self.is_cuda)
+        return torch.empty(self.chunk_elements, dtype=dtype, device=self.host, pin_memory=self.is_cuda)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the buffers."""
+        return sum(buffer.nbytes for buffer in (*self.gradients, *self.parameters))
 
     def like(self, shard: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros in host memory that a device reaches directly, for a shard's state."""
-        return torch.zeros(shard.shape, dtype=dtype, pin_memory=self.is_cuda)
+        return torch.zeros(shard.shape, dtype=dtype, device=self.host, pin_memory=self.is_cuda)
 
     def ranges(self, start: int, stop: int) -> list[slice]:
         """start .. stop in chunks."""

@@ -1,0 +1,184 @@
+"""Bytes a rank, by kind, found by running a step on paper.
+
+The trainer is made on the meta device, where tensors have shapes and no memory, in a world of the fake process group,
+where messages arrive at once. The real schedule then runs, and what lives is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore  # the only place that has it
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from llm3d.config import Config
+from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.train.trainer import Trainer
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, at the step's peak. Not in it: the CUDA context, libraries' workspaces, fragmentation."""
+
+    parameters: int
+    gradients: int
+    master: int
+    moments: int
+    buffers: int  # ZeRO's: units gathered or being summed
+    activations: int  # all else: kept for backward, passing through, and between stages
+    on_host: int  # master weights and moments there, and what passes through
+
+    @property
+    def on_device(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self)) - self.on_host
+
+
+@dataclass(frozen=True)
+class PaperBatch:
+    """A microbatch of whole sequences without content."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    num_targets: int
+
+    def to(self, device: torch.device | str) -> PaperBatch:
+        return self
+
+
+def memory_of_stages(config: Config, world_size: int) -> list[Memory]:
+    """For each pipeline stage what its first rank holds: of those, the one with most."""
+    ranks_a_stage = world_size // config.parallel.pipeline
+    return [
+        _memory_of_rank(config, world_size, stage * ranks_a_stage)
+        for stage in range(config.parallel.pipeline)
+    ]
+
+
+def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
+    with _world_on_paper(world_size, rank):
+        mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
+        trainer = Trainer(config, mesh)
+        batches = [_batch(config)] * config.num_microbatches(world_size)
+        counter = _Counter(trainer.flat)
+        with counter:
+            trainer.flat.begin_step(len(batches))
+            trainer.pipeline.run(trainer.actions(len(batches)), batches)
+            trainer.flat.finish_gradients()
+        return _summed_up(trainer, counter)
+
+
+@contextmanager
+def _world_on_paper(size: int, rank: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _batch(config: Config) -> PaperBatch:
+    sequences, length = config.batch.micro, config.data.sequence_length
+    tokens = torch.empty(sequences * length, dtype=torch.int64, device=META)
+    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device=META)
+    return PaperBatch(tokens, tokens, cu_seqlens, length, len(tokens))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on, until they are gone.
+
+    peak, buffers_at_peak: of those bytes and of the whole units that ZeRO gathers; and how much of it is ZeRO's.
+    """
+
+    def __init__(self, flat: FlatParameters) -> None:
+        super().__init__()
+        self.flat = flat
+        self.live = self.peak = self.buffers_at_peak = 0
+        # What has been there before, or comes and goes without an operation, is counted by other means.
+        self.seen: Any = WeakIdKeyDictionary()
+        for tensor in (*(unit.whole for unit in flat.units), *flat.parameters, *flat.gradients):
+            self.seen[tensor.untyped_storage()] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: Any) -> None:
+        if storage in self.seen:
+            return
+        size = storage.nbytes()
+        self.seen[storage] = True
+        self.live += size
+        weakref.finalize(storage, self._gone, size)
+        gathered = sum(unit.whole.untyped_storage().nbytes() for unit in self.flat.units if unit.frees)
+        if self.live + gathered > self.peak:
+            self.peak = self.live + gathered
+            self.buffers_at_peak = gathered + self.flat.bytes_of_passing_gradients()
+
+    def _gone(self, size: int) -> None:
+        self.live -= size
+
+
+def _summed_up(trainer: Trainer, counter: _Counter) -> Memory:
+    flat, optimizer = trainer.flat, trainer.optimizer
+    here, there = slice(0, optimizer.num_on_device), slice(optimizer.num_on_device, None)
+    separate = [m for m, p in zip(optimizer.master, flat.parameters, strict=True) if m is not p]
+    moments = [*optimizer.exp_avg[here], *optimizer.exp_avg_sq[here]]
+    state_there = [*optimizer.master[there], *optimizer.exp_avg[there], *optimizer.exp_avg_sq[there]]
+    on_host = _bytes(state_there) + (optimizer.offload.nbytes if optimizer.offload else 0)
+    return Memory(
+        parameters=_bytes([unit.parameters if unit.frees else unit.whole for unit in flat.units]),
+        gradients=_bytes(
+            [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
+        ),
+        master=_bytes(separate) - _bytes(optimizer.master[there]),
+        moments=_bytes(moments),
+        buffers=counter.buffers_at_peak,
+        activations=counter.peak - counter.buffers_at_peak,
+        on_host=on_host,
+    )
+
+
+def _bytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def table(config: Config, world_size: int, stages: Sequence[Memory]) -> str:
+    """Lines for people: a column for each pipeline stage, in GiB."""
+    names = {
+        "parameters": "parameters",
+        "gradients": "gradients",
+        "master": "master weights",
+        "moments": "moments",
+        "buffers": "ZeRO's buffers",
+        "activations": "activations",
+        "on_device": "on the device",
+        "on_host": "in host memory",
+    }
+    data = config.data_parallel_size(world_size)
+    layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data}"
+    lines = [
+        f"{config.model.num_parameters():,} parameters, {layout}, zero.stage {config.zero.stage}, "
+        f"{config.precision.compute}; GiB a rank at the peak of a step",
+        f"{'':16}" + "".join(f"{f'stage {i}':>12}" for i in range(len(stages))),
+    ]
+    for field, name in names.items():
+        lines.append(f"{name:16}" + "".join(f"{getattr(stage, field) / 2**30:12.3f}" for stage in stages))
+    lines.append("without the CUDA context, libraries' workspaces and what the allocator loses to fragments")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""Every ZeRO stage, under every layout, gives the same training as one process."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from tests.parity.harness import GLOBAL_BATCH, Layout, Run, train
+from tests.parity.test_parity import TIED, one_process, relative_norm
+
+AXES = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 2)]  # tensor, pipeline, data
+
+
+def layout(
+    axes: tuple[int, int, int], zero: int, offload: bool, microbatches: int, recompute: bool
+) -> Layout:
+    tensor, pipeline, data = axes
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=data,
+        zero=zero,
+        offload=float(offload),
+        micro=max(1, GLOBAL_BATCH // data // microbatches),
+        recompute="full" if recompute else "none",
+        sequence=tensor > 1 and recompute,
+    )
+
+
+# All of them; `pytest -m slow tests/parity` runs those that are not chosen.
+ALL = [layout(*case) for case in product(AXES, (0, 1, 2, 3), (False, True), (1, 4), (False, True))]
+
+
+def chosen(index: int) -> bool:
+    """Of the 16 combinations of stage, microbatches and recomputation under given axes, 4, each stage once."""
+    axes, rest = divmod(index, 32)
+    zero, offload, accumulates, recomputes = rest // 8, rest // 4 % 2, rest // 2 % 2, rest % 2
+    pattern = (zero * 3 + axes) % 8
+    return zero > 0 and (offload, accumulates, recomputes) == (pattern // 4, pattern // 2 % 2, pattern % 2)
+
+
+LAYOUTS = [
+    pytest.param(each, id=str(each), marks=() if chosen(i) else pytest.mark.slow)
+    for i, each in enumerate(ALL)
+]
+LAYOUTS += [
+    pytest.param(each, id=str(each))
+    for each in (
+        Layout(data=2, zero=3, prefetch=3, model=TIED, recompute="selective"),
+        Layout(tensor=2, data=4, zero=2, sequence=True, model=TIED, micro=2),
+        Layout(pipeline=2, data=2, zero=3, chunks=2, schedule="interleaved", model=TIED, offload=0.5),
+        Layout(pipeline=4, data=2, zero=3, schedule="gpipe", model=TIED),
+        Layout(tensor=4, data=2, zero=3, micro=2),
+        Layout(data=8, zero=3, recompute="full"),
+        Layout(data=8, zero=1),
+    )
+]
+
+
+@functools.cache
+def trained(layout: Layout) -> Run:
+    return train(layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_does_not_depend_on_the_stage(layout: Layout) -> None:
+    expected, actual = one_process(layout.model), trained(layout)
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    for name, gradient in expected.gradients.items():
+        assert relative_norm(actual.gradients[name], gradient) < 1e-5, name
+    for name, weight in expected.weights.items():
+        assert relative_norm(actual.weights[name], weight) < 1e-4, name
+
+
+def assert_same(actual: Run, expected: Run) -> None:
+    assert (actual.losses, actual.grad_norms) == (expected.losses, expected.grad_norms)
+    for name, weight in expected.weights.items():
+        assert torch.equal(actual.weights[name], weight), name
+
+
+@pytest.mark.parametrize("data", [2, 4])
+def test_in_bf16_stages_agree_bit_for_bit_where_the_arithmetic_is_the_same(data: int) -> None:
+    """With one microbatch stages 1, 2 and 3 add the same numbers in the same order; offload moves them."""
+    first = trained(Layout(data=data, zero=1, compute="bf16", micro=8 // data))
+    for zero in (2, 3):
+        assert_same(trained(Layout(data=data, zero=zero, compute="bf16", micro=8 // data)), first)
+    assert_same(trained(Layout(data=data, zero=1, compute="bf16", micro=8 // data, offload=1.0)), first)
+    # With several, stages 2 and 3 sum over ranks first and then over microbatches.
+    several = trained(Layout(data=data, zero=2, compute="bf16"))
+    assert_same(trained(Layout(data=data, zero=3, compute="bf16")), several)
+    assert_same(trained(Layout(data=data, zero=3, compute="bf16", prefetch=2)), several)
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_of_two_ranks_stage_1_has_the_gradients_of_stage_0_to_the_bit(compute: str) -> None:
+    """Of two numbers the sum does not depend on their order. (The norm's squares are grouped differently.)"""
+    zero = Layout(data=2, compute=compute)
+    expected, actual = trained(zero).gradients, trained(replace(zero, zero=1)).gradients
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
