@@ -275,6 +275,22 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, check_only: CheckO
         run(settings)
 
 
+@app.command()
+@ends_as_promised
+def memory(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
+    from llm3d.config import load_config
+
+    given = [text for text in overrides or [] if text.startswith("world_size=")]
+    world_size = whole_number("world_size", given[-1].removeprefix("world_size=")) if given else 1
+    settings = load_config(config, [text for text in overrides or [] if text not in given], world_size)
+    from llm3d.plan.memory import memory_of_stages, table
+    from llm3d.stages.language_data import open_tokenizer
+
+    settings, _ = open_tokenizer(settings)
+    print(table(settings, world_size, memory_of_stages(settings, world_size)))
+
+
 # ---- kernels ----
 
 Device = Annotated[
@@ -360,7 +376,11 @@ def load_for_this_world(config: Path, overrides: list[str] | None) -> Config:
     """The settings, checked before torch is imported; torchrun says how many ranks there are."""
     from llm3d.config import load_config
 
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if not world_size.isdecimal():
-        raise InputError(f"environment variable WORLD_SIZE: {world_size!r} is not a whole number")
-    return load_config(config, overrides or [], int(world_size))
+    world_size = whole_number("environment variable WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    return load_config(config, overrides or [], world_size)
+
+
+def whole_number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise InputError(f"{name}: {text!r} is not a whole number")
+    return int(text)

@@ -16,6 +16,7 @@ from llm3d.stages.language_data import LanguageData, open_tokenizer
 from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.loop import Consumed, train
+from llm3d.train.numa import bind_to_gpu_node
 from llm3d.train.report import Report
 from llm3d.train.throughput import FORMULA, peak_flops
 from llm3d.train.trainer import Trainer
@@ -26,6 +27,8 @@ def run(config: Config) -> None:
     with process_group() as device:
         if device.type == "cpu":
             keep_freed_memory()
+        elif config.zero.offload != "none":
+            bind_to_gpu_node(device)
         with input_errors_on_all(whole_world()):
             config, tokenizer, data = check(config)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
@@ -127,6 +130,12 @@ def introduce(report: Report, trainer: Trainer, data: LanguageData, origin: str)
         f"{mesh} on {mesh.size} x {device}, {config.precision.compute}; {tokens:,} tokens a step in "
         f"{config.num_microbatches(mesh.size)} microbatches a data rank"
     )
+    if mesh.data_size > 1:
+        each, once = trainer.flat.traffic()
+        report.say(
+            f"zero.stage {config.zero.stage}: rank 0 sends {once / 2**20:,.1f} MiB a step and at most "
+            f"{each / 2**20:,.1f} MiB a microbatch over its data group"
+        )
     against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
     report.say(f"kernels: {backend.describe(mesh.device)}")
     report.say(f"{FORMULA}; {against}")

@@ -1,9 +1,13 @@
-"""How the C library hands out memory for tensors on the CPU."""
+"""The host's memory: how the C library hands it out, and how much there is."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -18,3 +22,69 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that processes of this host can still take: what the kernel has, and what the container may; None where
+    neither says (not on Linux).
+    """
+    limits = [_meminfo(root / "proc/meminfo"), *_cgroup(root / "sys/fs/cgroup")]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _meminfo(path: Path) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _cgroup(path: Path) -> list[int | None]:
+    """What a memory limit leaves, of control groups of version 2 and of version 1."""
+    return [
+        _left(path / "memory.max", path / "memory.current"),
+        _left(path / "memory/memory.limit_in_bytes", path / "memory/memory.usage_in_bytes"),
+    ]
+
+
+def _left(limit: Path, used: Path) -> int | None:
+    try:
+        return int(limit.read_text()) - int(used.read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+
+
+# ---- measuring ----
+
+
+def allocated_bytes() -> int:
+    """What this process has from the C library now, all threads together. Needs glibc 2.33."""
+    asked = ctypes.CDLL(None).mallinfo2
+    asked.restype = _MallInfo
+    info = asked()
+    return int(info.uordblks + info.hblkhd)
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+class PeakAllocated(TorchDispatchMode):
+    """Use as a context manager: `peak` is the most bytes after any operation in the block, over those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self.before = 0, allocated_bytes()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.peak = max(self.peak, allocated_bytes() - self.before)
+        return result

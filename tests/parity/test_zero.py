@@ -31,7 +31,7 @@ def layout(
     )
 
 
-# All of them; `pytest -m slow tests/parity` runs those that are not chosen.
+# All of them; `pytest -m all_layouts tests/parity` runs those that are not chosen.
 ALL = [layout(*case) for case in product(AXES, (0, 1, 2, 3), (False, True), (1, 4), (False, True))]
 
 
@@ -44,7 +44,7 @@ def chosen(index: int) -> bool:
 
 
 LAYOUTS = [
-    pytest.param(each, id=str(each), marks=() if chosen(i) else pytest.mark.slow)
+    pytest.param(each, id=str(each), marks=() if chosen(i) else pytest.mark.all_layouts)
     for i, each in enumerate(ALL)
 ]
 LAYOUTS += [

@@ -73,8 +73,8 @@ class FlatParameters:
         self.stage = zero.stage if sharded else 0
         self.units: list[FlatUnit] = []
         self._home: dict[nn.Parameter, FlatUnit] = {}
-        paths = [[self._stop(module) for module in stage.units()] for stage in stages]
-        for stage, path in zip(stages, paths, strict=True):
+        self._paths = [[self._stop(module) for module in stage.units()] for stage in stages]
+        for stage, path in zip(stages, self._paths, strict=True):
             self._give_storage(stage)
             if self.stage:
                 for i, module in enumerate(stage.units()):
@@ -180,6 +180,25 @@ class FlatParameters:
             if piece.partial is not None:
                 views.setdefault(piece.partial, []).append(view)
         return views
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that this rank sends over the data group: for each microbatch, at most, and once a step."""
+        share = (self.mesh.data_size - 1) / self.mesh.data_size
+        gradients = sum(unit.size for unit in self.units) * self.gradient_dtype.itemsize
+        parameters = sum(unit.size for unit in self.units) * self.dtype.itemsize
+        gathered = sum(
+            unit.size * (1 + (stop.in_backward and stop is not path[-1]))
+            for path in self._paths
+            for stop in path
+            for unit in stop.units
+        )
+        each, once = {
+            0: (0, 2 * gradients),
+            1: (0, gradients + parameters),
+            2: (gradients, parameters),
+            3: (gradients + gathered * self.dtype.itemsize, 0),
+        }[self.stage]
+        return round(each * share), round(once * share)
 
     def bytes_of_passing_gradients(self) -> int:
         """Of whole gradients that are there for a while, and of those on their way to other ranks."""

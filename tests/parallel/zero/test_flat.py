@@ -308,14 +308,15 @@ def test_a_step_sends_what_the_paper_promises(
 ) -> None:
     """Of three units; in units, each times (n - 1) / n."""
     expected = (gradients + parameters) * UNIT_BYTES * (world_size - 1) // world_size
-    for sent in pool.run(traffic_on_rank, world_size, stage):
-        assert sent == expected
+    for sent, foretold in pool.run(traffic_on_rank, world_size, stage):
+        assert sent == foretold == expected
 
 
-def traffic_on_rank(stage: int) -> int:
+def traffic_on_rank(stage: int) -> tuple[int, int]:
     mesh = Mesh()
     made, flat = chain(mesh, 3, stage=stage)
     flat.settle()
+    each, once = flat.traffic()
     with counted_traffic() as sent:
         flat.begin_step(2)
         for _ in range(2):
@@ -324,4 +325,4 @@ def traffic_on_rank(stage: int) -> int:
         for unit in flat.units:
             flat.publish(unit)
         flat.settle()
-    return sum(sent)
+    return sum(sent), 2 * each + once
