@@ -3,6 +3,7 @@
 #   make test     every test
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
 PYTHON ?= python3
+KERNELS ?= native reference
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
@@ -33,7 +34,7 @@ test: install
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
 parity: install
-	for kernels in native reference; do \
+	for kernels in $(KERNELS); do \
 	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/parity || exit 1; done
 
 lint: install
