@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.schedules import Action, Kind, peer
+from llm3d.parallel.schedules import Action, Kind, Part, peer
 
 
 class _Transfer(NamedTuple):
@@ -30,16 +30,15 @@ class Pipeline:
         self.mesh, self.stages, self.activation = mesh, list(stages), activation
         self.last_stage = len(self.stages) * mesh.pipeline_size - 1
 
-    def run(
-        self, actions: Iterable[Action], microbatches: Sequence[Any], scale: float = 1.0
-    ) -> Tensor | None:
-        """Run a step's actions; -> the sum of the microbatches' losses on the last stage, None on the others.
+    def run(self, part: Part, microbatches: Sequence[Any], scale: float = 1.0) -> Tensor | None:
+        """Run this rank's part of a schedule; -> the sum of the microbatches' losses on the last stage, None on the
+        others.
 
         scale: what backward multiplies the loss by, one over the step's number of target tokens.
         Activations, [rows, hidden] in the compute dtype, go to the next stage, and as much comes back.
         """
-        step = _Step(self, microbatches, scale)
-        for action in actions:
+        step = _Step(self, microbatches, scale, part.arrivals)
+        for action in part.actions:
             step.run(action)
         for transfer in step.sent.values():
             transfer.work.wait()
@@ -52,8 +51,15 @@ class Pipeline:
 class _Step:
     """What is in flight during one run of a schedule. Its keys are (chunk, microbatch)."""
 
-    def __init__(self, pipeline: Pipeline, microbatches: Sequence[Any], scale: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        microbatches: Sequence[Any],
+        scale: float,
+        arrivals: dict[Action, list[Action]],
+    ) -> None:
         self.pipeline, self.mesh, self.microbatches, self.scale = pipeline, pipeline.mesh, microbatches, scale
+        self.arrivals = arrivals
         self.received: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
         self.ready: dict[tuple[Kind, tuple[int, int]], Tensor] = {}  # computed, to be sent
         self.sent: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
@@ -88,7 +94,7 @@ class _Step:
 
     def forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        hidden = None if self.stage_of(action) == 0 else self.wait(Kind.RECV_FORWARD, key)
+        hidden = None if self.stage_of(action) == 0 else self.wait(Kind.RECV_FORWARD, action)
         training = torch.is_grad_enabled()
         if hidden is not None and training:
             hidden.requires_grad_()
@@ -108,16 +114,18 @@ class _Step:
         if self.stage_of(action) == self.pipeline.last_stage:
             gradient = torch.full_like(output, self.scale)
         else:
-            gradient = self.wait(Kind.RECV_BACKWARD, key)
-            self.sent.pop((Kind.SEND_FORWARD, key)).work.wait()  # has arrived, as its gradient is back
+            gradient = self.wait(Kind.RECV_BACKWARD, action)
         torch.autograd.backward(output, gradient)
         if hidden is not None:
             assert hidden.grad is not None, "the loss depends on every stage's input"
             self.ready[Kind.SEND_BACKWARD, key] = hidden.grad.contiguous()
 
-    def wait(self, kind: Kind, key: tuple[int, int]) -> Tensor:
-        transfer = self.received.pop((kind, key))
+    def wait(self, kind: Kind, action: Action) -> Tensor:
+        """What was received for a computation; the tensors that have arrived before it was sent are let go."""
+        transfer = self.received.pop((kind, (action.chunk, action.microbatch)))
         transfer.work.wait()
+        for send in self.arrivals[action]:
+            self.sent.pop((send.kind, (send.chunk, send.microbatch))).work.wait()
         return transfer.tensor
 
     def stage_of(self, action: Action) -> int:

@@ -7,7 +7,9 @@ microbatch visits all ranks once per chunk, and goes from the last rank back to 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import lru_cache
 from itertools import zip_longest
+from typing import NamedTuple
 
 
 class Kind(Enum):
@@ -42,6 +44,22 @@ def make_schedule(
     assert forward_only or num_chunks == 1 or name == "interleaved", f"{name} has one chunk, not {num_chunks}"
     orders = _ORDERS["forward_only" if forward_only else name]
     return with_communication(orders(num_stages, num_chunks, num_microbatches), num_chunks)
+
+
+class Part(NamedTuple):
+    """What one rank needs of a schedule: its actions, and when it can let go of what it sends."""
+
+    actions: list[Action]
+    arrivals: dict[Action, list[Action]]
+
+
+@lru_cache(maxsize=8)
+def part_of_rank(
+    rank: int, name: str, num_stages: int, num_chunks: int, num_microbatches: int, forward_only: bool = False
+) -> Part:
+    """A rank's part of `make_schedule`, made once."""
+    schedule = make_schedule(name, num_stages, num_chunks, num_microbatches, forward_only)
+    return Part(schedule[rank], arrivals(schedule)[rank])
 
 
 def gpipe(num_stages: int, num_microbatches: int) -> list[list[Action]]:
@@ -131,6 +149,42 @@ def send_after(compute: Action, rank: int, num_stages: int, num_chunks: int) -> 
     if compute.kind is Kind.FORWARD:
         return replace(compute, kind=Kind.SEND_FORWARD) if stage < num_stages * num_chunks - 1 else None
     return replace(compute, kind=Kind.SEND_BACKWARD) if stage > 0 else None
+
+
+def arrivals(schedule: list[list[Action]]) -> list[dict[Action, list[Action]]]:
+    """By rank and computation: the sends that have arrived for certain once it has the message it waits for.
+
+    The peer has computed with them before it sent that message. Their tensors can be let go.
+    """
+    position = [{action: i for i, action in enumerate(actions)} for actions in schedule]
+    arrived: list[dict[Action, list[Action]]] = [{} for _ in schedule]
+    for rank, actions in enumerate(schedule):
+        under_way: dict[int, list[tuple[int, Action]]] = {}  # by peer: where it uses a message, and its send
+        for action in actions:
+            if action.kind in (Kind.RECV_FORWARD, Kind.RECV_BACKWARD):
+                continue
+            other, theirs = _at_the_other_end(action, rank, schedule)
+            if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
+                under_way.setdefault(other, []).append((position[other][theirs], action))
+            elif theirs in position[other]:
+                sent_at, mine = position[other][theirs], under_way.get(other, [])
+                arrived[rank][action] = [send for used_at, send in mine if used_at < sent_at]
+                under_way[other] = [(used_at, send) for used_at, send in mine if used_at > sent_at]
+    return arrived
+
+
+def _at_the_other_end(action: Action, rank: int, schedule: list[list[Action]]) -> tuple[int, Action]:
+    """Of a send, the computation that uses it; of a computation, the send that it waits for. With its rank."""
+    forward = action.kind in (Kind.FORWARD, Kind.SEND_FORWARD)
+    sends = action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+    chunk, other = divmod(
+        action.chunk * len(schedule) + rank + (1 if forward == sends else -1), len(schedule)
+    )
+    if sends:
+        kind = Kind.FORWARD if forward else Kind.BACKWARD
+    else:
+        kind = Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD
+    return other, Action(kind, chunk, action.microbatch)
 
 
 def peer(kind: Kind, rank: int, num_stages: int) -> int:

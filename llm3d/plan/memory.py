@@ -72,13 +72,19 @@ def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
     with _world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
         trainer = Trainer(config, mesh)
-        batches = [_batch(config)] * config.num_microbatches(world_size)
+        batches = [_batch(config)] * _enough_microbatches(config, world_size)
         counter = _Counter(trainer.flat)
         with counter:
             trainer.flat.begin_step(len(batches))
-            trainer.pipeline.run(trainer.actions(len(batches)), batches)
+            trainer.pipeline.run(trainer.part(len(batches)), batches)
             trainer.flat.finish_gradients()
         return _summed_up(trainer, counter)
+
+
+def _enough_microbatches(config: Config, world_size: int) -> int:
+    """Of a step's microbatches, as many as it takes until its memory repeats itself."""
+    count, parallel = config.num_microbatches(world_size), config.parallel
+    return count if parallel.schedule == "gpipe" else min(count, 2 * parallel.pipeline * parallel.chunks)
 
 
 @contextmanager

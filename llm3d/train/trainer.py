@@ -16,7 +16,7 @@ from llm3d.models.llama import Batch
 from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
-from llm3d.parallel.schedules import Action, make_schedule
+from llm3d.parallel.schedules import Part, part_of_rank
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.loss_scale import LossScale
 from llm3d.train.optimizer import Optimizer
@@ -58,16 +58,14 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> tuple[float, int]:
         """Sum of the loss over all ranks' target tokens, and their number."""
-        loss = self.pipeline.run(self.actions(len(microbatches), forward_only=True), microbatches)
+        loss = self.pipeline.run(self.part(len(microbatches), forward_only=True), microbatches)
         return self._total_loss(loss), self._count_targets(microbatches)
 
-    def actions(self, num_microbatches: int, forward_only: bool = False) -> list[Action]:
+    def part(self, num_microbatches: int, forward_only: bool = False) -> Part:
         """What this rank does in a step."""
         layout = self.config.parallel
-        schedule = make_schedule(
-            layout.schedule, layout.pipeline, layout.chunks, num_microbatches, forward_only=forward_only
-        )
-        return schedule[self.mesh.pipeline_rank]
+        shape = (layout.schedule, layout.pipeline, layout.chunks, num_microbatches)
+        return part_of_rank(self.mesh.pipeline_rank, *shape, forward_only)
 
     def _count_targets(self, microbatches: Sequence[Batch]) -> int:
         count = torch.tensor(
@@ -115,7 +113,7 @@ class Trainer(Evaluator):
         scale = self.loss_scale.value if self.loss_scale else None
         self.flat.begin_step(len(microbatches))
         loss = self.pipeline.run(
-            self.actions(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
+            self.part(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
         )
         self.flat.finish_gradients()
         norm = self.flat.gradient_norm() / (scale or 1.0)

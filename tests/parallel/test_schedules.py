@@ -5,7 +5,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llm3d.parallel.schedules import Action, Kind, gpipe, make_schedule, one_f_one_b, peer, with_communication
+from llm3d.parallel.schedules import (
+    Action,
+    Kind,
+    arrivals,
+    gpipe,
+    make_schedule,
+    one_f_one_b,
+    peer,
+    with_communication,
+)
 from llm3d.parallel.simulate import DeadlockError, ScheduleError, simulate
 
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
@@ -80,6 +89,36 @@ def test_evaluation_runs_the_forwards_of_training(shape):
     evaluation = make_schedule("interleaved", num_stages, num_chunks, num_microbatches, forward_only=True)
     for actions, trained in zip(evaluation, build(shape), strict=True):
         assert of_kind(actions, *COMPUTE) == of_kind(trained, Kind.FORWARD)
+
+
+@given(shapes(), durations, durations, durations)
+@quick
+def test_what_is_let_go_has_arrived(shape, forward_time, backward_time, transfer_time):
+    schedule = build(shape)
+    timeline = simulate(schedule, shape[2], forward_time, backward_time, transfer_time)
+    spans = [{span.action: span for span in spans} for spans in timeline.spans]
+    for rank, arrived in enumerate(arrivals(schedule)):
+        gone = [send for sends in arrived.values() for send in sends]
+        assert len(gone) == len(set(gone))
+        for compute, sends in arrived.items():
+            assert compute.kind in COMPUTE
+            for send in sends:
+                assert send.kind in SENDS
+                assert spans[rank][send].end <= spans[rank][compute].start
+
+
+@given(shapes(["1f1b", "interleaved"]))
+@quick
+def test_messages_are_let_go_as_others_are_sent(shape):
+    """However many microbatches there are, no more messages are held than there are stages on the way."""
+    _, num_stages, num_chunks, _ = shape
+    schedule = build(shape)
+    for actions, arrived in zip(schedule, arrivals(schedule), strict=True):
+        held = most = 0
+        for action in actions:
+            held += (action.kind in SENDS) - len(arrived.get(action, []))
+            most = max(most, held)
+        assert most <= 2 * num_stages * num_chunks + 2
 
 
 # What is communicated
