@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, with one command, without a network, in under ten minutes: builds the kernels, runs their
-# tests and the others marked gpu, compute-sanitizer, the kernels' speed, and training's.
+# tests and the others marked gpu, compute-sanitizer, the kernels' speed, and training's; and a step of 7 billion
+# parameters with the optimizer's state in host memory (of which it takes 75 GiB).
 #   bash benchmarks/gpu_check.sh [RESULTS_DIRECTORY]
 # Needs nvcc and a Python ($PYTHON) with torch, setuptools, pytest, hypothesis and typer; training also needs pydantic
 # and OmegaConf, which may lie on PYTHONPATH. llm3d itself is taken from this checkout.
@@ -44,11 +45,14 @@ for tool in memcheck racecheck; do
         --kernel-regex kns=llm3d "$python" -m llm3d kernels --check --device cuda
 done
 if has pydantic && has omegaconf; then
-    part training-tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/parity
+    part training-tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/parity tests/parallel
     for kernels in native reference; do
         LLM3D_KERNELS=$kernels part "throughput-llama-1b-$kernels" 60 "$python" benchmarks/throughput.py llama-1b \
             --sequence-length 4096 --micro 2 --microbatches 2
     done
+    part training-7b-offload 150 "$python" benchmarks/throughput.py llama-7b --sequence-length 4096 --micro 1 \
+        --recompute selective --gradients bf16 --offload --steps 3 --trace "$results/training-7b-offload.json"
+    gzip -f "$results/training-7b-offload.json" 2>/dev/null
 else
     summary+=("training: not run, for pydantic or OmegaConf is not installed")
 fi

@@ -2,8 +2,10 @@
 
     python benchmarks/throughput.py llama-1b --sequence-length 4096 --compute bf16 --recompute selective
     torchrun --nproc-per-node 8 benchmarks/throughput.py llama-2-7b --tensor 2 --sequence-parallel --compute bf16
+    python benchmarks/throughput.py llama-7b --recompute full --offload --gradients bf16 --trace trace.json
 
-Prints one JSON object: medians over the steps after two to warm up, and what they were measured on.
+Prints one JSON object: medians over the steps after two to warm up, and what they were measured on. With --offload also
+how long the optimiser's step takes of it. --trace runs one more step under PyTorch's profiler.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +37,9 @@ def main() -> None:
         keep_freed_memory()
     mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
     trainer = Trainer(config, mesh)
-    trainer.initialise()
+    for weights in trainer.weights:  # drawing the real first weights of a large model takes minutes
+        weights.copy_(torch.empty(weights.shape, device=device).normal_(std=0.02))
+    trainer.publish()
     generator = torch.Generator().manual_seed(mesh.data_rank)
     shape = (arguments.micro, arguments.sequence_length + 1)
     batches = [
@@ -44,13 +49,44 @@ def main() -> None:
         for _ in range(config.num_microbatches(mesh.size))
     ]
     seconds = []
+    optimizer_seconds = timed_optimizer(trainer) if arguments.offload else []
     for _ in range(arguments.steps + 2):
         started = time.perf_counter()
-        trainer.step(batches, lr=1e-5)  # reads the loss back, so the device has finished
+        trainer.step(batches, lr=1e-5)
+        synchronise(device)
         seconds.append(time.perf_counter() - started)
+    if arguments.trace:
+        with torch.profiler.profile() as profiler:
+            trainer.step(batches, lr=1e-5)
+            synchronise(device)
+        profiler.export_chrome_trace(arguments.trace)
     if mesh.rank == 0:
-        print(json.dumps(figures(trainer, batches, statistics.median(seconds[2:])), indent=1))
+        shown = figures(trainer, batches, statistics.median(seconds[2:]))
+        if optimizer_seconds:
+            shown["optimizer_step_s"] = round(statistics.median(optimizer_seconds[2:]), 4)
+        print(json.dumps(shown, indent=1))
+    trainer.flat.settle()
     dist.destroy_process_group()
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_optimizer(trainer: Trainer) -> list[float]:
+    """Seconds of each of the optimiser's steps, from the gradient's norm being known to the parameters' being back."""
+    seconds: list[float] = []
+    step = trainer.optimizer.step
+
+    def timed(*arguments: Any) -> None:
+        started = time.perf_counter()
+        step(*arguments)
+        synchronise(trainer.mesh.device)
+        seconds.append(time.perf_counter() - started)
+
+    trainer.optimizer.step = timed  # type: ignore[method-assign]
+    return seconds
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +98,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--micro", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1, help="on each data rank")
-    parser.add_argument("--compute", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--compute", choices=["fp32", "bf16", "fp16"], default="bf16")
+    parser.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--zero-stage", type=int, choices=[0, 1, 2, 3], default=0)
+    parser.add_argument("--offload", action="store_true", help="the optimizer's state in host memory")
+    parser.add_argument("--trace", metavar="FILE", help="write a profiler's trace of a step")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
@@ -87,7 +127,11 @@ def settings(arguments: argparse.Namespace) -> Config:
                 "pipeline": arguments.pipeline,
                 "sequence": arguments.sequence_parallel,
             },
-            "precision": {"compute": arguments.compute},
+            "zero": {
+                "stage": arguments.zero_stage,
+                "offload": "optimizer" if arguments.offload else "none",
+            },
+            "precision": {"compute": arguments.compute, "gradients": arguments.gradients},
             "recompute": arguments.recompute,
             "data": {"train": ["unused"], "sequence_length": arguments.sequence_length},
             "batch": {"global": arguments.micro * arguments.microbatches * data, "micro": arguments.micro},

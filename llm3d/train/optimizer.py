@@ -79,7 +79,7 @@ class Optimizer:
         parameters = self.flat.parameters[i]
         if self._on_host(i):
             assert self.offload is not None
-            return self.offload.like(parameters, dtype)
+            return self.offload.zeros(len(parameters), dtype)
         return torch.zeros_like(parameters, dtype=dtype)
 
     def _master_of(self, i: int) -> Tensor:

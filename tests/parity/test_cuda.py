@@ -24,9 +24,10 @@ def world_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("offload", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_fp32_training_is_that_of_the_cpu(recompute: str) -> None:
-    layout = Layout(micro=2, recompute=recompute)
+def test_fp32_training_is_that_of_the_cpu(recompute: str, offload: float) -> None:
+    layout = Layout(micro=2, recompute=recompute, offload=offload)
     torch.backends.cuda.matmul.allow_tf32 = False
     expected, expected_pieces = train_on_rank(layout, 3, "cpu")
     actual, pieces = train_on_rank(layout, 3, "cuda")
@@ -38,10 +39,12 @@ def test_fp32_training_is_that_of_the_cpu(recompute: str) -> None:
         assert float((gradient.cpu() - reference).norm() / reference.norm()) < 1e-5, box
 
 
-def test_bf16_losses_are_as_close_to_fp32_as_on_the_cpu() -> None:
+@pytest.mark.parametrize("offload", [0.0, 1.0])
+@pytest.mark.parametrize("compute", ["bf16", "fp16"])
+def test_narrow_losses_are_as_close_to_fp32_as_on_the_cpu(compute: str, offload: float) -> None:
     exact, _ = train_on_rank(Layout(micro=2), 3, "cpu")
-    on_cpu, _ = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cpu")
-    on_gpu, _ = train_on_rank(Layout(micro=2, compute="bf16"), 3, "cuda")
+    on_cpu, _ = train_on_rank(Layout(micro=2, compute=compute), 3, "cpu")
+    on_gpu, _ = train_on_rank(Layout(micro=2, compute=compute, offload=offload), 3, "cuda")
     allowed = 2 * max(abs(a - b) for a, b in zip(on_cpu.losses, exact.losses, strict=True))
     assert max(abs(a - b) for a, b in zip(on_gpu.losses, exact.losses, strict=True)) <= allowed
 

@@ -7,6 +7,7 @@ bytes a parameter pass between device and host, and the host reads and writes it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -53,16 +54,24 @@ class Offload:
         self.leaving, self.returning = _Copies(device), _Copies(device)
 
     def _room(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.chunk_elements, dtype=dtype, device=self.host, pin_memory=self.is_cuda)
+        return self.zeros(self.chunk_elements, dtype)
 
     @property
     def nbytes(self) -> int:
         """Of the buffers."""
         return sum(buffer.nbytes for buffer in (*self.gradients, *self.parameters))
 
-    def like(self, shard: Tensor, dtype: torch.dtype) -> Tensor:
-        """Zeros in host memory that a device reaches directly, for a shard's state."""
-        return torch.zeros(shard.shape, dtype=dtype, device=self.host, pin_memory=self.is_cuda)
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        """[size] in host memory, which the device reaches directly.
+
+        PyTorch's own pinned memory is rounded up to a power of two, which for this much is too wasteful.
+        """
+        made = torch.zeros(size, dtype=dtype, device=self.host)
+        if self.is_cuda and size:
+            runtime: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(runtime.cudaHostRegister(made.data_ptr(), made.nbytes, 0)))
+            weakref.finalize(made.untyped_storage(), runtime.cudaHostUnregister, made.data_ptr())
+        return made
 
     def ranges(self, start: int, stop: int) -> list[slice]:
         """start .. stop in chunks."""

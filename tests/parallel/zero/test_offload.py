@@ -8,14 +8,21 @@ from torch import Tensor
 
 from llm3d.parallel.zero.offload import Chunk, Offload
 
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
 
-@pytest.mark.parametrize("staged", [False, True])
+
+@pytest.mark.parametrize(
+    ("device", "staged"), [("cpu", False), ("cpu", True), pytest.param("cuda", True, marks=ON_GPU)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [0, 1, 10, 35])
-def test_every_chunk_is_stepped_with_its_own_gradient(count: int, dtype: torch.dtype, staged: bool) -> None:
-    offload = Offload(torch.device("cpu"), dtype, staged, chunk_elements=10)
-    gradient = torch.arange(float(count)).to(dtype)
-    parameter, master = torch.full((count,), -1.0, dtype=dtype), torch.zeros(count)
+def test_every_chunk_is_stepped_with_its_own_gradient(
+    count: int, dtype: torch.dtype, device: str, staged: bool
+) -> None:
+    offload = Offload(torch.device(device), dtype, staged, chunk_elements=10)
+    gradient = torch.arange(float(count), device=device).to(dtype)
+    parameter = torch.full((count,), -1.0, dtype=dtype, device=device)
+    master = offload.zeros(count, torch.float32)
     done: list[int] = []
 
     def step(part: slice, arrived: Tensor, room: Tensor | None) -> None:
@@ -35,5 +42,5 @@ def test_every_chunk_is_stepped_with_its_own_gradient(count: int, dtype: torch.d
     )
     assert done == list(range(0, count, 10))
     assert torch.equal(master, 2 * torch.arange(float(count)))
-    assert torch.equal(parameter, master.to(dtype))
+    assert torch.equal(parameter.cpu(), master.to(dtype))
     assert len(offload.gradients) == 2 * staged, "what is in host memory already is not copied"
