@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor
 
 from llm3d.config import OptimConfig, ZeroConfig
-from llm3d.errors import InputError
 from llm3d.kernels.adamw import adamw_
-from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.parallel.zero.offload import Chunk, Offload
 from llm3d.parallel.zero.unit import FlatUnit
-from llm3d.train.host_memory import available_memory
 
 
 class Optimizer:
@@ -40,8 +36,6 @@ class Optimizer:
         mesh, zero = flat.mesh, zero or ZeroConfig()
         self.seed = seed * mesh.pipeline_size * mesh.tensor_size + mesh.model.rank()
         self.num_on_device = units_on_device(flat, zero)
-        if mesh.device.type != "meta":
-            self._check_host_memory(4 + 2 * moments.itemsize)
         self.offload: Offload | None = None
         if self.num_on_device < len(flat.units):
             self.offload = Offload(mesh.device, flat.dtype, staged=mesh.device.type == "cuda")
@@ -58,19 +52,6 @@ class Optimizer:
             for device in {master.device for master in self.master}
         }
         self._steps_taken = 0
-
-    def _check_host_memory(self, bytes_an_element: int) -> None:
-        """Raise InputError on all ranks where a host has too little for what its ranks offload."""
-        needed = sum(unit.shard_size for unit in self.flat.units[self.num_on_device :]) * bytes_an_element
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        with input_errors_on_all(self.flat.mesh.everyone):
-            available = available_memory() if needed else None
-            if available is not None and needed * ranks > available:
-                raise InputError(
-                    f"zero.offload: {ranks} rank(s) of this host need {needed * ranks / 2**30:.1f} GiB of its memory, "
-                    f"of which {available / 2**30:.1f} GiB are left; lower zero.offload_fraction, or use more ranks "
-                    "with zero.stage 1 or above"
-                )
 
     def _on_host(self, i: int) -> bool:
         return i >= self.num_on_device

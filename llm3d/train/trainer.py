@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from llm3d.config import Config
+from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
+from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.schedules import Part, part_of_rank
 from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.train.host_memory import available_memory
 from llm3d.train.loss_scale import LossScale
 from llm3d.train.optimizer import Optimizer
 
@@ -39,6 +43,7 @@ class Evaluator:
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
         self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, config.loss)
+        self._check_host_memory(trainable)
         gradients = DTYPES[config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
         rows = config.batch.micro * config.data.sequence_length
@@ -46,6 +51,22 @@ class Evaluator:
             rows //= mesh.tensor_size
         activation = torch.empty(rows, config.model.hidden_size, dtype=self.dtype, device="meta")
         self.pipeline = Pipeline(mesh, self.stages, activation)
+
+    def _check_host_memory(self, trainable: bool) -> None:
+        """Raise InputError on all ranks where a host has too little for what its ranks will keep there."""
+        config, mesh = self.config, self.mesh
+        num_parameters = sum(p.numel() for stage in self.stages for p in stage.parameters())
+        needed = host_bytes(config, mesh, num_parameters, trainable) * int(
+            os.environ.get("LOCAL_WORLD_SIZE", "1")
+        )
+        available = available_memory() if needed else None
+        with input_errors_on_all(mesh.everyone):
+            if available is not None and needed > available:
+                raise InputError(
+                    f"the ranks of this host keep {needed / 2**30:.1f} GiB in its memory, of which "
+                    f"{available / 2**30:.1f} GiB are left; use more ranks with a higher zero.stage, a lower "
+                    "zero.offload_fraction or a smaller model"
+                )
 
     @property
     def weights(self) -> list[Tensor]:
@@ -79,6 +100,25 @@ class Evaluator:
         if loss is not None:
             total += all_reduce_sum(loss.double(), self.mesh.data)
         return float(broadcast_from_last(total, self.mesh.pipeline))
+
+
+def host_bytes(config: Config, mesh: Mesh, num_parameters: int, trainable: bool) -> float:
+    """Bytes that a rank with so many parameters keeps in host memory: all that it keeps on a CPU, else what is
+    offloaded.
+    """
+    zero, precision = config.zero, config.precision
+    shards = mesh.data_size if zero.stage else 1
+    state = (4 + 2 * DTYPES[precision.moments].itemsize) / shards
+    if mesh.device.type != "cpu":
+        offloaded = trainable and mesh.device.type == "cuda" and zero.offload != "none"
+        return num_parameters * state * zero.offload_fraction if offloaded else 0.0
+    parameters = DTYPES[precision.compute].itemsize / (shards if zero.stage == 3 else 1)
+    if not trainable:
+        return num_parameters * parameters
+    if precision.compute == "fp32" and zero.offload == "none":
+        state -= 4 / shards  # the parameters are their own master weights
+    gradients = DTYPES[precision.gradients].itemsize / (shards if zero.stage >= 2 else 1)
+    return num_parameters * (parameters + gradients + state)
 
 
 class Trainer(Evaluator):
