@@ -1,13 +1,14 @@
 # Each target does its own set-up; a stamp in .venv keeps it from being done twice.
 #   make demo     from text to a trained model, on two CPU cores
 #   make test     every test
+#   make parity-all   the many layouts that make test leaves out; ten minutes
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
 PYTHON ?= python3
 KERNELS ?= native reference
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: install demo test parity lint format clean
+.PHONY: install demo test parity parity-all lint format clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed-all
@@ -36,6 +37,9 @@ test: install
 parity: install
 	for kernels in $(KERNELS); do \
 	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/parity || exit 1; done
+
+parity-all: install
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m all_layouts tests/parity
 
 lint: install
 	.venv/bin/ruff check .

@@ -275,9 +275,18 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, check_only: CheckO
         run(settings)
 
 
+class Where(str, Enum):
+    cuda = "cuda"
+    cpu = "cpu"
+
+
 @app.command()
 @ends_as_promised
-def memory(config: ConfigFile, overrides: Overrides = None) -> None:
+def memory(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Annotated[Where, typer.Option(help="What will run it.")] = Where.cuda,
+) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
     from llm3d.config import load_config
 
@@ -288,7 +297,7 @@ def memory(config: ConfigFile, overrides: Overrides = None) -> None:
     from llm3d.stages.language_data import open_tokenizer
 
     settings, _ = open_tokenizer(settings)
-    print(table(settings, world_size, memory_of_stages(settings, world_size)))
+    print(table(settings, world_size, memory_of_stages(settings, world_size, device.value)))
 
 
 # ---- kernels ----

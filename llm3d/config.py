@@ -157,7 +157,8 @@ class ZeroConfig(Section):
 class LossScaleConfig(Section):
     """What the loss is multiplied by in fp16, so that small gradients do not become zero."""
 
-    initial: float = Field(65536.0, gt=0)
+    initial: float = Field(2.0**32, gt=0)
+    """Large, as the loss is a mean over all tokens of a step: the first steps halve it until gradients fit."""
     growth_interval: Positive = 1000
     """Steps without overflow after which it doubles."""
     hysteresis: Positive = 2
@@ -471,9 +472,13 @@ def _step_problems(config: Config) -> Iterator[str]:
     optim, steps, precision = config.optim, config.train.steps, config.precision
     if precision.gradients == "bf16" and precision.compute != "bf16":
         yield f"precision.gradients: bf16 needs precision.compute bf16, not {precision.compute}"
-    if precision.loss_scale.initial < precision.loss_scale.minimum:
-        scale = precision.loss_scale
+    scale = precision.loss_scale
+    if scale != LossScaleConfig() and precision.compute != "fp16":
+        yield f"precision.loss_scale: set, but needs precision.compute fp16, not {precision.compute}"
+    elif scale.initial < scale.minimum:
         yield f"precision.loss_scale.initial: {scale.initial} is below precision.loss_scale.minimum {scale.minimum}"
+    if config.zero.prefetch != 1 and config.zero.stage != 3:
+        yield f"zero.prefetch: {config.zero.prefetch} needs zero.stage 3, not {config.zero.stage}"
     if config.zero.offload == "none" and config.zero.offload_fraction != 1.0:
         yield f"zero.offload_fraction: {config.zero.offload_fraction} needs zero.offload optimizer"
     if optim.min_lr > optim.lr:

@@ -242,7 +242,11 @@ OVERRIDES = {
     "zero.offload=all": "zero.offload: 'all' is not 'none' or 'optimizer'",
     "zero.offload_fraction=0.5": "zero.offload_fraction: 0.5 needs zero.offload optimizer",
     "precision.gradients=bf16": "precision.gradients: bf16 needs precision.compute bf16, not fp32",
-    "precision.loss_scale.initial=0.5": (
+    "precision.loss_scale.hysteresis=1": (
+        "precision.loss_scale: set, but needs precision.compute fp16, not fp32"
+    ),
+    "zero.prefetch=2": "zero.prefetch: 2 needs zero.stage 3, not 0",
+    "precision={compute: fp16, loss_scale: {initial: 0.5}}": (
         "precision.loss_scale.initial: 0.5 is below precision.loss_scale.minimum 1.0"
     ),
     # not an override

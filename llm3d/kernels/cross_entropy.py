@@ -58,7 +58,7 @@ def cross_entropy_backward_(
         chunk.sub_(maximum[part, None]).exp_().mul_(scale[part, None]).add_(shift[part, None])
         columns = targets[part]
         here = (columns >= 0) & (columns < logits.shape[1])
-        chunk[here, columns[here]] += at_target[part][here]
+        chunk.scatter_add_(1, columns.where(here, 0)[:, None], at_target[part].where(here, 0.0)[:, None])
         logits[part] = chunk.masked_fill_(~counts[part, None], 0.0)
 
 

@@ -79,13 +79,12 @@ def _gather(
     values = torch.empty(whole.size if rank == writing_rank else 0, dtype=flat.dtype)
     for source, box in parts:
         if rank == writing_rank:
-            here = source == rank
-            part = views[box] if here else torch.empty(box.size, dtype=flat.dtype, device=flat.mesh.device)
-            if not here:
+            part = views[box] if source == rank else torch.empty(box.size, dtype=flat.dtype)
+            if source != rank:
                 dist.recv(part, group=group, group_src=source)
             values[box.slices_within(whole)].copy_(part)
         elif rank == source:
-            dist.send(views[box].contiguous(), group=group, group_dst=writing_rank)
+            dist.send(views[box].cpu().contiguous(), group=group, group_dst=writing_rank)
     return values
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from llm3d.kernels.paper import is_cuda
+
 # torch 2.13 renamed these two; 2.10 to 2.12 have only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -49,7 +51,7 @@ class SumInFlight:
     def __init__(self, x: Tensor, group: ProcessGroup) -> None:
         rows, rest = divmod(x.shape[0], group.size())
         assert rest == 0, "configuration guarantees that tensor divides the tokens of a microbatch"
-        self.x, self.exchanges = x.contiguous(), not x.is_cuda
+        self.x, self.exchanges = x.contiguous(), not is_cuda(x)
         self.result = torch.empty_like(self.x) if self.exchanges else x.new_empty(rows, *x.shape[1:])
         start = dist.all_to_all_single if self.exchanges else _reduce_scatter
         work = start(self.result, self.x, group=group, async_op=True)
@@ -59,13 +61,16 @@ class SumInFlight:
     def finish(self, into: Tensor | None = None, add: bool = False) -> Tensor:
         """Wait; -> the sum, written into or added to `into`, which may be part of x, where that is given."""
         self.work.wait()
+        if into is None and self.parts == 1:
+            return self.result
         parts = self.result.unflatten(0, (self.parts, -1))
         if add:
             assert into is not None
             return into.add_(parts.sum(0) if self.parts > 1 else parts[0])
         if self.parts > 1:
             return torch.sum(parts, 0, out=into)
-        return parts[0] if into is None else into.copy_(parts[0])
+        assert into is not None
+        return into.copy_(parts[0])
 
 
 class _AllReduce(Function):

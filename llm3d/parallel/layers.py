@@ -1,8 +1,8 @@
 """Tensor-parallel layers: parallel by construction, plain layers on a group of one.
 
-Weight gradients never pass through `.grad`: each layer adds them to its parameter's fp32 `main_grad`, which is
-one matrix product with accumulation in fp32, and tells the parameter so (`FlatParameters` then reduces whole
-buckets over the data group while the rest of the backward pass still runs).
+Weight gradients never pass through `.grad`: each layer adds them to its parameter's `main_grad`, in fp32 one matrix
+product that accumulates, and tells the parameter so (`FlatParameters` then sums whole units over the data group while
+the rest of the backward pass still runs).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
+from llm3d.kernels.paper import is_cuda
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (
@@ -154,7 +155,7 @@ def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor
         # What is stale counts as zero, whatever it is.
         main_grad.addmm_(transposed, x, beta=0 if weight.main_grad_is_stale else 1)
         weight.main_grad_is_stale = False
-    elif grad_output.is_cuda:
+    elif is_cuda(grad_output):
         _add(weight, torch.mm(transposed, x, out_dtype=main_grad.dtype))
     else:
         _add(weight, transposed @ x)

@@ -88,13 +88,13 @@ class Mesh:
 
         NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a
         schedule, which is free of deadlocks only where posting a receive blocks nothing, that could be forever.
+        Not `stage`: it carries checkpoints, from host to host.
         """
         for group in (
             self.everyone,
             self.tensor,
             self.data,
             self.pipeline,
-            self.stage,
             self.model,
             self.embedding,
         ):

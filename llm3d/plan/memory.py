@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm3d.config import Config
+from llm3d.kernels.paper import standing_for
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.trainer import Trainer
@@ -59,13 +60,14 @@ class PaperBatch:
         return self
 
 
-def memory_of_stages(config: Config, world_size: int) -> list[Memory]:
-    """For each pipeline stage what its first rank holds: of those, the one with most."""
+def memory_of_stages(config: Config, world_size: int, device_type: str = "cuda") -> list[Memory]:
+    """For each pipeline stage what its first rank holds, of those the one with most. device_type: cuda or cpu."""
     ranks_a_stage = world_size // config.parallel.pipeline
-    return [
-        _memory_of_rank(config, world_size, stage * ranks_a_stage)
-        for stage in range(config.parallel.pipeline)
-    ]
+    with standing_for(device_type):
+        return [
+            _memory_of_rank(config, world_size, stage * ranks_a_stage)
+            for stage in range(config.parallel.pipeline)
+        ]
 
 
 def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
@@ -143,21 +145,23 @@ class _Counter(TorchDispatchMode):
 
 def _summed_up(trainer: Trainer, counter: _Counter) -> Memory:
     flat, optimizer = trainer.flat, trainer.optimizer
-    here, there = slice(0, optimizer.num_on_device), slice(optimizer.num_on_device, None)
-    separate = [m for m, p in zip(optimizer.master, flat.parameters, strict=True) if m is not p]
-    moments = [*optimizer.exp_avg[here], *optimizer.exp_avg_sq[here]]
-    state_there = [*optimizer.master[there], *optimizer.exp_avg[there], *optimizer.exp_avg_sq[there]]
-    on_host = _bytes(state_there) + (optimizer.offload.nbytes if optimizer.offload else 0)
+    separate = [
+        None if master is parameters else master
+        for master, parameters in zip(optimizer.master, flat.parameters, strict=True)
+    ]
+    states = list(zip(separate, optimizer.exp_avg, optimizer.exp_avg_sq, strict=True))
+    here = [state for i, state in enumerate(states) if i not in optimizer.on_host]
+    there = [tensor for i in optimizer.on_host for tensor in states[i]]
     return Memory(
         parameters=_bytes([unit.parameters if unit.frees else unit.whole for unit in flat.units]),
         gradients=_bytes(
             [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
         ),
-        master=_bytes(separate) - _bytes(optimizer.master[there]),
-        moments=_bytes(moments),
+        master=_bytes([master for master, _, _ in here]),
+        moments=_bytes([moment for _, *moments in here for moment in moments]),
         buffers=counter.buffers_at_peak,
         activations=counter.peak - counter.buffers_at_peak,
-        on_host=on_host,
+        on_host=_bytes(there) + (optimizer.offload.nbytes if optimizer.offload else 0),
     )
 
 

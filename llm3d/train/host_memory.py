@@ -44,16 +44,28 @@ def _meminfo(path: Path) -> int | None:
 def _cgroup(path: Path) -> list[int | None]:
     """What a memory limit leaves, of control groups of version 2 and of version 1."""
     return [
-        _left(path / "memory.max", path / "memory.current"),
-        _left(path / "memory/memory.limit_in_bytes", path / "memory/memory.usage_in_bytes"),
+        _left(path / "memory.max", path / "memory.current", path / "memory.stat", ""),
+        _left(
+            path / "memory/memory.limit_in_bytes",
+            path / "memory/memory.usage_in_bytes",
+            path / "memory/memory.stat",
+            "total_",
+        ),
     ]
 
 
-def _left(limit: Path, used: Path) -> int | None:
+def _left(limit: Path, used: Path, stat: Path, prefix: str) -> int | None:
+    """The limit less what is used; the contents of files that are kept in memory make way."""
     try:
-        return int(limit.read_text()) - int(used.read_text())
+        return int(limit.read_text()) - int(used.read_text()) + _file_cache(stat, prefix)
     except (OSError, ValueError):  # no such group, or "max"
         return None
+
+
+def _file_cache(stat: Path, prefix: str) -> int:
+    names = (f"{prefix}active_file", f"{prefix}inactive_file")
+    lines = [line.split() for line in stat.read_text().splitlines()] if stat.exists() else []
+    return sum(int(value) for name, value in lines if name in names)
 
 
 # ---- measuring ----

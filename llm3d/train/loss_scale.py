@@ -42,5 +42,5 @@ class LossScale:
 
     def restore(self, state: dict[str, float]) -> None:
         """Continue from what `state` gave."""
-        self.value = float(state["value"])
+        self.value = max(float(state["value"]), self.config.minimum)  # saved as it fell below
         self._steps, self._tolerance = int(state["steps"]), int(state["tolerance"])

@@ -15,16 +15,20 @@ def bind_to_gpu_node(gpu: torch.device) -> list[int]:
 
     Call it before host memory is pinned.
     """
-    properties: Any = torch.cuda.get_device_properties(gpu)
-    address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
-    processors = processors_near(address, Path("/sys"))
-    allowed = sorted(set(processors) & os.sched_getaffinity(0))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    near = [processors_near(_pci_address(i), Path("/sys")) for i in range(torch.cuda.device_count())]
+    mine = near[gpu.index or 0]
+    allowed = sorted(set(mine) & os.sched_getaffinity(0))
     if allowed:
         os.sched_setaffinity(0, allowed)
-        nodes = max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
-        ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // nodes)  # spread evenly over them
-        torch.set_num_threads(max(1, len(allowed) // ranks))
+        sharing = near[:ranks].count(mine)  # ranks whose GPUs, one each, are on the same node
+        torch.set_num_threads(max(1, len(allowed) // max(1, sharing)))
     return allowed
+
+
+def _pci_address(gpu: int) -> str:
+    of: Any = torch.cuda.get_device_properties(gpu)
+    return f"{of.pci_domain_id:04x}:{of.pci_bus_id:02x}:{of.pci_device_id:02x}.0"
 
 
 def processors_near(pci_address: str, sys: Path) -> list[int]:

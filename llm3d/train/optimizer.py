@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llm3d.config import OptimConfig, ZeroConfig
 from llm3d.kernels.adamw import adamw_
+from llm3d.kernels.paper import is_cuda
+from llm3d.parallel.boxes import Box
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.parallel.zero.offload import Chunk, Offload
 from llm3d.parallel.zero.unit import FlatUnit
@@ -21,7 +25,7 @@ class Optimizer:
     master: fp32, laid out like `flat.parameters`; the same tensors where those are fp32 and beside them.
     exp_avg, exp_avg_sq: laid out alike, the moments, fp32 or bf16 (rounded stochastically, the same in every run).
     Weight decay spares the vectors (norms).
-    With zero.offload the state of the last units, zero.offload_fraction of all elements, is in host memory.
+    With zero.offload the state of whole units, about zero.offload_fraction of all elements, is in host memory.
     """
 
     def __init__(
@@ -33,12 +37,12 @@ class Optimizer:
         seed: int = 0,
     ) -> None:
         self.flat, self.config = flat, config
-        mesh, zero = flat.mesh, zero or ZeroConfig()
-        self.seed = seed * mesh.pipeline_size * mesh.tensor_size + mesh.model.rank()
-        self.num_on_device = units_on_device(flat, zero)
+        self.on_host = units_on_host(flat, zero or ZeroConfig())
         self.offload: Offload | None = None
-        if self.num_on_device < len(flat.units):
-            self.offload = Offload(mesh.device, flat.dtype, staged=mesh.device.type == "cuda")
+        if self.on_host:
+            staged = is_cuda(flat.parameters[0])
+            self.offload = Offload(flat.mesh.device, flat.dtype, staged)
+        self._parts = [_parts_of(unit, config.weight_decay, moments, seed) for unit in flat.units]
         self.master = [self._master_of(i) for i in range(len(flat.units))]
         self.exp_avg, self.exp_avg_sq = (
             [self._zeros(i, moments) for i in range(len(flat.units))] for _ in range(2)
@@ -53,12 +57,9 @@ class Optimizer:
         }
         self._steps_taken = 0
 
-    def _on_host(self, i: int) -> bool:
-        return i >= self.num_on_device
-
     def _zeros(self, i: int, dtype: torch.dtype) -> Tensor:
         parameters = self.flat.parameters[i]
-        if self._on_host(i):
+        if i in self.on_host:
             assert self.offload is not None
             return self.offload.zeros(len(parameters), dtype)
         return torch.zeros_like(parameters, dtype=dtype)
@@ -66,7 +67,7 @@ class Optimizer:
     def _master_of(self, i: int) -> Tensor:
         """The parameters themselves where they can serve."""
         parameters = self.flat.parameters[i]
-        if parameters.dtype == torch.float32 and not self._on_host(i):
+        if parameters.dtype == torch.float32 and i not in self.on_host:
             return parameters
         return self._zeros(i, torch.float32).copy_(parameters)
 
@@ -78,54 +79,44 @@ class Optimizer:
         self.set_steps_taken(self._steps_taken + 1)
         for _, rate in self._clocks.values():
             rate.fill_(lr)
-        for i, unit in enumerate(self.flat.units[: self.num_on_device]):
-            for part, decay in self._parts(unit):
-                into = None if self.master[i] is unit.parameters else unit.parameters[part]
-                self._update(i, part, decay, gradient_scale, unit.gradients[part], into)
-            self.flat.publish(unit)
+        for i, unit in enumerate(self.flat.units):
+            if i not in self.on_host:
+                for part in self._parts[i]:
+                    into = None if self.master[i] is unit.parameters else unit.parameters[part.where]
+                    self._update(i, part, gradient_scale, unit.gradients[part.where], into)
+                self.flat.publish(unit)
         if self.offload is not None:
             self.offload.run(list(self._chunks(gradient_scale.cpu())))
 
-    def _parts(self, unit: FlatUnit) -> list[tuple[slice, float]]:
-        """A shard's matrices and its vectors, each with their weight decay."""
-        split = unit.decayed()
-        parts = [(slice(0, split), self.config.weight_decay), (slice(split, unit.shard_size), 0.0)]
-        return [(part, decay) for part, decay in parts if part.start < part.stop]
-
     def _chunks(self, gradient_scale: Tensor) -> Iterator[Chunk]:
         assert self.offload is not None
-        for i, unit in list(enumerate(self.flat.units))[self.num_on_device :]:
-            for whole, decay in self._parts(unit):
-                for part in self.offload.ranges(whole.start, whole.stop):
-                    step = partial(self._update, i, part, decay, gradient_scale)
-                    after = partial(self.flat.publish, unit) if part.stop == unit.shard_size else None
-                    yield Chunk(
-                        unit.gradients[part], unit.parameters[part], self.master[i][part], step, after
-                    )
+        for i in sorted(self.on_host):
+            unit = self.flat.units[i]
+            for part in self._parts[i]:
+                for where in self.offload.ranges(part.where.start, part.where.stop):
+                    number = part.number + where.start - part.where.start
+                    step = partial(self._update, i, part._replace(where=where, number=number), gradient_scale)
+                    after = partial(self.flat.publish, unit) if where.stop == unit.shard_size else None
+                    shards = (unit.gradients[where], unit.parameters[where], self.master[i][where])
+                    yield Chunk(*shards, step, after)
 
     def _update(
-        self,
-        i: int,
-        part: slice,
-        weight_decay: float,
-        gradient_scale: Tensor,
-        gradient: Tensor,
-        parameter: Tensor | None,
+        self, i: int, part: _Part, gradient_scale: Tensor, gradient: Tensor, parameter: Tensor | None
     ) -> None:
-        master = self.master[i]
+        master, where = self.master[i], part.where
         adamw_(
-            master[part],
-            self.exp_avg[i][part],
-            self.exp_avg_sq[i][part],
+            master[where],
+            self.exp_avg[i][where],
+            self.exp_avg_sq[i][where],
             gradient,
             parameter,
             *self._clocks[master.device],
             gradient_scale,
             betas=self.config.betas,
             eps=self.config.eps,
-            weight_decay=weight_decay,
-            seed=self.seed,
-            offset=sum(unit.size for unit in self.flat.units[:i]) + self.flat.units[i].start + part.start,
+            weight_decay=part.weight_decay,
+            seed=part.seed,
+            offset=part.number,
         )
 
     def publish(self) -> None:
@@ -153,13 +144,49 @@ class Optimizer:
             step.fill_(steps)
 
 
-def units_on_device(flat: FlatParameters, zero: ZeroConfig) -> int:
-    """How many units, from the first, keep their optimiser state on the device: the first to be needed again."""
+class _Part(NamedTuple):
+    """A part of a shard that is stepped in one go. seed, number: of the random bits for its first element."""
+
+    where: slice
+    weight_decay: float
+    seed: int = 0
+    number: int = 0
+
+
+def _parts_of(unit: FlatUnit, weight_decay: float, moments: torch.dtype, seed: int) -> list[_Part]:
+    """All of a shard, matrices apart from vectors; with narrow moments, box by box.
+
+    Their rounding is drawn by the global coordinates of the box that an element is in, so that ranks that hold copies
+    of it (norms, replicated heads, tied embeddings) round alike.
+    """
+    split = unit.decayed()
+    if moments == torch.float32:
+        parts = [_Part(slice(0, split), weight_decay), _Part(slice(split, unit.shard_size), 0.0)]
+    else:
+        parts = [
+            _Part(where, weight_decay if where.start < split else 0.0, _seed(piece.box, seed), number)
+            for piece, number, where in unit.spans()
+        ]
+        parts.append(_Part(slice(parts[-1].where.stop if parts else 0, unit.shard_size), 0.0))  # the padding
+    return [part for part in parts if part.where.start < part.where.stop]
+
+
+def _seed(box: Box, seed: int) -> int:
+    key = f"{seed}/{box.name}/{box.offset}/{box.size}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+
+
+def units_on_host(flat: FlatParameters, zero: ZeroConfig) -> frozenset[int]:
+    """The units whose optimiser state is in host memory: those that do not fit the device's share, taken from the
+    first on, which is the first to be needed again.
+    """
     if zero.offload == "none":
-        return len(flat.units)
-    wanted = (1 - zero.offload_fraction) * sum(unit.shard_size for unit in flat.units)
-    count, kept = 0, 0
-    while count < len(flat.units) and kept + flat.units[count].shard_size <= wanted:
-        kept += flat.units[count].shard_size
-        count += 1
-    return count
+        return frozenset()
+    room = (1 - zero.offload_fraction) * sum(unit.shard_size for unit in flat.units)
+    there = []
+    for i, unit in enumerate(flat.units):
+        if unit.shard_size <= room:
+            room -= unit.shard_size
+        else:
+            there.append(i)
+    return frozenset(there)

@@ -32,7 +32,7 @@ class StepResult(NamedTuple):
     num_targets: int
     loss_scale: float | None = None  # that the step was taken with, in fp16
     skipped: bool = False  # the gradients overflowed fp16: nothing was changed but the loss scale
-    problem: str | None = None  # why training cannot go on: nothing was changed
+    problem: str | None = None  # why training cannot go on: no weight was changed
 
 
 class Evaluator:

@@ -50,6 +50,7 @@ class Layout:
     zero: int = 0
     prefetch: int = 1
     offload: float = 0.0  # share of the optimizer's state
+    moments: str = "fp32"
 
     @property
     def world_size(self) -> int:
@@ -128,7 +129,7 @@ def settings(layout: Layout) -> Config:
                     "offload": "optimizer" if layout.offload else "none",
                     "offload_fraction": layout.offload or 1.0,
                 },
-                "precision": {"compute": layout.compute},
+                "precision": {"compute": layout.compute, "moments": layout.moments},
                 "recompute": layout.recompute,
                 "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
                 "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},

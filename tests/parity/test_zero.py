@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.parity.harness import GLOBAL_BATCH, Layout, Run, train
+from llm3d.parallel import collectives
+from llm3d.parallel.boxes import Box
+from llm3d.parallel.mesh import Mesh
+from llm3d.train.trainer import Trainer
+from tests import pool
+from tests.parity.harness import GLOBAL_BATCH, Layout, Run, microbatches, settings, train, train_on_rank
 from tests.parity.test_parity import TIED, one_process, relative_norm
 
 AXES = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 2)]  # tensor, pipeline, data
@@ -102,3 +110,62 @@ def test_of_two_ranks_stage_1_has_the_gradients_of_stage_0_to_the_bit(compute: s
     zero = Layout(data=2, compute=compute)
     expected, actual = trained(zero).gradients, trained(replace(zero, zero=1)).gradients
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+# ---- where reduce-scatter is a collective of its own, as on a GPU ----
+
+
+def with_native_sums(layout: Layout) -> tuple[Run, dict[str, Any]]:
+    with mock.patch.object(collectives, "is_cuda", return_value=True):
+        return train_on_rank(layout, 2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(data=4, zero=stage) for stage in (1, 2, 3)]
+    + [Layout(tensor=2, data=2, zero=3, sequence=True, recompute="full", micro=2)],
+    ids=str,
+)
+def test_training_does_not_depend_on_how_ranks_sum(layout: Layout) -> None:
+    expected = one_process(layout.model)
+    for run, _ in pool.run(with_native_sums, layout.world_size, layout):
+        assert run.losses == pytest.approx(expected.losses[:2], rel=1e-5)
+        assert run.grad_norms == pytest.approx(expected.grad_norms[:2], rel=1e-5)
+
+
+# ---- narrow moments ----
+
+
+def all_pieces(layout: Layout) -> list[tuple[Box, Tensor]]:
+    """Every piece of the master weights after some steps, owned or not."""
+    trainer = Trainer(settings(layout), Mesh(layout.tensor, layout.pipeline))
+    trainer.initialise()
+    for step in range(4):
+        trainer.step(microbatches(layout, step, trainer.mesh.data_rank), 3e-3)
+    trainer.flat.settle()
+    return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(trainer.optimizer.master)]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=4, micro=4, sequence=True, moments="bf16"),  # norms, replicated key/value heads
+        Layout(pipeline=2, data=2, zero=1, model=TIED, moments="bf16"),
+        Layout(pipeline=2, data=2, zero=3, model=TIED, moments="bf16", offload=1.0),
+    ],
+    ids=str,
+)
+def test_copies_stay_equal_under_stochastic_rounding(layout: Layout) -> None:
+    seen: dict[Box, Tensor] = {}
+    num_copies = 0
+    for pieces in pool.run(all_pieces, layout.world_size, layout):
+        for box, values in pieces:
+            num_copies += box in seen
+            assert torch.equal(seen.setdefault(box, values), values), box
+    assert num_copies > 0
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_narrow_moments_are_rounded_alike_in_every_stage(zero: int) -> None:
+    expected = trained(Layout(data=2, zero=1, micro=4, moments="bf16"))
+    assert_same(trained(Layout(data=2, zero=zero, micro=4, moments="bf16")), expected)

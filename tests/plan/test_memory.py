@@ -14,6 +14,7 @@ from llm3d.cli import app
 from llm3d.config import Config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
 from llm3d.plan.memory import Memory, memory_of_stages
 from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer
@@ -108,7 +109,7 @@ def largest_of_stages(parts: list[tuple[int, int]], layout: Layout) -> list[tupl
 def test_the_plan_is_what_a_step_takes(layout: Layout) -> None:
     # Of three steps, as some meet what is allocated once and kept, such as the workspaces of matrix products.
     measured = largest_of_stages(pool.run(measure_on_rank, layout.world_size, layout, 3), layout)
-    planned = memory_of_stages(config_of(layout), layout.world_size)
+    planned = memory_of_stages(config_of(layout), layout.world_size, "cpu")
     for (kept, peak), plan in zip(measured, planned, strict=True):
         assert plan.on_device + plan.on_host == pytest.approx(peak, rel=0.05)
         passing = plan.buffers + plan.activations
@@ -144,6 +145,22 @@ def memory_command(path: Path, *overrides: str) -> tuple[int, str]:
     return result.exit_code, result.stdout + result.stderr
 
 
+def test_a_gpu_keeps_narrow_sums_and_wide_products(tmp_path: Path) -> None:
+    """Its reduce-scatter needs no room for all parts; the product that is a weight's gradient is made in fp32."""
+    layout = replace(PLAIN, data=4, zero=2, compute="bf16")
+    config = config_of(layout)
+    (gpu,), (cpu,) = (memory_of_stages(config, 4, device_type) for device_type in ("cuda", "cpu"))
+    assert gpu.buffers < cpu.buffers
+    assert (gpu.parameters, gpu.gradients, gpu.moments) == (cpu.parameters, cpu.gradients, cpu.moments)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_it_can_be_planned_without_kernels(tmp_path: Path, kernels: str) -> None:
+    small = ("model={preset: llama-tiny, vocab_size: 500}", "data.sequence_length=64", "recompute=selective")
+    code, shown = memory_command(tmp_path / "config.yaml", *small, f"kernels.backend={kernels}")
+    assert (code, shown.count("on the device")) == (0, 1), shown
+
+
 def test_the_command_plans_for_ranks_that_are_not_there(tmp_path: Path) -> None:
     layout = ("parallel.tensor=8", "parallel.pipeline=4", "world_size=1024", "zero.stage=1")
     code, shown = memory_command(tmp_path / "config.yaml", *layout, "recompute=full")
@@ -175,8 +192,9 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path, override: str, said: str
 
 
 def test_offloaded_state_is_in_host_memory() -> None:
-    def plan(offload: float) -> Memory:
-        (memory,) = memory_of_stages(config_of(replace(PLAIN, offload=offload, compute="bf16")), 1)
+    def plan(offload: float, device_type: str = "cpu") -> Memory:
+        config = config_of(replace(PLAIN, offload=offload, compute="bf16"))
+        (memory,) = memory_of_stages(config, 1, device_type)
         return memory
 
     here, half, there = plan(0.0), plan(0.5), plan(1.0)
@@ -184,3 +202,7 @@ def test_offloaded_state_is_in_host_memory() -> None:
     assert there.on_host == here.master + here.moments
     assert 0.4 * there.on_host < half.on_host < 0.6 * there.on_host
     assert half.master + half.moments + half.on_host == there.on_host
+    buffers = 4 * 2 * CHUNK_ELEMENTS  # two each for gradients and parameters
+    assert plan(1.0, "cuda").on_host == there.on_host + buffers, (
+        "what passes between host and GPU has room there"
+    )

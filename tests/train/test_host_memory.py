@@ -46,14 +46,19 @@ def test_the_least_of_host_and_container_counts(tmp_path: Path) -> None:
     assert host_memory.available_memory(tmp_path) == 1000 * 1024, "no limit"
     host(tmp_path, sys__fs__cgroup__memoryONmax="500000\n")
     assert host_memory.available_memory(tmp_path) == 499_995
+    host(tmp_path, sys__fs__cgroup__memoryONstat="anon 7\ninactive_file 3\nactive_file 2\n")
+    assert host_memory.available_memory(tmp_path) == 500_000, "files in memory make way"
     old = tmp_path / "sys/fs/cgroup/memory"
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("300000")
     (old / "memory.usage_in_bytes").write_text("100000")
-    assert host_memory.available_memory(tmp_path) == 200_000
+    (old / "memory.stat").write_text("inactive_file 9\ntotal_inactive_file 40\ntotal_active_file 2\n")
+    assert host_memory.available_memory(tmp_path) == 200_042
 
 
 def test_what_is_allocated_is_counted() -> None:
+    with host_memory.PeakAllocated():
+        torch.empty(1)  # the first time, modules are loaded
     with host_memory.PeakAllocated() as allocated:
         one = torch.empty(2**20)
         two = torch.empty(2**20)

@@ -137,14 +137,20 @@ class FlatUnit:
 
     def pieces(self, shard: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """What `shard`, laid out like `parameters`, holds: pieces, each of one box, with their views."""
+        for piece, begin, where in self.spans():
+            at = where.start
+            for box in piece.box.elements(begin, where.stop - where.start):
+                row = piece.row + box.offset[0] - piece.box.offset[0]
+                yield replace(piece, box=box, row=row), shard[at : at + box.numel].view(box.size)
+                at += box.numel
+
+    def spans(self) -> Iterator[tuple[Piece, int, slice]]:
+        """What this rank's shard holds: a parameter's piece, from which of its elements on, and where in the shard."""
         for parameter, start in self.placed.values():
             columns = parameter.numel() // max(1, len(parameter))
             for piece in parameter.pieces:
                 first = start + piece.row * columns
                 begin = max(first, self.start)
-                count = min(first + piece.box.numel, self.start + self.shard_size) - begin
-                at = begin - self.start
-                for box in piece.box.elements(begin - first, max(0, count)):
-                    row = piece.row + box.offset[0] - piece.box.offset[0]
-                    yield replace(piece, box=box, row=row), shard[at : at + box.numel].view(box.size)
-                    at += box.numel
+                end = min(first + piece.box.numel, self.start + self.shard_size)
+                if begin < end:
+                    yield piece, begin - first, slice(begin - self.start, end - self.start)
