@@ -117,6 +117,7 @@ def _work(rank: int, connection: Connection) -> None:
         except BaseException:
             answer = (None, traceback.format_exc())
         connection.send(answer)
+        del answer, function, args  # what they hold would count as the next function's memory
 
 
 def _in_a_new_world(rank: int, store: str, world_size: int, function: Callable[..., Any], args: Any) -> Any:
