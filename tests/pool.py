@@ -133,6 +133,14 @@ def _in_a_new_world(rank: int, store: str, world_size: int, function: Callable[.
 _pool: _Pool | None = None
 
 
+def renew() -> None:
+    """Have the next function run in new processes, in which no other test has left anything."""
+    global _pool
+    if _pool is not None:
+        _pool.stop()
+        _pool = None
+
+
 @atexit.register
 def _stop() -> None:
     if _pool is not None:

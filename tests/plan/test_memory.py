@@ -34,6 +34,11 @@ DEEP = (
 PLAIN = Layout(model=DEEP, micro=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes_without_a_past() -> None:
+    pool.renew()
+
+
 def config_of(layout: Layout) -> Config:
     """With gradients in the compute dtype, as the paper counts them."""
     config = settings(layout)
