@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import Config
+from llm3d.config.presets import hugging_face_shape
 from llm3d.data.pretraining import Microbatch, Sample, collate
 from llm3d.errors import InputError
 from llm3d.parallel.boxes import Box
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh
-from llm3d.presets import hugging_face_shape
 from llm3d.train.checkpoint import load_pretrained, save_checkpoint
 from llm3d.train.trainer import Trainer
 from tests import pool

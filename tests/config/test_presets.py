@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import ModelConfig, make_config
-from llm3d.presets import PRESETS
+from llm3d.config.presets import PRESETS
 
 # Of the published weights.
 PUBLISHED = {

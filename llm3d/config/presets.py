@@ -1,6 +1,6 @@
 """Shapes of models: published LLaMAs and a few small ones by name, others from a Hugging Face config.json.
 
-Names of the fields are those of `llm3d.config.ModelConfig`; what a preset leaves out has that class's
+Names of the fields are those of `llm3d.config.sections.ModelConfig`; what a preset leaves out has that class's
 default. The three small shapes have no vocabulary of their own: it comes from `data.tokenizer`, or from
 `model.vocab_size`.
 """

@@ -20,7 +20,7 @@ from llm3d.config import (
 )
 from llm3d.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 # Degrees of 2, 3 and 4 each fit something here, and none fits everything.
 SETTINGS = """
 run: {dir: runs/test}

@@ -1,0 +1,126 @@
+"""Every setting: typed, frozen, and checked across sections before any process group is made.
+
+`load_config` reads YAML and `section.key=value` overrides into a `Config`; `config_to_yaml` writes one back.
+Whatever the user got wrong is an `InputError` with one line for each setting at fault: its path, what was
+given, what is allowed, and the nearest valid name. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm3d.config.checks import check_layout
+from llm3d.config.explain import nearest, show, validate
+from llm3d.config.presets import PRESETS, hugging_face_shape
+from llm3d.config.schema import json_schema
+from llm3d.config.sections import (
+    Config,
+    DataSource,
+    LossConfig,
+    LossScaleConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    ZeroConfig,
+    whole,
+)
+from llm3d.config.settings_file import read_settings, settings_to_yaml
+from llm3d.errors import InputError
+
+__all__ = [
+    "Config",
+    "DataSource",
+    "LossConfig",
+    "LossScaleConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ZeroConfig",
+    "config_to_yaml",
+    "json_schema",
+    "load_config",
+    "make_config",
+    "with_vocab_size",
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = 1) -> Config:
+    """The settings in a YAML file, with `section.key=value` overrides on top.
+
+    An override replaces what it names; one of model.preset or model.path replaces the file's model section.
+    World size None leaves out the checks that need one. Raises InputError.
+    """
+    return make_config(read_settings(path, overrides), world_size)
+
+
+def make_config(settings: Mapping[Any, Any], world_size: int | None = 1) -> Config:
+    """The settings in a dictionary as YAML would give it. Raises InputError."""
+    filled = _with_defaults(settings)
+    if isinstance(filled.get("model"), dict):
+        filled["model"] = _resolve_model(filled["model"])
+    config = validate(Config, filled)
+    check_layout(config, world_size)
+    return config
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved settings; loading them gives an equal Config."""
+    return settings_to_yaml(config.model_dump(mode="json", by_alias=True))
+
+
+def with_vocab_size(config: Config, vocab_size: int) -> Config:
+    """The same settings with the vocabulary size that the tokenizer has."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+# ---- defaults that depend on other sections ----
+
+
+def _with_defaults(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A section that is absent or empty takes its defaults, or has its own settings named as missing."""
+    filled = {name: given for name, given in settings.items() if given is not None or name == "recompute"}
+    filled = {name: {} for name in Config.model_fields if name not in ("model", "recompute")} | filled
+    optim, train = filled["optim"], filled["train"]
+    if isinstance(optim, dict) and optim.get("schedule") == "wsd" and optim.get("decay_steps") is None:
+        steps = whole(train.get("steps")) if isinstance(train, dict) else None
+        if isinstance(steps, int):
+            filled["optim"] = optim | {"decay_steps": max(1, steps // 10)}
+    return filled
+
+
+# ---- the model section ----
+
+
+def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:
+    """The fields of ModelConfig: those of the preset or of the directory's config.json filled in."""
+    preset, path = given.get("preset"), given.get("path")
+    rest = {key: value for key, value in given.items() if key not in ("preset", "path")}
+    if preset is not None and path is not None:
+        raise InputError("model: preset and path exclude each other; keep one")
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise InputError(
+                f"model.preset: {show(preset)} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
+            )
+        return PRESETS[preset] | rest
+    if isinstance(path, str):
+        return _from_directory(path, rest)
+    return rest if path is None else given
+
+
+def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
+    """The fields in a Hugging Face directory's config.json; what the user gives beside must agree."""
+    file = Path(path) / "config.json"
+    fields = hugging_face_shape(file) | {"path": path}
+    stored = validate(ModelConfig, fields, ("model",), source=f" (in {file})")
+    shape = stored.model_dump(mode="json")
+    asked = validate(ModelConfig, shape | rest, ("model",))
+    for name in rest:
+        if getattr(asked, name) != getattr(stored, name):
+            raise InputError(
+                f"model.{name}: {show(rest[name])} is not what {file} says, {show(shape[name])}; "
+                f"with model.path, leave the shape out"
+            )
+    return shape

@@ -1,0 +1,132 @@
+"""What the settings of different sections ask of each other, and of the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm3d.config.explain import nearest
+from llm3d.config.sections import Config, LossScaleConfig
+from llm3d.errors import InputError
+
+
+def check_layout(config: Config, world_size: int | None) -> None:
+    """Raise InputError with a line for each way in which the settings do not fit each other."""
+    problems = [*_model_problems(config), *_stage_problems(config), *_step_problems(config)]
+    problems += _path_problems(config)
+    if not problems and world_size is not None:
+        problems += _world_problems(config, world_size)
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _model_problems(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if model.hidden_size % heads:  # transformers refuses such a model, whatever its head_dim
+        yield f"model.num_attention_heads: {heads} does not divide model.hidden_size {model.hidden_size}"
+    if heads % kv_heads:
+        yield f"model.num_key_value_heads: {kv_heads} does not divide model.num_attention_heads {heads}"
+    if model.head_dim % 2:
+        yield f"model.head_dim: {model.head_dim} is odd; rotary embeddings need an even one"
+    if model.vocab_size is None and config.data.tokenizer is None:
+        yield "model.vocab_size: missing; give it, or data.tokenizer to take it from"
+    if config.data.sequence_length > model.max_position_embeddings:
+        yield (
+            f"data.sequence_length: {config.data.sequence_length} is above "
+            f"model.max_position_embeddings {model.max_position_embeddings}"
+        )
+    if heads % tensor:
+        yield f"parallel.tensor: {tensor} does not divide model.num_attention_heads {heads}"
+    if kv_heads % tensor and tensor % kv_heads:
+        yield (
+            f"parallel.tensor: {tensor} neither divides model.num_key_value_heads {kv_heads} "
+            f"nor is a multiple of it"
+        )
+    if model.intermediate_size % tensor:
+        yield f"parallel.tensor: {tensor} does not divide model.intermediate_size {model.intermediate_size}"
+    tokens = config.batch.micro * config.data.sequence_length
+    if config.parallel.sequence and tokens % tensor:
+        yield (
+            f"parallel.sequence: parallel.tensor {tensor} does not divide the {tokens} tokens "
+            f"of a microbatch (batch.micro x data.sequence_length)"
+        )
+
+
+def _stage_problems(config: Config) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_hidden_layers
+    stages = parallel.pipeline * parallel.chunks
+    count = f"{parallel.pipeline} x parallel.chunks {parallel.chunks} = {stages} stages"
+    interleaved = parallel.schedule == "interleaved"
+    if parallel.chunks > 1 and not interleaved:
+        yield (
+            f"parallel.chunks: {parallel.chunks} needs parallel.schedule interleaved, not {parallel.schedule}"
+        )
+    if interleaved and (parallel.pipeline == 1 or parallel.chunks == 1):
+        yield (
+            f"parallel.schedule: interleaved needs parallel.pipeline and parallel.chunks of at least 2, "
+            f"not {parallel.pipeline} and {parallel.chunks}"
+        )
+    if parallel.layers_per_stage is not None:
+        given = list(parallel.layers_per_stage)
+        if len(given) != stages:
+            yield f"parallel.layers_per_stage: {given} has {len(given)} entries for parallel.pipeline {count}"
+        elif sum(given) != layers:
+            yield (
+                f"parallel.layers_per_stage: {given} adds up to {sum(given)}, "
+                f"not model.num_hidden_layers {layers}"
+            )
+    if stages > layers:
+        yield f"parallel.pipeline: {count}, more than model.num_hidden_layers {layers}"
+
+
+def _step_problems(config: Config) -> Iterator[str]:
+    optim, steps, precision = config.optim, config.train.steps, config.precision
+    if precision.gradients == "bf16" and precision.compute != "bf16":
+        yield f"precision.gradients: bf16 needs precision.compute bf16, not {precision.compute}"
+    scale = precision.loss_scale
+    if scale != LossScaleConfig() and precision.compute != "fp16":
+        yield f"precision.loss_scale: set, but needs precision.compute fp16, not {precision.compute}"
+    elif scale.initial < scale.minimum:
+        yield f"precision.loss_scale.initial: {scale.initial} is below precision.loss_scale.minimum {scale.minimum}"
+    if config.zero.prefetch != 1 and config.zero.stage != 3:
+        yield f"zero.prefetch: {config.zero.prefetch} needs zero.stage 3, not {config.zero.stage}"
+    if config.zero.offload == "none" and config.zero.offload_fraction != 1.0:
+        yield f"zero.offload_fraction: {config.zero.offload_fraction} needs zero.offload optimizer"
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
+    if optim.decay_steps is not None and optim.schedule != "wsd":
+        yield f"optim.decay_steps: only with optim.schedule wsd, not {optim.schedule}; set it to null"
+    elif optim.warmup_steps + (optim.decay_steps or 0) > steps:
+        decay = f" + optim.decay_steps {optim.decay_steps}" if optim.decay_steps else ""
+        yield f"optim.warmup_steps: {optim.warmup_steps}{decay} is above train.steps {steps}"
+    if config.train.eval_every is not None and not config.data.valid:
+        yield f"train.eval_every: {config.train.eval_every} needs data.valid, which is empty"
+
+
+def _path_problems(config: Config) -> Iterator[str]:
+    tokenizer, resume = config.data.tokenizer, config.checkpoint.resume
+    if tokenizer is not None and not Path(tokenizer).exists():
+        yield f"data.tokenizer: no file or directory {tokenizer!r}"
+    if resume not in ("auto", "none") and not Path(resume).is_dir():
+        hint = nearest(resume, ["auto", "none"])
+        yield f"checkpoint.resume: {resume!r} is neither auto, none nor a checkpoint's directory{hint}"
+
+
+def _world_problems(config: Config, world_size: int) -> Iterator[str]:
+    parallel, batch = config.parallel, config.batch
+    ranks = parallel.tensor * parallel.pipeline
+    if world_size < 1 or world_size % ranks:
+        layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} = {ranks}"
+        yield f"world size {world_size} is not a multiple of {layout}"
+        return
+    data = config.data_parallel_size(world_size)
+    if batch.global_size % (batch.micro * data):
+        together = f"batch.micro {batch.micro} x data-parallel size {data} = {batch.micro * data}"
+        yield f"batch.global: {batch.global_size} is not a multiple of {together}"
+    elif parallel.schedule == "interleaved" and config.num_microbatches(world_size) % parallel.pipeline:
+        yield (
+            f"parallel.schedule: interleaved needs microbatches in multiples of parallel.pipeline "
+            f"{parallel.pipeline}, not {config.num_microbatches(world_size)} "
+            f"(batch.global / batch.micro / data-parallel size {data})"
+        )

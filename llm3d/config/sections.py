@@ -1,0 +1,283 @@
+"""Every setting, typed and frozen, a class for each section of the file.
+
+The descriptions below fields go into the JSON Schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def whole(value: object) -> object:
+    """1e6 is a float in YAML; where a whole number is asked for, it is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    # Strict: "8" is not a number and true is not 1.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+# ---- model ----
+
+
+class RopeScaling(Section):
+    """How the rotary frequencies are stretched beyond the positions that the model first saw."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float = Field(ge=1)
+    low_freq_factor: float | None = Field(None, gt=0)
+    high_freq_factor: float | None = Field(None, gt=0)
+    original_max_position_embeddings: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "type" in given and "rope_type" not in given:
+            return {"rope_type": given["type"]} | {key: given[key] for key in given if key != "type"}
+        return given
+
+    @model_validator(mode="after")
+    def _fields_fit_the_type(self) -> RopeScaling:
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        for name in names:
+            if (getattr(self, name) is None) == (self.rope_type == "llama3"):
+                raise ValueError(f"rope_type {self.rope_type} {_needs(self.rope_type == 'llama3')} {name}")
+        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("low_freq_factor is not below high_freq_factor")
+        return self
+
+
+def _needs(needed: bool) -> str:
+    return "needs" if needed else "takes no"
+
+
+def _no_default_scaling(value: object) -> object:
+    """transformers writes `rope_type: default` for no scaling."""
+    if isinstance(value, dict) and value.get("rope_type", value.get("type")) == "default":
+        return None
+    return value
+
+
+class ModelConfig(Section):
+    """A LLaMA. The names are those of transformers' LlamaConfig."""
+
+    path: Name | None = None
+    """A Hugging Face directory: its config.json gives the shape, its weights are the start."""
+    vocab_size: Positive | None = None
+    """Null takes it from data.tokenizer."""
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive = Field(default_factory=lambda data: data["num_attention_heads"])
+    """Below num_attention_heads: grouped-query attention. Default: num_attention_heads."""
+    head_dim: Positive = Field(
+        default_factory=lambda data: data["hidden_size"] // data["num_attention_heads"]
+    )
+    """Default: hidden_size / num_attention_heads."""
+    max_position_embeddings: Positive = 2048
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_scaling: Annotated[RopeScaling | None, BeforeValidator(_no_default_scaling)] = None
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    tie_word_embeddings: bool = False
+    initializer_range: float = Field(0.02, gt=0)
+    bos_token_id: Whole | None = None
+    eos_token_id: Whole | tuple[Whole, ...] | None = None
+
+    def num_parameters(self) -> int:
+        """The exact number of weights, tied embeddings counted once."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not known before the tokenizer is read")
+        heads = self.num_attention_heads + self.num_key_value_heads  # q and o, k and v
+        attention = 2 * self.hidden_size * self.head_dim * heads
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        layer = attention + mlp + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+
+
+# ---- the other sections ----
+
+
+class RunConfig(Section):
+    dir: Name
+    """Where config.yaml, metrics.jsonl, TensorBoard events and checkpoints go."""
+    seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)] = 1234
+
+
+class ParallelConfig(Section):
+    """Degrees; data parallelism is what is left of the world size."""
+
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    chunks: Positive = 1
+    """Model chunks on each pipeline rank; above 1 with the interleaved schedule."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    sequence: bool = False
+    """Split activations outside attention and MLP over the tensor group (sequence parallelism)."""
+    layers_per_stage: tuple[Positive, ...] | None = None
+    """Layers of each of the pipeline x chunks stages, in model order. Default: as even as possible."""
+
+
+class ZeroConfig(Section):
+    """What data ranks share out instead of each holding a copy. Rajbhandari et al. 2020."""
+
+    stage: Literal[0, 1, 2, 3] = 0
+    """1: the optimizer's state; 2: gradients too; 3: parameters too."""
+    prefetch: Positive = 1
+    """Stage 3: how many layers ahead parameters are gathered."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: master weights and moments are in host memory, and the host's processor steps them."""
+    offload_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the optimizer's state that offload takes; the rest stays on the device."""
+
+
+class LossScaleConfig(Section):
+    """What the loss is multiplied by in fp16, so that small gradients do not become zero."""
+
+    initial: float = Field(2.0**32, gt=0)
+    """Large, as the loss is a mean over all tokens of a step: the first steps halve it until gradients fit."""
+    growth_interval: Positive = 1000
+    """Steps without overflow after which it doubles."""
+    hysteresis: Positive = 2
+    """Overflows since it last doubled before it is halved."""
+    minimum: float = Field(1.0, gt=0)
+    """Below this, training is aborted."""
+
+
+class PrecisionConfig(Section):
+    compute: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of forward and backward; master weights are fp32. fp16 scales the loss."""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed in, over microbatches and over ranks."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What the optimizer's moments are kept in; bf16 is rounded stochastically."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+
+
+class DataSource(Section):
+    path: Name
+    """Megatron data: the path of a .bin/.idx pair without its ending."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the samples, relative to the other sources."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+
+def _as_list(value: object) -> object:
+    values = [value] if isinstance(value, str | dict) else value
+    return tuple(values) if isinstance(values, list) else values
+
+
+class DataConfig(Section):
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    valid: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    sequence_length: Positive
+    tokenizer: Name | None = None
+    """A tokenizer.model or tokenizer.json, or the directory of one."""
+    split_documents: bool = True
+    """Attention does not cross from one document into the next."""
+
+
+class BatchConfig(Section):
+    global_size: Positive = Field(alias="global")
+    """Sequences a step, over all ranks."""
+    micro: Positive = 1
+    """Sequences a microbatch, on one data-parallel rank."""
+
+
+class LossConfig(Section):
+    """What is added to the cross-entropy that is trained on; evaluations are without."""
+
+    z_loss: float = Field(0.0, ge=0)
+    """Times the squared logarithm of the softmax's normaliser: keeps logits from drifting."""
+    label_smoothing: Fraction = 0.0
+    """Share of each target's probability that is spread over the whole vocabulary."""
+
+
+class KernelsConfig(Section):
+    backend: Literal["auto", "native", "transformer_engine", "apex", "reference"] = "auto"
+    """Which code computes norms, rotary positions, activations, losses and AdamW; auto: LLM3D_KERNELS, or the
+    fastest that is there; native: llm3d's own, or an error; reference: plain PyTorch."""
+
+
+class OptimConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default_factory=lambda data: float(f"{0.1 * data['lr']:.15g}"), ge=0)
+    """The learning rate at the last step. Default: 0.1 x lr."""
+    warmup_steps: Whole = 0
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    decay_steps: Positive | None = None
+    """Length of the decay at the end of wsd. Default: a tenth of train.steps."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+
+
+class TrainConfig(Section):
+    steps: Positive
+    """The learning-rate schedule ends here."""
+    stop_after: Positive | None = None
+    """Save and end after this step; the same command without it goes on. Null: train to the last."""
+    eval_every: Positive | None = None
+    """Steps between evaluations on data.valid. Null: none."""
+    eval_steps: Positive | None = None
+    """Batches of an evaluation. Null: all of data.valid."""
+
+
+class CheckpointConfig(Section):
+    every: Positive | None = None
+    """Steps between checkpoints. Null: only at the end."""
+    keep: Positive | None = None
+    """How many of the latest to keep. Null: all."""
+    resume: Name = "auto"
+    """auto (the latest in run.dir), none, or the path of a checkpoint."""
+
+
+class LogConfig(Section):
+    every: Positive = 1
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    zero: ZeroConfig
+    precision: PrecisionConfig
+    recompute: Literal["none", "selective", "full"] = "none"
+    data: DataConfig
+    batch: BatchConfig
+    loss: LossConfig
+    optim: OptimConfig
+    kernels: KernelsConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches a step on each data-parallel rank."""
+        return self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size))
