@@ -29,6 +29,9 @@ class Stage(Protocol):
     def units(self) -> Sequence[nn.Module]:
         """The modules whose parameters are stored and gathered together, in the order in which forward calls them."""
 
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, as of any nn.Module."""
+
 
 @dataclass(frozen=True)
 class _Stop:
@@ -60,7 +63,7 @@ class FlatParameters:
 
     def __init__(
         self,
-        stages: Sequence[Any],
+        stages: Sequence[Stage],
         mesh: Mesh,
         dtype: torch.dtype,
         zero: ZeroConfig | None = None,
@@ -82,7 +85,7 @@ class FlatParameters:
         if trainable:
             self._prepare_gradients(gradient_dtype)
         self._sums: deque[_Sum] = deque()
-        self._reductions: dict[int, dist.Work] = {}
+        self._reductions: list[dist.Work] = []
 
     def _stop(self, module: nn.Module) -> _Stop:
         """Make a unit of the module's parameters that no module before it has."""
@@ -99,7 +102,7 @@ class FlatParameters:
         units = dict.fromkeys(self._home[parameter] for parameter in module.parameters())
         return _Stop(tuple(units), getattr(module, "backward_reads_weights", True))
 
-    def _give_storage(self, stage: nn.Module) -> None:
+    def _give_storage(self, stage: Stage) -> None:
         """Put the parameters with storage, wherever modules hold them, in the place of those without."""
         for module in stage.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -147,7 +150,8 @@ class FlatParameters:
             self._start_sum(unit, unit.whole_gradients, add=False)
         elif self.stage == 0 and left == 0 and self.mesh.data_size > 1:
             work = dist.all_reduce(unit.gradients, group=self.mesh.data, async_op=True)
-            self._reductions[id(unit)] = work
+            assert work is not None, "this rank is in its data group"
+            self._reductions.append(work)
 
     def _start_sum(self, unit: FlatUnit, gradients: Tensor, add: bool) -> None:
         while len(self._sums) >= SUMS_IN_FLIGHT:
@@ -164,7 +168,7 @@ class FlatParameters:
             assert self._outstanding[unit] == 0, "fewer backward passes than begin_step announced"
         while self._sums:
             self._finish_sum()
-        for work in self._reductions.values():
+        for work in self._reductions:
             work.wait()
         self._reductions.clear()
         for group, views in self._partial_gradients().items():
