@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm3d.config import Config, make_config
+from llm3d.config import PretrainConfig, make_config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.host_memory import PeakAllocated, keep_freed_memory
@@ -140,7 +140,7 @@ def peak_bytes(step: Step) -> int:
     return sum(storages.values()) + min(peaks)
 
 
-def settings(arguments: argparse.Namespace, stage: int) -> Config:
+def settings(arguments: argparse.Namespace, stage: int) -> PretrainConfig:
     return make_config(
         {
             "run": {"dir": "unused"},

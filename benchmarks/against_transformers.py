@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm3d.config import Config, make_config
+from llm3d.config import PretrainConfig, make_config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.host_memory import keep_freed_memory
@@ -90,7 +90,7 @@ def contend(name: str, arguments: argparse.Namespace, connection: Connection) ->
         connection.send((time.perf_counter() - started) / steps)
 
 
-def settings(arguments: argparse.Namespace) -> Config:
+def settings(arguments: argparse.Namespace) -> PretrainConfig:
     return make_config(
         {
             "run": {"dir": "unused"},

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm3d.config import Config, make_config
+from llm3d.config import PretrainConfig, make_config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.host_memory import keep_freed_memory
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settings(arguments: argparse.Namespace) -> Config:
+def settings(arguments: argparse.Namespace) -> PretrainConfig:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     data = world_size // (arguments.tensor * arguments.pipeline)
     return make_config(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from llm3d.config import Config
+
+C = TypeVar("C", bound="Config")
 
 
 def main() -> NoReturn:
@@ -222,6 +224,11 @@ def unescaped(separator: str | None) -> str | None:
 # ---- runs ----
 
 
+class Stage(str, Enum):
+    pretrain = "pretrain"
+    sft = "sft"
+
+
 @app.command("config")
 @ends_as_promised
 def show_config(
@@ -235,38 +242,57 @@ def show_config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of a settings file.")
     ] = False,
+    stage: Annotated[
+        Stage | None,
+        typer.Option(
+            help="What the settings are for. [default: the stage whose section they have, else pretrain]"
+        ),
+    ] = None,
 ) -> None:
     """Print the settings as a run would have them, every default filled in."""
     import json
 
-    from llm3d.config import config_to_yaml, json_schema, load_config
+    from llm3d.config import STAGES, PretrainConfig, config_to_yaml, json_schema, kind_of, load_config
 
+    kind = kind_of(config) if config is not None else PretrainConfig
+    if stage is not None:
+        kind = STAGES[stage.value]
     if schema:
-        print(json.dumps(json_schema(), indent=2))
+        print(json.dumps(json_schema(kind), indent=2))
     elif config is None:
         raise InputError("config: give a CONFIG.yaml, or --schema")
     else:
-        print(config_to_yaml(load_config(config, overrides or [], world_size)), end="")
+        print(config_to_yaml(load_config(config, overrides or [], world_size, kind)), end="")
 
 
 @app.command()
 @ends_as_promised
 def pretrain(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Train on tokens from `llm3d data tokenize`, or from Megatron."""
-    settings = load_for_this_world(config, overrides)
-    from llm3d.stages.pretrain import check, run
+    from llm3d.config import PretrainConfig
+
+    settings = load_for_this_world(config, overrides, PretrainConfig)
+    from llm3d.stages.pretrain import open_stage
+
+    train_or_check(settings, open_stage, check_only)
+
+
+def train_or_check(settings: C, open_stage: Callable[[C], Any], check_only: bool) -> None:
+    from llm3d.stages.training import check_stage, run_stage
 
     if check_only:
-        check(settings)
+        check_stage(settings, open_stage)
     else:
-        run(settings)
+        run_stage(settings, open_stage)
 
 
 @app.command("eval")
 @ends_as_promised
 def evaluate(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Loss and perplexity on the validation data."""
-    settings = load_for_this_world(config, overrides)
+    from llm3d.config import PretrainConfig
+
+    settings = load_for_this_world(config, overrides, PretrainConfig)
     from llm3d.stages.evaluate import check, run
 
     if check_only:
@@ -288,13 +314,14 @@ def memory(
     device: Annotated[Where, typer.Option(help="What will run it.")] = Where.cuda,
 ) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
-    from llm3d.config import load_config
+    from llm3d.config import kind_of, load_config
 
     given = [text for text in overrides or [] if text.startswith("world_size=")]
     world_size = whole_number("world_size", given[-1].removeprefix("world_size=")) if given else 1
-    settings = load_config(config, [text for text in overrides or [] if text not in given], world_size)
+    others = [text for text in overrides or [] if text not in given]
+    settings = load_config(config, others, world_size, kind_of(config))
     from llm3d.plan.memory import memory_of_stages, table
-    from llm3d.stages.language_data import open_tokenizer
+    from llm3d.stages.tokenizer import open_tokenizer
 
     settings, _ = open_tokenizer(settings)
     print(table(settings, world_size, memory_of_stages(settings, world_size, device.value)))
@@ -381,12 +408,12 @@ def device_to_use(name: str | None) -> torch.device:
     return device
 
 
-def load_for_this_world(config: Path, overrides: list[str] | None) -> Config:
+def load_for_this_world(config: Path, overrides: list[str] | None, kind: type[C]) -> C:
     """The settings, checked before torch is imported; torchrun says how many ranks there are."""
     from llm3d.config import load_config
 
     world_size = whole_number("environment variable WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    return load_config(config, overrides or [], world_size)
+    return load_config(config, overrides or [], world_size, kind)
 
 
 def whole_number(name: str, text: str) -> int:

@@ -55,9 +55,11 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
             raise seen[0]  # type: ignore[misc]
         seen.append(config)
 
-    module = ModuleType("llm3d.stages.pretrain")
-    module.run = module.check = run  # type: ignore[attr-defined]
+    module, training = ModuleType("llm3d.stages.pretrain"), ModuleType("llm3d.stages.training")
+    module.open_stage = run  # type: ignore[attr-defined]
+    training.run_stage = training.check_stage = lambda config, open_stage: open_stage(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llm3d.stages.pretrain", module)
+    monkeypatch.setitem(sys.modules, "llm3d.stages.training", training)
     return seen
 
 

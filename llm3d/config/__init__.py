@@ -9,20 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from llm3d.config.checks import check_layout
 from llm3d.config.explain import nearest, show, validate
-from llm3d.config.presets import PRESETS, hugging_face_shape
+from llm3d.config.presets import PRESETS, hugging_face_directory, hugging_face_shape
 from llm3d.config.schema import json_schema
 from llm3d.config.sections import (
+    STAGES,
+    ChatDataConfig,
+    ChatSource,
     Config,
     DataSource,
+    DPOConfig,
+    DPOSettings,
     LossConfig,
     LossScaleConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PretrainConfig,
+    RewardConfig,
+    RewardSettings,
+    SFTConfig,
     ZeroConfig,
     whole,
 )
@@ -30,39 +39,76 @@ from llm3d.config.settings_file import read_settings, settings_to_yaml
 from llm3d.errors import InputError
 
 __all__ = [
+    "STAGES",
+    "ChatDataConfig",
+    "ChatSource",
     "Config",
+    "DPOConfig",
+    "DPOSettings",
     "DataSource",
     "LossConfig",
     "LossScaleConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
+    "PretrainConfig",
+    "RewardConfig",
+    "RewardSettings",
+    "SFTConfig",
     "ZeroConfig",
     "config_to_yaml",
     "json_schema",
+    "kind_of",
     "load_config",
     "make_config",
+    "with_steps",
     "with_vocab_size",
 ]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = 1) -> Config:
+C = TypeVar("C", bound=Config)
+
+
+@overload
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), world_size: int | None = 1
+) -> PretrainConfig: ...
+@overload
+def load_config(path: str | Path, overrides: Sequence[str], world_size: int | None, kind: type[C]) -> C: ...
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    world_size: int | None = 1,
+    kind: type[Config] = PretrainConfig,
+) -> Config:
     """The settings in a YAML file, with `section.key=value` overrides on top.
 
     An override replaces what it names; one of model.preset or model.path replaces the file's model section.
     World size None leaves out the checks that need one. Raises InputError.
     """
-    return make_config(read_settings(path, overrides), world_size)
+    return make_config(read_settings(path, overrides), world_size, kind)
 
 
-def make_config(settings: Mapping[Any, Any], world_size: int | None = 1) -> Config:
+@overload
+def make_config(settings: Mapping[Any, Any], world_size: int | None = 1) -> PretrainConfig: ...
+@overload
+def make_config(settings: Mapping[Any, Any], world_size: int | None, kind: type[C]) -> C: ...
+def make_config(
+    settings: Mapping[Any, Any], world_size: int | None = 1, kind: type[Config] = PretrainConfig
+) -> Config:
     """The settings in a dictionary as YAML would give it. Raises InputError."""
-    filled = _with_defaults(settings)
+    filled = _with_defaults(settings, kind)
     if isinstance(filled.get("model"), dict):
         filled["model"] = _resolve_model(filled["model"])
-    config = validate(Config, filled)
+    config = validate(kind, filled)
     check_layout(config, world_size)
     return config
+
+
+def kind_of(path: str | Path) -> type[Config]:
+    """Which stage a settings file is for: the one whose section it has, else pretraining. Raises InputError."""
+    settings = read_settings(path, ())
+    return next((STAGES[name] for name in settings if name in STAGES), PretrainConfig)
 
 
 def config_to_yaml(config: Config) -> str:
@@ -70,24 +116,38 @@ def config_to_yaml(config: Config) -> str:
     return settings_to_yaml(config.model_dump(mode="json", by_alias=True))
 
 
-def with_vocab_size(config: Config, vocab_size: int) -> Config:
+def with_vocab_size(config: C, vocab_size: int) -> C:
     """The same settings with the vocabulary size that the tokenizer has."""
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def with_steps(config: C, steps: int) -> C:
+    """The same settings with the number of steps that train.epochs take. Raises InputError where they do not fit."""
+    update: dict[str, Any] = {"train": config.train.model_copy(update={"steps": steps})}
+    if config.optim.schedule == "wsd" and config.optim.decay_steps is None:
+        update["optim"] = config.optim.model_copy(update={"decay_steps": _decay_steps(steps)})
+    config = config.model_copy(update=update)
+    check_layout(config, None)
+    return config
 
 
 # ---- defaults that depend on other sections ----
 
 
-def _with_defaults(settings: Mapping[Any, Any]) -> dict[Any, Any]:
+def _with_defaults(settings: Mapping[Any, Any], kind: type[Config]) -> dict[Any, Any]:
     """A section that is absent or empty takes its defaults, or has its own settings named as missing."""
     filled = {name: given for name, given in settings.items() if given is not None or name == "recompute"}
-    filled = {name: {} for name in Config.model_fields if name not in ("model", "recompute")} | filled
+    filled = {name: {} for name in kind.model_fields if name not in ("model", "recompute")} | filled
     optim, train = filled["optim"], filled["train"]
     if isinstance(optim, dict) and optim.get("schedule") == "wsd" and optim.get("decay_steps") is None:
         steps = whole(train.get("steps")) if isinstance(train, dict) else None
-        if isinstance(steps, int):
-            filled["optim"] = optim | {"decay_steps": max(1, steps // 10)}
+        if isinstance(steps, int) and steps:
+            filled["optim"] = optim | {"decay_steps": _decay_steps(steps)}
     return filled
+
+
+def _decay_steps(steps: int) -> int:
+    return max(1, steps // 10)
 
 
 # ---- the model section ----
@@ -112,7 +172,7 @@ def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:
 
 def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
     """The fields in a Hugging Face directory's config.json; what the user gives beside must agree."""
-    file = Path(path) / "config.json"
+    file = hugging_face_directory(path) / "config.json"
     fields = hugging_face_shape(file) | {"path": path}
     stored = validate(ModelConfig, fields, ("model",), source=f" (in {file})")
     shape = stored.model_dump(mode="json")

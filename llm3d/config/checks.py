@@ -6,14 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm3d.config.explain import nearest
-from llm3d.config.sections import Config, LossScaleConfig
+from llm3d.config.sections import (
+    ChatDataConfig,
+    Config,
+    DPOConfig,
+    EpochsConfig,
+    LossScaleConfig,
+    RewardConfig,
+)
 from llm3d.errors import InputError
 
 
 def check_layout(config: Config, world_size: int | None) -> None:
     """Raise InputError with a line for each way in which the settings do not fit each other."""
     problems = [*_model_problems(config), *_stage_problems(config), *_step_problems(config)]
-    problems += _path_problems(config)
+    problems += [*_stage_settings_problems(config), *_path_problems(config)]
     if not problems and world_size is not None:
         problems += _world_problems(config, world_size)
     if problems:
@@ -46,7 +53,8 @@ def _model_problems(config: Config) -> Iterator[str]:
     if model.intermediate_size % tensor:
         yield f"parallel.tensor: {tensor} does not divide model.intermediate_size {model.intermediate_size}"
     tokens = config.batch.micro * config.data.sequence_length
-    if config.parallel.sequence and tokens % tensor:
+    fixed = not isinstance(config.data, ChatDataConfig)  # else a microbatch is as long as what it holds
+    if fixed and config.parallel.sequence and tokens % tensor:
         yield (
             f"parallel.sequence: parallel.tensor {tensor} does not divide the {tokens} tokens "
             f"of a microbatch (batch.micro x data.sequence_length)"
@@ -97,11 +105,28 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield f"optim.decay_steps: only with optim.schedule wsd, not {optim.schedule}; set it to null"
-    elif optim.warmup_steps + (optim.decay_steps or 0) > steps:
+    elif steps and optim.warmup_steps + (optim.decay_steps or 0) > steps:
         decay = f" + optim.decay_steps {optim.decay_steps}" if optim.decay_steps else ""
         yield f"optim.warmup_steps: {optim.warmup_steps}{decay} is above train.steps {steps}"
+    if isinstance(config.train, EpochsConfig) and not (steps or config.train.epochs):
+        yield "train.steps: missing; give it, or train.epochs"
     if config.train.eval_every is not None and not config.data.valid:
         yield f"train.eval_every: {config.train.eval_every} needs data.valid, which is empty"
+
+
+def _stage_settings_problems(config: Config) -> Iterator[str]:
+    if isinstance(config, RewardConfig | DPOConfig) and config.batch.micro < 2:
+        yield f"batch.micro: {config.batch.micro} holds no two replies to compare; the least is 2"
+    if isinstance(config, DPOConfig):
+        dpo = config.dpo
+        if dpo.label_smoothing and dpo.loss not in ("sigmoid", "robust"):
+            yield f"dpo.label_smoothing: {dpo.label_smoothing} needs dpo.loss sigmoid or robust, not {dpo.loss}"
+        if dpo.length_normalized and dpo.loss == "ipo":
+            yield "dpo.length_normalized: dpo.loss ipo always is; leave it out"
+        if dpo.rpo_mean != "sequence" and not dpo.rpo_alpha:
+            yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
+    if isinstance(config.data, ChatDataConfig) and config.model.path is None:
+        yield "model.path: missing; name the model to start from"
 
 
 def _path_problems(config: Config) -> Iterator[str]:
@@ -119,6 +144,8 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
     if world_size < 1 or world_size % ranks:
         layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} = {ranks}"
         yield f"world size {world_size} is not a multiple of {layout}"
+        return
+    if isinstance(config.data, ChatDataConfig):
         return
     data = config.data_parallel_size(world_size)
     if batch.global_size % (batch.micro * data):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from llm3d.config.sections import Config, DataSource, ModelConfig, Section
+from llm3d.config.sections import ChatSource, Config, DataSource, ModelConfig, Section
 from llm3d.errors import InputError
 
 S = TypeVar("S", bound=Section)
@@ -21,20 +21,21 @@ def validate(kind: type[S], settings: dict[Any, Any], path: tuple[str, ...] = ()
         # As JSON: there, and not from Python objects, strict lists become tuples and mappings sections.
         return kind.model_validate_json(json.dumps(settings, default=show))
     except ValidationError as invalid:
+        root = kind if issubclass(kind, Config) else Config
         problems: dict[str, str] = {}
         for error in invalid.errors(include_url=False):
             if error["type"] != "default_factory_not_called":
-                where, allowed = _locate((*path, *error["loc"]))
-                problems.setdefault(where, f"{where}: {_describe(error, where, allowed)}{source}")
+                where, allowed = _locate((*path, *error["loc"]), root)
+                problems.setdefault(where, f"{where}: {_describe(error, where, allowed, root)}{source}")
         # Of a union's complaints about one setting, keep those about its entries.
         outer = {where.partition("[")[0] for where in problems if "[" in where}
         raise InputError("\n".join(problems[where] for where in problems if where not in outer)) from None
 
 
-def _locate(location: tuple[int | str, ...]) -> tuple[str, list[str]]:
+def _locate(location: tuple[int | str, ...], root: type[Config]) -> tuple[str, list[str]]:
     """The setting's path as the user writes it, and the names that its section has."""
     where, allowed = "", list[str]()
-    section: type[Section] | None = Config
+    section: type[Section] | None = root
     for part in location:
         if isinstance(part, int):
             where += f"[{part}]"
@@ -73,12 +74,12 @@ _SAYS = {
 }
 
 
-def _describe(error: Any, where: str, allowed: list[str]) -> str:
+def _describe(error: Any, where: str, allowed: list[str], root: type[Config]) -> str:
     kind, given = error["type"], error["input"]
     if kind == "missing":
         return "missing" + ("; give its preset, path or sizes" if where == "model" else "")
     if kind == "extra_forbidden":
-        return _unknown(where, allowed)
+        return _unknown(where, allowed, root)
     if kind == "value_error":
         return str(error["ctx"]["error"])
     said = _SAYS.get(kind, error["msg"]).format_map(error.get("ctx", {}))
@@ -86,10 +87,10 @@ def _describe(error: Any, where: str, allowed: list[str]) -> str:
     return f"{show(given)} {said}{nearest(given, choices)}"
 
 
-def _unknown(where: str, allowed: list[str]) -> str:
+def _unknown(where: str, allowed: list[str], root: type[Config]) -> str:
     """The same name in another section, else the nearest in this one, else what there is."""
     section, _, name = where.rpartition(".")
-    elsewhere = [path for path in _paths(Config) if path.rpartition(".")[2] == name]
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == name]
     beside = [f"{section}.{sibling}" if section else sibling for sibling in get_close_matches(name, allowed)]
     guess = "".join(f"; did you mean {path}?" for path in (elsewhere or beside)[:1])
     names = f"; {section or 'a settings file'} has {', '.join(allowed)}"
@@ -102,7 +103,7 @@ def _paths(kind: type[Section], prefix: str = "") -> Iterator[str]:
         section = _section_in(field.annotation)
         if section is None:
             yield path
-        elif section is not DataSource:  # its settings are entries of a list
+        elif section not in (DataSource, ChatSource):  # its settings are entries of a list
             yield from _paths(section, f"{path}.")
 
 

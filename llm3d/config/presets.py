@@ -96,6 +96,7 @@ _HUGGING_FACE_DEFAULTS: Shape = {
     "initializer_range": 0.02,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": None,
 }
 # Fields of a config.json that ask for what is not built, and the value that does not.
 _ONLY: Shape = {
@@ -105,6 +106,12 @@ _ONLY: Shape = {
     "attention_dropout": 0.0,
     "quantization_config": None,
 }
+
+
+def hugging_face_directory(path: str) -> Path:
+    """The directory itself, or the one in an llm3d checkpoint."""
+    inside = Path(path) / "model"
+    return inside if (Path(path) / "manifest.json").is_file() else Path(path)
 
 
 def hugging_face_shape(file: Path) -> Shape:
@@ -125,6 +132,8 @@ def hugging_face_shape(file: Path) -> Shape:
             raise InputError(f"model.path: {file}: {name} {stored[name]!r} is not supported")
     known = {name: stored.get(name, default) for name, default in _HUGGING_FACE_DEFAULTS.items()}
     known |= _rope_parameters(file, stored)
+    if (known["pad_token_id"] or 0) < 0:
+        known["pad_token_id"] = None  # as conversions of LLaMA 1 wrote it
     # Null asks for the default, except that a token may be absent.
     return {name: value for name, value in known.items() if value is not None or name.endswith("token_id")}
 

@@ -73,7 +73,7 @@ class ModelConfig(Section):
     """A LLaMA. The names are those of transformers' LlamaConfig."""
 
     path: Name | None = None
-    """A Hugging Face directory: its config.json gives the shape, its weights are the start."""
+    """A Hugging Face directory, or a checkpoint: its config.json gives the shape, its weights are the start."""
     vocab_size: Positive | None = None
     """Null takes it from data.tokenizer."""
     hidden_size: Positive
@@ -94,8 +94,9 @@ class ModelConfig(Section):
     initializer_range: float = Field(0.02, gt=0)
     bos_token_id: Whole | None = None
     eos_token_id: Whole | tuple[Whole, ...] | None = None
+    pad_token_id: Whole | None = None
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, head: Literal["language", "score"] = "language") -> int:
         """The exact number of weights, tied embeddings counted once."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is read")
@@ -103,8 +104,9 @@ class ModelConfig(Section):
         attention = 2 * self.hidden_size * self.head_dim * heads
         mlp = 3 * self.hidden_size * self.intermediate_size
         layer = attention + mlp + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + self.hidden_size
+        embedding = self.vocab_size * self.hidden_size
+        on_top = self.hidden_size if head == "score" else 0 if self.tie_word_embeddings else embedding
+        return embedding + self.num_hidden_layers * layer + self.hidden_size + on_top
 
 
 # ---- the other sections ----
@@ -178,6 +180,13 @@ class DataSource(Section):
         return {"path": given} if isinstance(given, str) else given
 
 
+class ChatSource(DataSource):
+    path: Name
+    """A .jsonl, .json or .parquet file, a directory of them, or a pattern."""
+    weight: float = Field(1.0, gt=0)
+    """How often each of its samples is read in one pass over the data."""
+
+
 def _as_list(value: object) -> object:
     values = [value] if isinstance(value, str | dict) else value
     return tuple(values) if isinstance(values, list) else values
@@ -189,15 +198,41 @@ class DataConfig(Section):
     sequence_length: Positive
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one."""
+
+
+class TokenDataConfig(DataConfig):
+    """Tokens from `llm3d data tokenize`, or from Megatron."""
+
     split_documents: bool = True
     """Attention does not cross from one document into the next."""
 
 
+class ChatDataConfig(DataConfig):
+    """Conversations, or replies to compare. No sample is longer than sequence_length."""
+
+    train: Annotated[tuple[ChatSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    valid: Annotated[tuple[ChatSource, ...], BeforeValidator(_as_list)] = ()
+    tokenizer: Name | None = None
+    """A tokenizer.model or tokenizer.json, or the directory of one. Null: that of model.path."""
+    format: Name = "auto"
+    """auto: by the columns; alpaca, sharegpt, messages, question_answer, preference or ranked."""
+    columns: dict[str, str] = {}
+    """Which column holds what the format calls otherwise, such as {prompt: question}."""
+    template: Name = "auto"
+    """auto: the tokenizer's own, else alpaca; alpaca, chatml, llama2, llama3, or the path of a .jinja file."""
+    turns: Literal["all", "last", "split"] = "all"
+    """Of several replies in a conversation, which are learned: all at once, the last, or each as a sample."""
+    truncation: Literal["drop", "left", "right"] = "drop"
+    """What becomes of a sample above sequence_length: left out, or cut at its start or its end."""
+    skip_bad: bool = False
+    """Leave out, and count, samples that cannot be used."""
+
+
 class BatchConfig(Section):
     global_size: Positive = Field(alias="global")
-    """Sequences a step, over all ranks."""
+    """Sequences a step, over all ranks; after pretraining, samples: conversations, or prompts with their replies."""
     micro: Positive = 1
-    """Sequences a microbatch, on one data-parallel rank."""
+    """Sequences a microbatch, on one data-parallel rank; after pretraining, how many of the longest fit one."""
 
 
 class LossConfig(Section):
@@ -242,6 +277,13 @@ class TrainConfig(Section):
     """Batches of an evaluation. Null: all of data.valid."""
 
 
+class EpochsConfig(TrainConfig):
+    steps: Whole = 0
+    """The learning-rate schedule ends here. 0: where train.epochs end."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; train.steps, where it is given, overrides it."""
+
+
 class CheckpointConfig(Section):
     every: Positive | None = None
     """Steps between checkpoints. Null: only at the end."""
@@ -257,8 +299,43 @@ class LogConfig(Section):
     tensorboard: bool = True
 
 
+class SFTSettings(Section):
+    """Supervised fine-tuning."""
+
+    prompt_loss: bool = False
+    """Learn the prompts, too, not only the replies."""
+
+
+class RewardSettings(Section):
+    """The reward model: how much better a reply must score than a worse one."""
+
+    margin: bool = False
+    """Ask for the margin that the data give to each pair."""
+    center: float = Field(0.0, ge=0)
+    """Times the squared sum of a pair's rewards: keeps rewards around 0."""
+
+
+class DPOSettings(Section):
+    """Direct preference optimisation."""
+
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
+    """ipo takes log-probabilities per token."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the model is held to the reference."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be labelled the wrong way round; with sigmoid and robust."""
+    length_normalized: bool = False
+    """Compare log-probabilities per token instead of whole replies'."""
+    rpo_alpha: float = Field(0.0, ge=0)
+    """Times the negative log-likelihood of the chosen replies, per token, which is added."""
+    rpo_mean: Literal["sequence", "token"] = "sequence"
+    """sequence: each reply counts alike (Pang et al. 2024); token: each token of the step (TRL)."""
+    reference: Literal["cached", "none"] = "cached"
+    """cached: log-probabilities of the starting model are computed once and kept in run.dir; none: taken as equal."""
+
+
 class Config(Section):
-    """All settings of a run."""
+    """What the settings of every stage have in common."""
 
     run: RunConfig
     model: ModelConfig
@@ -268,7 +345,6 @@ class Config(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     data: DataConfig
     batch: BatchConfig
-    loss: LossConfig
     optim: OptimConfig
     kernels: KernelsConfig
     train: TrainConfig
@@ -279,5 +355,45 @@ class Config(Section):
         return world_size // (self.parallel.tensor * self.parallel.pipeline)
 
     def num_microbatches(self, world_size: int) -> int:
-        """Microbatches a step on each data-parallel rank."""
-        return self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size))
+        """Microbatches a step on each data-parallel rank; of samples of different lengths, at most."""
+        return -(-self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size)))
+
+
+class PretrainConfig(Config):
+    """All settings of a pretraining run."""
+
+    data: TokenDataConfig
+    loss: LossConfig
+
+
+class SFTConfig(Config):
+    """All settings of supervised fine-tuning."""
+
+    data: ChatDataConfig
+    train: EpochsConfig
+    loss: LossConfig
+    sft: SFTSettings
+
+
+class RewardConfig(Config):
+    """All settings of a reward model's training."""
+
+    data: ChatDataConfig
+    train: EpochsConfig
+    reward: RewardSettings
+
+
+class DPOConfig(Config):
+    """All settings of direct preference optimisation."""
+
+    data: ChatDataConfig
+    train: EpochsConfig
+    dpo: DPOSettings
+
+
+STAGES: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+}

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llm3d.config import LossConfig, ModelConfig, ParallelConfig
+from llm3d.config import ModelConfig, ParallelConfig
+from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.llama import LlamaStage
 from llm3d.parallel.boxes import Box
 from llm3d.parallel.mesh import Mesh
@@ -24,7 +25,7 @@ def build_stages(
     parallel: ParallelConfig,
     mesh: Mesh,
     recompute: str = "none",
-    loss: LossConfig | None = None,
+    head: HeadName = "language",
 ) -> list[LlamaStage]:
     """This rank's stages, in model order, without storage. Chunk c is virtual stage c * pipeline + rank."""
     counts = parallel.layers_per_stage or spread_layers(
@@ -41,7 +42,7 @@ def build_stages(
                 range(start, start + counts[stage]),
                 sequence_parallel=parallel.sequence and mesh.tensor_size > 1,
                 recompute=recompute,
-                loss=loss,
+                head=head,
             )
         )
     return stages
@@ -75,6 +76,10 @@ def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
     if len(box.shape) == 1:
         return torch.ones(box.size)
     std = config.initializer_range
+    if box.name == SCORE:
+        std = 1 / math.sqrt(
+            config.hidden_size + 1
+        )  # Huang et al. 2024, "The N+ implementation details of RLHF"
     if box.name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= math.sqrt(2 * config.num_hidden_layers)
     first, last = box.offset[0] // _BLOCK_ROWS, -(-(box.offset[0] + box.size[0]) // _BLOCK_ROWS)

@@ -1,19 +1,39 @@
-"""What stands on top of the transformer. The language head: hidden states to token logits and their loss."""
+"""What stands on top of the transformer: a projection to token logits, or to a number a token.
+
+A head does not know what it is trained for: it gives its output to an `Objective`.
+"""
 
 from __future__ import annotations
 
+from typing import Any, Literal, Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from llm3d.config import LossConfig
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
-from llm3d.parallel.cross_entropy import TokenTerms, cross_entropy_sum, token_terms, token_terms_of_hidden
-from llm3d.parallel.layers import column_parallel_linear, vocabulary_range
+from llm3d.parallel.collectives import gather_equal_gradients
+from llm3d.parallel.cross_entropy import TokenTerms, token_terms, token_terms_of_hidden
+from llm3d.parallel.layers import add_to_main_grad, column_parallel_linear, vocabulary_range
+
+HeadName = Literal["language", "score"]
+SCORE = "score.weight"  # the name in transformers' LlamaForSequenceClassification
+
+
+class Objective(Protocol):
+    """Turns what the head says of a microbatch into numbers."""
+
+    def __call__(self, output: Any, batch: Any) -> Tensor:
+        """output: `TokenTerms` from the language head, scores, fp32 [tokens], from the score head.
+
+        -> fp32 [numbers], the first of which is differentiated; the same on all ranks of the tensor group.
+        """
 
 
 class LanguageModelHead(nn.Module):
-    """Projects to this rank's part of the vocabulary; the loss is computed without gathering the logits.
+    """Projects to this rank's part of the vocabulary; no logits are gathered.
 
     tied: the embedding's parameter, where it is on the same stage. Where it is on another, `shared` is the group
     of the two stages: this stage keeps a copy, which the first stage owns, and their gradients are summed.
@@ -27,12 +47,10 @@ class LanguageModelHead(nn.Module):
         sequence_parallel: bool,
         tied: ShardedParameter | None,
         shared: ProcessGroup | None,
-        loss: LossConfig,
         recompute: bool,
     ) -> None:
         super().__init__()
-        self.vocab_size, self.vocabulary = box.size[0], vocabulary_range(box.size[0], group)
-        self.loss_config, self.recompute = loss, recompute
+        self.vocabulary, self.recompute = vocabulary_range(box.size[0], group), recompute
         part = box.rows(self.vocabulary.start, len(self.vocabulary))
         if tied is None:
             tied = ShardedParameter.on_meta([Piece(part, owned=shared is None, partial=shared)])
@@ -54,13 +72,42 @@ class LanguageModelHead(nn.Module):
             )
         return token_terms(self.logits(hidden), targets, first_id, self.group)
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The fp32 sum over target tokens of the cross-entropy, the same on all ranks of the tensor group.
+    def forward(self, hidden: Tensor, batch: Any, objective: Objective) -> Tensor:
+        """What the objective makes of the targets' log-probabilities."""
+        return objective(self.token_terms(hidden, batch.targets), batch)
 
-        z-loss and label smoothing are part of what is trained, not of an evaluation.
-        """
-        terms = self.token_terms(hidden, targets)
-        if not torch.is_grad_enabled():
-            return cross_entropy_sum(terms, targets, self.vocab_size)
-        config = self.loss_config
-        return cross_entropy_sum(terms, targets, self.vocab_size, config.z_loss, config.label_smoothing)
+
+class ScoreHead(nn.Module):
+    """A number for each token: the reward of the text so far, or its value. All tensor ranks hold the same weights.
+
+    Under sequence parallelism each rank scores its share of the tokens, and the weight's gradient is a partial sum.
+    """
+
+    def __init__(self, box: Box, group: ProcessGroup, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.group = group if sequence_parallel else None
+        self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=self.group)])
+
+    def forward(self, hidden: Tensor, batch: Any, objective: Objective) -> Tensor:
+        """What the objective makes of the scores. Sequence parallelism: all_gather of [tokens], fp32."""
+        scores = _Score.apply(hidden, self.weight)
+        return objective(scores if self.group is None else gather_equal_gradients(scores, self.group), batch)
+
+
+class _Score(Function):
+    """hidden [tokens, hidden] @ weight [1, hidden], in fp32 -> [tokens]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: ShardedParameter) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.weight = weight
+        return hidden.float() @ weight[0].float()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad_output,), (hidden,) = grads, ctx.saved_tensors
+        grad_hidden = torch.outer(grad_output, ctx.weight[0].float()).to(hidden.dtype)
+        if ctx.needs_input_grad[1]:
+            add_to_main_grad(ctx.weight, (grad_output @ hidden.float())[None])
+        return grad_hidden, None

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
+from llm3d.models.build import initial_value
+from llm3d.models.heads import SCORE, HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
 from llm3d.parallel.boxes import Box
@@ -103,20 +105,22 @@ def index_of(stored: Sequence[StoredBox]) -> tuple[str, str] | None:
     return _INDEX, json.dumps(index, indent=2) + "\n"
 
 
-def config_files(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
+def config_files(config: ModelConfig, dtype: torch.dtype, head: HeadName = "language") -> dict[str, str]:
     """config.json and generation_config.json, by name. transformers 4 and 5 both read them."""
-    files = {"config.json": _config(config, str(dtype).removeprefix("torch."))}
+    files = {"config.json": _config(config, str(dtype).removeprefix("torch."), head)}
     tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    if tokens["eos_token_id"] is not None:
+    if head == "language" and tokens["eos_token_id"] is not None:
         files["generation_config.json"] = {"_from_model_config": True} | tokens
     return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
 
 
-def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
     fields = config.model_dump(mode="json", exclude={"path", "rope_scaling", "rope_theta"})
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else None
+    of_scores = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLM" if head == "language" else "LlamaForSequenceClassification"],
+        **(of_scores if head == "score" else {}),
         "model_type": "llama",
         **fields,
         "attention_bias": False,
@@ -136,11 +140,14 @@ def _config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 # ---- reading ----
 
 
-def read_weights(directory: Path, flat: FlatParameters, into: Sequence[Tensor], config: ModelConfig) -> None:
+def read_weights(
+    directory: Path, flat: FlatParameters, into: Sequence[Tensor], config: ModelConfig, seed: int = 0
+) -> None:
     """Fill `into`, tensors laid out like flat.parameters, from a Hugging Face directory; each rank reads its boxes.
 
     Called on all ranks. A tied model's output weights may be stored under the embedding's name, the head's or
-    both. Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
+    both. A score head takes the place of a language model's head, with first weights from `seed`.
+    Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
     """
     names = model_names(flat)
     with input_errors_on_all(flat.mesh.everyone):
@@ -150,8 +157,14 @@ def read_weights(directory: Path, flat: FlatParameters, into: Sequence[Tensor], 
             head = files.pop(_HEAD, None)
             if head is not None and _EMBEDDING not in files:
                 files[_EMBEDDING] = head
-        _check_names(directory, names, files)
+        new = {SCORE} & names - files.keys()
+        if new:
+            files.pop(_HEAD, None)
+        _check_names(directory, names - new, files)
         for piece, view in flat.pieces(into):
+            if piece.box.name in new:
+                view.copy_(initial_value(piece.box, config, seed))
+                continue
             stored = _find(reader, files[piece.box.name], piece.box.name)
             check_shape(directory, piece.box, stored)
             reader.read(piece.box, [stored], view)

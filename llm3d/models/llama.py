@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from llm3d.config import LossConfig, ModelConfig
+from llm3d.config import ModelConfig
 from llm3d.kernels.attention import attention
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
 from llm3d.kernels.swiglu import swiglu
-from llm3d.models.heads import LanguageModelHead
+from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
 from llm3d.parallel.boxes import Box, Piece, stack
 from llm3d.parallel.layers import (
     ColumnParallelLinear,
@@ -42,8 +42,6 @@ class Batch(Protocol):
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
     def max_seqlen(self) -> int: ...
-    @property
-    def num_targets(self) -> int: ...  # targets that are not -100
     def to(self, device: torch.device | str) -> Batch: ...
 
 
@@ -59,6 +57,7 @@ class Context(NamedTuple):
 class LlamaStage(nn.Module):
     """Layers `layers` of a LLaMA; the first stage has the embedding, the last the final norm and the head.
 
+    head: "language" (token logits) or "score" (a number a token).
     sequence_parallel: split the tokens over the tensor group between sublayers.
     recompute: "none"; "selective" keeps neither the inputs of attention (queries, keys, values) nor those of
         the cross-entropy (logits) for backward; "full" keeps only the input of each layer.
@@ -73,13 +72,13 @@ class LlamaStage(nn.Module):
         *,
         sequence_parallel: bool = False,
         recompute: str = "none",
-        loss: LossConfig | None = None,
+        head: HeadName = "language",
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
         self.config = config
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        shared = mesh.embedding if config.tie_word_embeddings else None
+        shared = mesh.embedding if config.tie_word_embeddings and head == "language" else None
         self.embedding: VocabParallelEmbedding | None = None
         if layers.start == 0:
             self.embedding = VocabParallelEmbedding(table, mesh.tensor, sequence_parallel, partial=shared)
@@ -87,29 +86,41 @@ class LlamaStage(nn.Module):
         self.layers = nn.ModuleDict(
             {str(i): LlamaLayer(config, mesh, i, kv_replicas, sequence_parallel, recompute) for i in layers}
         )
-        self.head: LanguageModelHead | None = None
+        self.head: LanguageModelHead | ScoreHead | None = None
         if layers.stop == config.num_hidden_layers:
             self.norm = _norm("model.norm.weight", config, mesh, sequence_parallel)
-            if not config.tie_word_embeddings:
-                table = Box.whole("lm_head.weight", table.shape)
-            tied = (
-                self.embedding.weight if config.tie_word_embeddings and self.embedding is not None else None
-            )
-            self.head = LanguageModelHead(
-                table, mesh.tensor, sequence_parallel, tied, shared, loss or LossConfig(), recompute != "none"
-            )
+            if head == "score":
+                score = Box.whole(SCORE, (1, config.hidden_size))
+                self.head = ScoreHead(score, mesh.tensor, sequence_parallel)
+            else:
+                self.head = self._language_head(table, mesh, sequence_parallel, shared, recompute != "none")
         scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
-    def forward(self, hidden: Tensor | None, batch: Batch) -> Tensor:
+    def _language_head(
+        self,
+        table: Box,
+        mesh: Mesh,
+        sequence_parallel: bool,
+        shared: ProcessGroup | None,
+        recompute: bool,
+    ) -> LanguageModelHead:
+        tied = None
+        if not self.config.tie_word_embeddings:
+            table = Box.whole("lm_head.weight", table.shape)
+        elif self.embedding is not None:
+            tied = self.embedding.weight
+        return LanguageModelHead(table, mesh.tensor, sequence_parallel, tied, shared, recompute)
+
+    def forward(self, hidden: Tensor | None, batch: Batch, objective: Objective) -> Tensor:
         """hidden: None on the first stage, else the stage before's output.
 
         -> [tokens, hidden_size] ([tokens / n, hidden_size] under sequence parallelism); from the last stage the
-        fp32 sum over target tokens of the cross-entropy.
+        objective's numbers.
         """
         hidden = self.transform(hidden, batch)
-        return hidden if self.head is None else self.head(hidden, batch.targets)
+        return hidden if self.head is None else self.head(hidden, batch, objective)
 
     def units(self) -> list[nn.Module]:
         """The modules whose parameters are stored and gathered together, in the order of their calls."""

@@ -96,6 +96,18 @@ class _ReduceScatterTokens(Function):
         return gather_rows(grads[0], ctx.group)[0], None
 
 
+class _GatherEqualGradients(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, len(x)
+        return gather_rows(x, group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        start = ctx.group.rank() * ctx.rows
+        return grads[0][start : start + ctx.rows], None
+
+
 def all_reduce_partial_sums(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum x over the tensor group, in place.
 
@@ -116,10 +128,26 @@ def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
     return x if group.size() == 1 else _ReduceScatterTokens.apply(x, group)
 
 
+def gather_equal_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Gather the ranks' shares of the tokens, for ranks that then all compute the same.
+
+    x: [tokens / n, ...] -> [tokens, ...]. Each rank receives n - 1 times x. Backward: this rank's share of the
+    gradient, which every rank has whole; nothing is sent.
+    """
+    return x if group.size() == 1 else _GatherEqualGradients.apply(x, group)
+
+
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum x over the group, in place, without a backward; returns x."""
     if group.size() > 1:
         dist.all_reduce(x, group=group)
+    return x
+
+
+def all_reduce_max(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The elements' largest over the group, in place, without a backward; returns x."""
+    if group.size() > 1:
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
     return x
 
 

@@ -26,11 +26,14 @@ _CHUNK_BYTES = 128 * 2**20  # of logits that exist at once in token_terms_of_hid
 
 
 class TokenTerms(NamedTuple):
-    """fp32 [tokens] each, the same on all ranks of the group, and differentiable."""
+    """fp32 [tokens] each, the same on all ranks of the group; the first three are differentiable."""
 
     log_probabilities: Tensor  # log softmax(logits)[target]; 0 where the target is negative
     log_normaliser: Tensor  # log sum exp(logits)
     sum_of_logits: Tensor
+    below_maximum: (
+        Tensor  # the row's largest logit minus the target's: 0 where the target is the likeliest token
+    )
 
 
 def cross_entropy_sum(
@@ -91,6 +94,7 @@ class _OfLogits(Function):
         local = targets - first_id
         terms, maximum, total = _softmax(softmax_stats(logits, local), targets, group)
         ctx.save_for_backward(logits, targets, local, maximum, total)
+        ctx.mark_non_differentiable(terms.below_maximum)
         return tuple(terms)
 
     @staticmethod
@@ -98,7 +102,7 @@ class _OfLogits(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits, targets, local, maximum, total = ctx.saved_tensors
         gradient = logits.detach()
-        cross_entropy_backward_(gradient, local, maximum, *_factors(total, targets, *grads))
+        cross_entropy_backward_(gradient, local, maximum, *_factors(total, targets, *grads[:3]))
         increment_version(gradient)  # a second backward then finds that what it needs is gone
         return gradient, None, None, None
 
@@ -121,6 +125,7 @@ class _OfHidden(Function):
         stats = [softmax_stats(x[part] @ weight.t(), local[part]) for part in _chunks(x, weight)]
         terms, maximum, total = _softmax(torch.cat(stats, dim=1), targets, group)
         ctx.save_for_backward(hidden, targets, local, maximum, total)
+        ctx.mark_non_differentiable(terms.below_maximum)
         return tuple(terms)
 
     @staticmethod
@@ -128,7 +133,7 @@ class _OfHidden(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None, None]:
         hidden, targets, local, maximum, total = ctx.saved_tensors
         weight, group = ctx.weight, ctx.group
-        factors = _factors(total, targets, *grads)
+        factors = _factors(total, targets, *grads[:3])
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
         gradient = torch.empty_like(x)
         for part in _chunks(x, weight):
@@ -157,7 +162,8 @@ def _softmax(stats: Tensor, targets: Tensor, group: ProcessGroup) -> tuple[Token
     log_total = total.log()
     # The difference comes first: it is exact where the target's logit is the maximum.
     log_probabilities = torch.where(targets >= 0, (target - maximum) - log_total, 0.0)
-    return TokenTerms(log_probabilities, maximum + log_total, sum_of_logits.clone()), maximum, total
+    terms = TokenTerms(log_probabilities, maximum + log_total, sum_of_logits.clone(), maximum - target)
+    return terms, maximum, total
 
 
 def _factors(

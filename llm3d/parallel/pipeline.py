@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.schedules import Action, Kind, Part, peer
+
+Objective = Callable[[Any, Any], Tensor]  # see llm3d.models.heads.Objective
 
 
 class _Transfer(NamedTuple):
@@ -21,23 +23,34 @@ class _Transfer(NamedTuple):
 class Pipeline:
     """The stages of this rank (chunk c is virtual stage c * pipeline_size + pipeline_rank) and what they exchange.
 
-    stages: called with (input, microbatch). The input is None on the first virtual stage; the last returns the
-        microbatch's loss, an fp32 scalar, the others [rows, hidden] activations.
-    activation: a tensor on any device with the shape and dtype of what crosses between stages; it is static.
+    stages: called with (input, microbatch, objective). The input is None on the first virtual stage; the last returns
+        the objective's fp32 [numbers] of the microbatch, the others [rows, hidden] activations.
+    hidden_size, dtype: of what crosses between stages; its rows are the microbatch's tokens, of which this rank has
+        one in `tokens_a_row` (under sequence parallelism, the tensor group's size).
     """
 
-    def __init__(self, mesh: Mesh, stages: Sequence[nn.Module], activation: Tensor) -> None:
-        self.mesh, self.stages, self.activation = mesh, list(stages), activation
+    def __init__(
+        self,
+        mesh: Mesh,
+        stages: Sequence[nn.Module],
+        hidden_size: int,
+        dtype: torch.dtype,
+        tokens_a_row: int = 1,
+    ) -> None:
+        self.mesh, self.stages = mesh, list(stages)
+        self.hidden_size, self.dtype, self.tokens_a_row = hidden_size, dtype, tokens_a_row
         self.last_stage = len(self.stages) * mesh.pipeline_size - 1
 
-    def run(self, part: Part, microbatches: Sequence[Any], scale: float = 1.0) -> Tensor | None:
-        """Run this rank's part of a schedule; -> the sum of the microbatches' losses on the last stage, None on the
-        others.
+    def run(
+        self, part: Part, microbatches: Sequence[Any], objective: Objective, scale: float = 1.0
+    ) -> list[Tensor] | None:
+        """Run this rank's part of a schedule; -> the objective's numbers of each microbatch on the last stage, None on
+        the others.
 
-        scale: what backward multiplies the loss by, one over the step's number of target tokens.
+        scale: what backward multiplies the first of the numbers by, one over what the step's loss is divided by.
         Activations, [rows, hidden] in the compute dtype, go to the next stage, and as much comes back.
         """
-        step = _Step(self, microbatches, scale, part.arrivals)
+        step = _Step(self, microbatches, objective, scale, part.arrivals)
         for action in part.actions:
             step.run(action)
         for transfer in step.sent.values():
@@ -45,7 +58,11 @@ class Pipeline:
         assert not step.received and not step.inputs, (
             "every activation received was used and given its gradient"
         )
-        return step.loss
+        return [step.numbers[i] for i in range(len(microbatches))] if step.numbers else None
+
+    def activation_shape(self, microbatch: Any) -> tuple[int, int]:
+        """Of what crosses between stages."""
+        return len(microbatch.tokens) // self.tokens_a_row, self.hidden_size
 
 
 class _Step:
@@ -55,17 +72,18 @@ class _Step:
         self,
         pipeline: Pipeline,
         microbatches: Sequence[Any],
+        objective: Objective,
         scale: float,
         arrivals: dict[Action, list[Action]],
     ) -> None:
-        self.pipeline, self.mesh, self.microbatches, self.scale = pipeline, pipeline.mesh, microbatches, scale
-        self.arrivals = arrivals
+        self.pipeline, self.mesh, self.microbatches = pipeline, pipeline.mesh, microbatches
+        self.objective, self.scale, self.arrivals = objective, scale, arrivals
         self.received: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
         self.ready: dict[tuple[Kind, tuple[int, int]], Tensor] = {}  # computed, to be sent
         self.sent: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
-        self.loss: Tensor | None = None
+        self.numbers: dict[int, Tensor] = {}  # by microbatch
         self._run = {
             Kind.RECV_FORWARD: self.receive,
             Kind.FORWARD: self.forward,
@@ -79,7 +97,8 @@ class _Step:
         self._run[action.kind](action)
 
     def receive(self, action: Action) -> None:
-        buffer = torch.empty_like(self.pipeline.activation, device=self.mesh.device)
+        shape = self.pipeline.activation_shape(self.microbatches[action.microbatch])
+        buffer = torch.empty(shape, dtype=self.pipeline.dtype, device=self.mesh.device)
         source = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
         work = dist.irecv(buffer, group=self.channel(action.kind), group_src=source)
         assert work is not None, "this rank is in its pipeline group"
@@ -98,21 +117,22 @@ class _Step:
         training = torch.is_grad_enabled()
         if hidden is not None and training:
             hidden.requires_grad_()
-        output = self.pipeline.stages[action.chunk](hidden, self.microbatches[action.microbatch])
+        microbatch = self.microbatches[action.microbatch]
+        output = self.pipeline.stages[action.chunk](hidden, microbatch, self.objective)
         if training:
             self.inputs[key], self.outputs[key] = hidden, output
         if self.stage_of(action) == self.pipeline.last_stage:
-            loss = output.detach()
-            self.loss = loss.clone() if self.loss is None else self.loss.add_(loss)
+            self.numbers[action.microbatch] = output.detach()
         else:
-            assert output.shape == self.pipeline.activation.shape, "shapes that cross the pipeline are static"
+            assert output.shape == self.pipeline.activation_shape(microbatch), "the next stage expects it so"
             self.ready[Kind.SEND_FORWARD, key] = output.detach().contiguous()
 
     def backward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
         output, hidden = self.outputs.pop(key), self.inputs.pop(key)
         if self.stage_of(action) == self.pipeline.last_stage:
-            gradient = torch.full_like(output, self.scale)
+            gradient = torch.zeros_like(output)
+            gradient[0] = self.scale
         else:
             gradient = self.wait(Kind.RECV_BACKWARD, action)
         torch.autograd.backward(output, gradient)

@@ -78,7 +78,7 @@ def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
         counter = _Counter(trainer.flat)
         with counter:
             trainer.flat.begin_step(len(batches))
-            trainer.pipeline.run(trainer.part(len(batches)), batches)
+            trainer.pipeline.run(trainer.part(len(batches)), batches, trainer.objective)
             trainer.flat.finish_gradients()
         return _summed_up(trainer, counter)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm3d.config import Config
+from llm3d.config import PretrainConfig
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
-from llm3d.stages.language_data import ValidationData, open_tokenizer
-from llm3d.stages.pretrain import checkpoint_to_resume
+from llm3d.stages.language_data import ValidationData
+from llm3d.stages.tokenizer import open_tokenizer
+from llm3d.stages.training import checkpoint_to_resume
 from llm3d.train.checkpoint import load_pretrained
 from llm3d.train.loop import evaluate
 from llm3d.train.trainer import Evaluator
 
 
-def run(config: Config) -> None:
+def run(config: PretrainConfig) -> None:
     """Print the loss over data.valid: all of it, or train.eval_steps batches."""
     with process_group() as device:
         with input_errors_on_all(whole_world()):
@@ -32,13 +33,12 @@ def run(config: Config) -> None:
         load_pretrained(Path(source), model)
         result = evaluate(model, data)
         if mesh.rank == 0:
-            print(
-                f"{source}: loss {result.loss:.4f}, perplexity {result.perplexity:.3f} on "
-                f"{result.num_targets:,} tokens"
-            )
+            numbers = result.report(model.objective)
+            said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            print(f"{source}: {said} on {result.num_terms:,} tokens")
 
 
-def check(config: Config) -> tuple[Config, ValidationData]:
+def check(config: PretrainConfig) -> tuple[PretrainConfig, ValidationData]:
     """Open what the settings name; raise InputError where it cannot be used."""
     backend.use(config.kernels.backend, device_of_this_process())
     if not config.data.valid:

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llm3d.config import Config, DataSource, with_vocab_size
+from llm3d.config import DataSource, PretrainConfig
 from llm3d.data.batches import evaluation_batches, step_microbatches
 from llm3d.data.pretraining import Microbatch, PretrainingData
-from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
 
 
-def open_tokenizer(config: Config) -> tuple[Config, Tokenizer | None]:
-    """The run's tokenizer, if it has one; its size becomes model.vocab_size where that is not set.
-
-    Raises InputError where the two disagree.
-    """
-    if config.data.tokenizer is None:
-        if config.model.vocab_size is None:
-            raise InputError("model.vocab_size: not set; set it, or data.tokenizer, which tells it")
-        return config, None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if config.model.vocab_size is None:
-        return with_vocab_size(config, tokenizer.vocab_size), tokenizer
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise InputError(
-            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size {config.model.vocab_size}; give the model's own tokenizer, or a larger vocab_size"
-        )
-    return config, tokenizer
-
-
 class ValidationData:
     """data.valid, a pass over which is an evaluation. Raises InputError where the files cannot be used."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         self.config = config
         self.valid = open_sources(config, config.data.valid, "valid") if config.data.valid else None
 
@@ -55,7 +34,7 @@ class ValidationData:
 class LanguageData(ValidationData):
     """`llm3d.train.loop.TrainingData` over token files. Raises InputError where they cannot be used."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PretrainConfig) -> None:
         super().__init__(config)
         self.train = open_sources(config, config.data.train, "train")
         windows, needed = self.train.num_windows, config.batch.global_size
@@ -77,6 +56,25 @@ class LanguageData(ValidationData):
             self.start.samples + samples, self.start.tokens + samples * self.config.data.sequence_length
         )
 
+    @property
+    def digest(self) -> str:
+        """What the order of samples depends on, in 16 hex digits."""
+        return self.train.digest
+
+    def introduction(self, mesh: Mesh) -> list[str]:
+        """What the run is going to read, for people."""
+        config = self.config
+        tokens = config.batch.global_size * config.data.sequence_length
+        epochs = self.train.epochs(self.consumed(config.train.steps).samples)
+        passes = ", ".join(
+            f"{source.path} {times:.2f} times"
+            for source, times in zip(config.data.train, epochs, strict=True)
+        )
+        return [
+            f"{tokens:,} tokens a step in {config.num_microbatches(mesh.size)} microbatches a data rank",
+            f"by step {config.train.steps} it has read {passes}",
+        ]
+
     def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
         """This data rank's microbatches of a step."""
         batch, first_sample = self.config.batch, self.consumed(step - 1).samples
@@ -85,7 +83,7 @@ class LanguageData(ValidationData):
         )
 
 
-def open_sources(config: Config, sources: Sequence[DataSource], split: str) -> PretrainingData:
+def open_sources(config: PretrainConfig, sources: Sequence[DataSource], split: str) -> PretrainingData:
     assert config.model.vocab_size is not None, "open_tokenizer has set it"
     return PretrainingData(
         [(source.path, source.weight) for source in sources],

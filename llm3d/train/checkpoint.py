@@ -143,7 +143,7 @@ def _write_small_files(
     if trainer.loss_scale is not None:
         state = {**state, "loss_scale": trainer.loss_scale.state}
     writer.text("state.json", json.dumps(state, indent=1) + "\n")
-    for name, content in config_files(trainer.config.model, trainer.dtype).items():
+    for name, content in config_files(trainer.config.model, trainer.dtype, trainer.objective.head).items():
         writer.text(f"model/{name}", content)
     if tokenizer is not None:
         folder = writer.directory / "model"
@@ -263,9 +263,10 @@ def load_pretrained(directory: Path, model: Evaluator) -> None:
     """
     directory = Path(directory)
     if (directory / manifest.FILE).is_file():
-        _checked_manifest(directory, model)
+        with input_errors_on_all(model.mesh.everyone):
+            _check_files(directory, read_manifest(directory), model.mesh.rank, model.mesh.size)
         directory /= "model"
-    read_weights(directory, model.flat, model.weights, model.config.model)
+    read_weights(directory, model.flat, model.weights, model.config.model, model.config.run.seed)
     model.publish()
 
 

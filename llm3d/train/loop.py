@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +16,7 @@ from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.learning_rate import learning_rate
+from llm3d.train.objective import Tally
 from llm3d.train.report import Report, memory_gib
 from llm3d.train.signals import StopSignals
 from llm3d.train.throughput import peak_flops, step_flops
@@ -44,15 +45,6 @@ class TrainingData(EvaluationData, Protocol):
 
     def microbatches(self, step: int, mesh: Mesh) -> Sequence[Batch]:
         """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
-
-
-class Evaluation(NamedTuple):
-    loss: float  # mean over target tokens
-    num_targets: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
 
 
 def train(
@@ -89,13 +81,13 @@ def train(
                     f"step {step}: skipped, gradients overflow at a loss scale of {result.loss_scale:g}"
                 )
             metrics = {"step": step, **data.consumed(step)._asdict()}
-            metrics |= meter.measure(microbatches, result, lr, time.perf_counter() - started)
+            tokens = metrics["tokens"] - data.consumed(step - 1).tokens
+            metrics |= meter.measure(microbatches, tokens, result, lr, time.perf_counter() - started)
             if config.train.eval_every and step % config.train.eval_every == 0:
-                evaluated, evaluation = step, evaluate(trainer, data)
-                metrics |= {"valid_loss": evaluation.loss, "valid_perplexity": evaluation.perplexity}
-                report.say(
-                    f"step {step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}"
-                )
+                evaluated, numbers = step, evaluate(trainer, data).report(trainer.objective)
+                metrics |= {f"valid_{name}": value for name, value in numbers.items()}
+                said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+                report.say(f"step {step}: validation {said}")
             report.step(metrics, log=step in (last_step, evaluated) or step % config.log.every == 0)
             stop = signals.agreed(mesh.everyone)
             if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -105,13 +97,12 @@ def train(
                     _interrupt(stop, step, last_step, path)
 
 
-def evaluate(model: Evaluator, data: EvaluationData) -> Evaluation:
-    """Mean loss over the validation data; the same on every rank, whatever the layout."""
-    total, num_targets = 0.0, 0
-    for microbatches in data.evaluation(model.mesh):
-        loss, count = model.evaluate(_on_device(microbatches, model.mesh))
-        total, num_targets = total + loss, num_targets + count
-    return Evaluation(total / max(1, num_targets), num_targets)
+def evaluate(model: Evaluator, data: EvaluationData) -> Tally:
+    """The objective's numbers over the validation data; the same on every rank, whatever the layout."""
+    tallies = (
+        model.evaluate(_on_device(microbatches, model.mesh)) for microbatches in data.evaluation(model.mesh)
+    )
+    return functools.reduce(Tally.with_more, tallies)
 
 
 def _read(
@@ -139,14 +130,16 @@ class _Meter:
         _, self.peak = peak_flops(trainer.mesh.device, trainer.config.precision.compute)
 
     def measure(
-        self, microbatches: Sequence[Batch], result: StepResult, lr: float, seconds: float
+        self, microbatches: Sequence[Batch], tokens: int, result: StepResult, lr: float, seconds: float
     ) -> dict[str, Any]:
+        """tokens: of the step, over all ranks. Attention's share is taken from this rank's microbatches."""
         config, mesh = self.trainer.config, self.trainer.mesh
-        tokens = config.batch.global_size * config.data.sequence_length
-        flops = step_flops(config.model, microbatches, tokens // mesh.data_size) * mesh.data_size
+        share, head = tokens / mesh.data_size, self.trainer.objective.head
+        flops = step_flops(config.model, microbatches, share, head) * mesh.data_size
         per_device = flops / seconds / mesh.size
         return {
             "loss": result.loss,
+            **result.metrics,
             "lr": lr,
             "grad_norm": None if result.skipped else result.grad_norm,
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),

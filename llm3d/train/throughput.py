@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from llm3d.config import ModelConfig
+from llm3d.models.heads import HeadName
 from llm3d.models.llama import Batch
 
 FORMULA = (
@@ -24,10 +25,12 @@ _PEAK_BF16 = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 _PEAK_FP32 = {"A100": 19.5e12, "H100": 67e12, "H200": 67e12, "B200": 75e12}
 
 
-def step_flops(model: ModelConfig, microbatches: Sequence[Batch], num_tokens: int) -> float:
+def step_flops(
+    model: ModelConfig, microbatches: Sequence[Batch], num_tokens: float, head: HeadName = "language"
+) -> float:
     """FLOPs of forward and backward over microbatches of `num_tokens` tokens together."""
-    products = model.num_parameters()
-    if not model.tie_word_embeddings:
+    products = model.num_parameters(head)
+    if head == "score" or not model.tie_word_embeddings:
         products -= (model.vocab_size or 0) * model.hidden_size
     pairs = sum(float(batch.cu_seqlens.diff().double().square().sum()) for batch in microbatches)
     width = model.num_attention_heads * model.head_dim

@@ -10,26 +10,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llm3d.config import Config
+from llm3d.config import Config, PretrainConfig, SFTConfig
 from llm3d.errors import InputError
 from llm3d.kernels import backend
+from llm3d.models import heads
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
-from llm3d.parallel.collectives import all_reduce_sum, broadcast_from_last
+from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_from_last
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.schedules import Part, part_of_rank
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.host_memory import available_memory
 from llm3d.train.loss_scale import LossScale
+from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.optimizer import Optimizer
 
 
 class StepResult(NamedTuple):
-    loss: float  # mean over the step's target tokens, of all ranks
+    loss: float  # mean over all that the objective counts, of all ranks
     grad_norm: float  # before clipping
-    num_targets: int
+    metrics: dict[str, float]  # what the objective reports beside the loss
     loss_scale: float | None = None  # that the step was taken with, in fp16
     skipped: bool = False  # the gradients overflowed fp16: nothing was changed but the loss scale
     problem: str | None = None  # why training cannot go on: no weight was changed
@@ -38,19 +40,20 @@ class StepResult(NamedTuple):
 class Evaluator:
     """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time."""
 
-    def __init__(self, config: Config, mesh: Mesh, trainable: bool = False) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, objective: Objective | None = None, trainable: bool = False
+    ) -> None:
+        """objective: None, with pretraining's settings, is theirs."""
         self.config, self.mesh = config, mesh
+        self.objective = objective or next_token(config)
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
-        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, config.loss)
+        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, self.objective.head)
         self._check_host_memory(trainable)
         gradients = DTYPES[config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
-        rows = config.batch.micro * config.data.sequence_length
-        if config.parallel.sequence:
-            rows //= mesh.tensor_size
-        activation = torch.empty(rows, config.model.hidden_size, dtype=self.dtype, device="meta")
-        self.pipeline = Pipeline(mesh, self.stages, activation)
+        tokens_a_row = mesh.tensor_size if config.parallel.sequence else 1
+        self.pipeline = Pipeline(mesh, self.stages, config.model.hidden_size, self.dtype, tokens_a_row)
 
     def _check_host_memory(self, trainable: bool) -> None:
         """Raise InputError on all ranks where a host has too little for what its ranks will keep there."""
@@ -77,10 +80,15 @@ class Evaluator:
         """Take over what was written into `weights`."""
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Batch]) -> tuple[float, int]:
-        """Sum of the loss over all ranks' target tokens, and their number."""
-        loss = self.pipeline.run(self.part(len(microbatches), forward_only=True), microbatches)
-        return self._total_loss(loss), self._count_targets(microbatches)
+    def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
+        """The objective's numbers over all ranks' microbatches, on every rank."""
+        return self._tally(self.outputs(microbatches, self.objective), self._count(microbatches))
+
+    @torch.no_grad()
+    def outputs(self, microbatches: Sequence[Batch], objective: heads.Objective) -> list[Tensor] | None:
+        """What the objective makes of each of this data rank's microbatches; None but on the last pipeline stage."""
+        part = self.part(len(microbatches), forward_only=True)
+        return self.pipeline.run(part, microbatches, objective)
 
     def part(self, num_microbatches: int, forward_only: bool = False) -> Part:
         """What this rank does in a step."""
@@ -88,18 +96,29 @@ class Evaluator:
         shape = (layout.schedule, layout.pipeline, layout.chunks, num_microbatches)
         return part_of_rank(self.mesh.pipeline_rank, *shape, forward_only)
 
-    def _count_targets(self, microbatches: Sequence[Batch]) -> int:
-        count = torch.tensor(
-            sum(batch.num_targets for batch in microbatches)
-        )  # between hosts: it is needed there
+    def _count(self, microbatches: Sequence[Batch]) -> int:
+        """Terms of the loss over all ranks' microbatches; between hosts, where the count is needed."""
+        count = torch.tensor(sum(self.objective.count(batch) for batch in microbatches))
         return int(all_reduce_sum(count, self.mesh.data))
 
-    def _total_loss(self, loss: Tensor | None) -> float:
-        """From the last stage's sum over its microbatches: the sum over the data group, on every rank."""
-        total = torch.zeros(1, device=self.mesh.device, dtype=torch.float64)
-        if loss is not None:
-            total += all_reduce_sum(loss.double(), self.mesh.data)
-        return float(broadcast_from_last(total, self.mesh.pipeline))
+    def _tally(self, outputs: list[Tensor] | None, num_terms: int) -> Tally:
+        """From the last stage's numbers: those of all data ranks, on every rank."""
+        num_sums, num_maxima = 1 + len(self.objective.sums), len(self.objective.maxima)
+        sums = torch.zeros(num_sums, device=self.mesh.device, dtype=torch.float64)
+        maxima = sums.new_zeros(num_maxima)
+        if outputs is not None:
+            stacked = torch.stack(outputs).double()  # [microbatches, numbers]
+            sums += all_reduce_sum(stacked[:, :num_sums].sum(0), self.mesh.data)
+            if num_maxima:
+                maxima += all_reduce_max(stacked[:, num_sums:].amax(0), self.mesh.data)
+        numbers = broadcast_from_last(torch.cat([sums, maxima]), self.mesh.pipeline).tolist()
+        return Tally(tuple(numbers[:num_sums]), tuple(numbers[num_sums:]), num_terms)
+
+
+def next_token(config: Config) -> NextToken:
+    """What pretraining and supervised fine-tuning train on."""
+    assert isinstance(config, PretrainConfig | SFTConfig) and config.model.vocab_size is not None
+    return NextToken(config.model.vocab_size, config.loss)
 
 
 def host_bytes(config: Config, mesh: Mesh, num_parameters: int, trainable: bool) -> float:
@@ -124,8 +143,8 @@ def host_bytes(config: Config, mesh: Mesh, num_parameters: int, trainable: bool)
 class Trainer(Evaluator):
     """A model with its gradients and its optimiser."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        super().__init__(config, mesh, trainable=True)
+    def __init__(self, config: Config, mesh: Mesh, objective: Objective | None = None) -> None:
+        super().__init__(config, mesh, objective, trainable=True)
         moments = DTYPES[config.precision.moments]
         self.optimizer = Optimizer(self.flat, config.optim, config.zero, moments, config.run.seed)
         fp16 = config.precision.compute == "fp16"
@@ -149,16 +168,15 @@ class Trainer(Evaluator):
         Where the loss or the gradient is not finite, the weights stay as they are; see the result. All ranks get the
         same one.
         """
-        num_targets = self._count_targets(microbatches)
         scale = self.loss_scale.value if self.loss_scale else None
+        num_terms = self._count(microbatches)
+        per_term = (scale or 1.0) / max(1, num_terms)
         self.flat.begin_step(len(microbatches))
-        loss = self.pipeline.run(
-            self.part(len(microbatches)), microbatches, scale=(scale or 1.0) / max(1, num_targets)
-        )
+        outputs = self.pipeline.run(self.part(len(microbatches)), microbatches, self.objective, per_term)
         self.flat.finish_gradients()
         norm = self.flat.gradient_norm() / (scale or 1.0)
-        mean = self._total_loss(loss) / max(1, num_targets)
-        result = StepResult(mean, norm.item(), num_targets, scale)
+        metrics = self._tally(outputs, num_terms).report(self.objective)
+        result = StepResult(metrics.pop("loss"), norm.item(), metrics, scale)
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.optimizer.step(lr, self._clip_factor(norm) / (scale or 1.0))
         return self._judged(result)

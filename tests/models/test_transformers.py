@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llm3d.config import Config
+from llm3d.config import PretrainConfig
 from llm3d.config.presets import hugging_face_shape
 from llm3d.data.pretraining import Microbatch, Sample, collate
 from llm3d.errors import InputError
@@ -131,7 +131,7 @@ def make_trainer(layout: Layout, directory: Path) -> Trainer:
     base = settings(layout).model_dump(mode="json", by_alias=True)
     base["model"] = hugging_face_shape(directory / "config.json")
     base["data"]["sequence_length"] = LENGTH
-    config = Config.model_validate_json(json.dumps(base))
+    config = PretrainConfig.model_validate_json(json.dumps(base))
     return Trainer(config, Mesh(layout.tensor, layout.pipeline))
 
 
@@ -180,7 +180,9 @@ def save_ours(layout: Layout, directory: Path, kind: str) -> Tensor | None:
     base["model"] = {**SHAPE, **fields, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
     base["model"] |= {"bos_token_id": 1, "eos_token_id": [2, 3]}
     base["data"]["sequence_length"] = LENGTH
-    trainer = Trainer(Config.model_validate_json(json.dumps(base)), Mesh(layout.tensor, layout.pipeline))
+    trainer = Trainer(
+        PretrainConfig.model_validate_json(json.dumps(base)), Mesh(layout.tensor, layout.pipeline)
+    )
     trainer.initialise()
     save_checkpoint(directory, 1, trainer, {})
     return whole_logits(trainer, collate([samples()[1]]))

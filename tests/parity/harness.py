@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llm3d.config import Config
+from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.models.llama import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Trainer
 from tests import pool
@@ -78,7 +80,14 @@ class Run:
 
 def train(layout: Layout, steps: int = 5) -> Run:
     """Train on the pool's first ranks and put the parts together."""
-    parts = pool.run(train_on_rank, layout.world_size, layout, steps)
+    return put_together(pool.run(train_on_rank, layout.world_size, layout, steps))
+
+
+OnRank = tuple[Run, dict[str, list[tuple[Any, Tensor]]]]
+
+
+def put_together(parts: list[OnRank]) -> Run:
+    """One run, from what each rank says of it and the boxes that it owns."""
     run = parts[0][0]
     for name in ("gradients", "weights"):
         whole: dict[str, Tensor] = {}
@@ -93,13 +102,17 @@ def train(layout: Layout, steps: int = 5) -> Run:
     return run
 
 
-def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> tuple[Run, dict[str, Any]]:
+def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> OnRank:
     mesh = Mesh(layout.tensor, layout.pipeline, device)
     trainer = Trainer(settings(layout), mesh)
     trainer.initialise()
+    return take_steps(trainer, lambda step: microbatches(layout, step, mesh.data_rank), steps)
+
+
+def take_steps(trainer: Trainer, batches_of: Callable[[int], Sequence[Batch]], steps: int) -> OnRank:
     run, pieces = Run([], []), {}
     for step in range(steps):
-        batches = [batch.to(device) for batch in microbatches(layout, step, mesh.data_rank)]
+        batches = [batch.to(trainer.mesh.device) for batch in batches_of(step)]
         result = trainer.step(batches, lr=LEARNING_RATE)
         run.losses.append(result.loss)
         run.grad_norms.append(result.grad_norm)
@@ -109,39 +122,39 @@ def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> tuple[Run,
     return run, pieces
 
 
-def settings(layout: Layout) -> Config:
-    return Config.model_validate_json(
-        json.dumps(
-            {
-                "run": {"dir": "unused", "seed": 7},
-                "model": {**MODEL, **dict(layout.model)},
-                "parallel": {
-                    "tensor": layout.tensor,
-                    "pipeline": layout.pipeline,
-                    "chunks": layout.chunks,
-                    "schedule": layout.schedule,
-                    "sequence": layout.sequence,
-                    "layers_per_stage": layout.layers_per_stage,
-                },
-                "zero": {
-                    "stage": layout.zero,
-                    "prefetch": layout.prefetch,
-                    "offload": "optimizer" if layout.offload else "none",
-                    "offload_fraction": layout.offload or 1.0,
-                },
-                "precision": {"compute": layout.compute, "moments": layout.moments},
-                "recompute": layout.recompute,
-                "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
-                "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},
-                "loss": {},
-                "optim": {"lr": LEARNING_RATE},
-                "kernels": {},
-                "train": {"steps": 5},
-                "checkpoint": {},
-                "log": {},
-            }
-        )
-    )
+def settings(layout: Layout) -> PretrainConfig:
+    return PretrainConfig.model_validate_json(json.dumps(sections(layout) | {"loss": {}}))
+
+
+def sections(layout: Layout) -> dict[str, Any]:
+    """What the settings of every stage have."""
+    return {
+        "run": {"dir": "unused", "seed": 7},
+        "model": {**MODEL, **dict(layout.model)},
+        "parallel": {
+            "tensor": layout.tensor,
+            "pipeline": layout.pipeline,
+            "chunks": layout.chunks,
+            "schedule": layout.schedule,
+            "sequence": layout.sequence,
+            "layers_per_stage": layout.layers_per_stage,
+        },
+        "zero": {
+            "stage": layout.zero,
+            "prefetch": layout.prefetch,
+            "offload": "optimizer" if layout.offload else "none",
+            "offload_fraction": layout.offload or 1.0,
+        },
+        "precision": {"compute": layout.compute, "moments": layout.moments},
+        "recompute": layout.recompute,
+        "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
+        "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},
+        "optim": {"lr": LEARNING_RATE},
+        "kernels": {},
+        "train": {"steps": 5},
+        "checkpoint": {},
+        "log": {},
+    }
 
 
 def microbatches(layout: Layout, step: int, data_rank: int) -> list[Microbatch]:

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from llm3d.cli import app
-from llm3d.config import Config
+from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Sample, collate
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
@@ -39,7 +39,7 @@ def processes_without_a_past() -> None:
     pool.renew()
 
 
-def config_of(layout: Layout) -> Config:
+def config_of(layout: Layout) -> PretrainConfig:
     """With gradients in the compute dtype, as the paper counts them."""
     config = settings(layout)
     gradients = "bf16" if layout.compute == "bf16" else "fp32"

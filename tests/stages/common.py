@@ -21,8 +21,10 @@ from llm3d.data.indexed import IndexedWriter
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages import pretrain
 from llm3d.stages.language_data import ValidationData
+from llm3d.stages.training import check_stage, train_stage
 from llm3d.train.checkpoint import load_pretrained
-from llm3d.train.loop import Evaluation, evaluate
+from llm3d.train.loop import evaluate
+from llm3d.train.objective import Tally
 from llm3d.train.trainer import Evaluator
 
 VOCAB_SIZE = 61
@@ -114,14 +116,14 @@ def silent() -> Iterator[io.StringIO]:
 
 def pretrain_on_rank(given: Settings) -> str:
     """What `llm3d pretrain` does under torchrun, in a world that is there already; -> what the rank said."""
-    config, tokenizer, data = pretrain.check(make_config(given, dist.get_world_size()))
-    mesh = Mesh(config.parallel.tensor, config.parallel.pipeline)
+    opened = check_stage(make_config(given, dist.get_world_size()), pretrain.open_stage)
+    parallel = opened.config.parallel
     with silent() as said:
-        pretrain.pretrain(config, mesh, data, tokenizer)
+        train_stage(opened, Mesh(parallel.tensor, parallel.pipeline))
     return said.getvalue()
 
 
-def evaluate_on_rank(given: Settings, checkpoint: Path) -> Evaluation:
+def evaluate_on_rank(given: Settings, checkpoint: Path) -> Tally:
     """What `llm3d eval` does under torchrun, in a world that is there already."""
     config = make_config(given, dist.get_world_size())
     model = Evaluator(config, Mesh(config.parallel.tensor, config.parallel.pipeline))

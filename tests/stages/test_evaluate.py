@@ -69,7 +69,9 @@ def window_by_window_on_rank(given: dict[str, Any], weights: Path) -> list[tuple
     assert data.valid is not None
     from llm3d.data.pretraining import collate
 
-    return [model.evaluate([collate([data.valid.window(i)])]) for i in range(data.valid.num_windows)]
+    windows = (collate([data.valid.window(i)]) for i in range(data.valid.num_windows))
+    tallies = [model.evaluate([window]) for window in windows]
+    return [(tally.sums[0], tally.num_terms) for tally in tallies]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_the_loss_is_the_mean_over_all_windows_under_any_layout(
     loss, count = mean(windows)
     results = pool.run(evaluate_on_rank, world_size, settings(directory, **changes), checkpoint(directory))
     assert len(set(results)) == 1, "every rank has the same"
-    assert results[0].num_targets == count
+    assert results[0].num_terms == count
     assert results[0].loss == pytest.approx(loss, rel=1e-5)
 
 
@@ -103,15 +105,15 @@ def test_a_part_of_the_data_is_its_first_windows(
         loss, count = mean(windows[:num_windows])
         given = settings(directory, train={"eval_steps": eval_steps})
         result = pool.run(evaluate_on_rank, world_size, given, checkpoint(directory))[0]
-        assert (result.loss, result.num_targets) == (pytest.approx(loss, rel=1e-5), count)
+        assert (result.loss, result.num_terms) == (pytest.approx(loss, rel=1e-5), count)
 
 
 def test_one_window_is_enough_for_any_number_of_ranks(directory: Path) -> None:
     given = settings(directory, data={"valid": [str(directory / "one-window")]})
     alone = pool.run(evaluate_on_rank, 1, given, checkpoint(directory))[0]
     many = pool.run(evaluate_on_rank, 4, given, checkpoint(directory))
-    assert 0 < alone.num_targets <= SEQUENCE_LENGTH
-    assert all(result.num_targets == alone.num_targets for result in many)
+    assert 0 < alone.num_terms <= SEQUENCE_LENGTH
+    assert all(result.num_terms == alone.num_terms for result in many)
     assert many[0].loss == pytest.approx(alone.loss, rel=1e-6)
 
 
@@ -121,12 +123,15 @@ def test_the_command_says_what_it_evaluated(
     monkeypatch.delenv("RANK", raising=False)
     loss, count = mean(windows)
     perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-    expected = f": loss {loss:.4f}, perplexity {perplexity:.3f} on {count} tokens\n"
     given, path = settings(directory), checkpoint(directory)
     before = sorted(directory.rglob("*"))
-    assert command("eval", given) == (0, f"{path}{expected}", "")
-    named = f"checkpoint.resume={path}"
-    assert command("eval", given, named, "run.dir=elsewhere") == (0, f"{path}{expected}", "")
-    pretrained = f"model.path={path}/model"
-    assert command("eval", given, pretrained, "run.dir=elsewhere") == (0, f"{path}/model{expected}", "")
+    for source, words in (
+        (path, ()),
+        (path, (f"checkpoint.resume={path}", "run.dir=elsewhere")),
+        (path / "model", (f"model.path={path}/model", "run.dir=elsewhere")),
+    ):
+        code, stdout, stderr = command("eval", given, *words)
+        assert (code, stderr) == (0, "")
+        assert stdout.startswith(f"{source}: loss {loss:.4f}, token_accuracy 0.")
+        assert stdout.endswith(f", perplexity {perplexity:.4f} on {count} tokens\n")
     assert sorted(directory.rglob("*")) == before, "an evaluation writes nothing"

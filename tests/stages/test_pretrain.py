@@ -120,7 +120,9 @@ def test_the_weights_lie_as_transformers_wants_them(corpora: Path, unbroken: tup
     given = settings(corpora, data={"split_documents": False})
     ended = command("eval", given, f"model.path={checkpoint / 'model'}", "checkpoint.resume=none")
     assert ended.code == 0
-    assert f"loss {float(loss):.4f}, perplexity {float(loss.exp()):.3f} on 176 tokens" in ended.stdout
+    accuracy = (logits.argmax(-1) == tokens[:, 1:]).float().mean()
+    numbers = f"loss {loss:.4f}, token_accuracy {accuracy:.4f}, perplexity {loss.exp():.4f}"
+    assert f"{numbers} on 176 tokens" in ended.stdout
 
 
 def test_training_goes_on_from_given_weights(

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm3d.config import Config
+from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.train.loop import Consumed, Evaluation, evaluate, train
+from llm3d.train.loop import Consumed, evaluate, train
+from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
 from llm3d.train.trainer import Trainer
 from tests.parity.harness import Layout, microbatches, settings
@@ -49,7 +50,7 @@ class Data:
 class Watched(Trainer):
     """A trainer that calls `during[n]` after the backward pass of its n-th step."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
+    def __init__(self, config: PretrainConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
         self.initialise()
         self.steps_done = 0
@@ -57,15 +58,15 @@ class Watched(Trainer):
         self.loss_factor = 1.0
         run = self.pipeline.run
 
-        def run_and_interfere(*args: Any, **kwargs: Any) -> Tensor | None:
-            loss = run(*args, **kwargs)
-            assert loss is not None
+        def run_and_interfere(*args: Any, **kwargs: Any) -> list[Tensor] | None:
+            numbers = run(*args, **kwargs)
+            assert numbers is not None
             if torch.is_grad_enabled():
                 self.steps_done += 1
                 self.loss_factor = 1.0
                 self.during.get(self.steps_done, lambda: None)()
-                loss = loss * self.loss_factor
-            return loss
+                numbers = [number * self.loss_factor for number in numbers]
+            return numbers
 
         self.pipeline.run = run_and_interfere  # type: ignore[method-assign]
 
@@ -142,7 +143,7 @@ def test_a_run_in_two_parts_trains_as_one_without_a_break(tmp_path: Path) -> Non
     assert torch.equal(parts.weights(), unbroken.weights())
 
 
-def with_train(config: Config, **changes: Any) -> Config:
+def with_train(config: PretrainConfig, **changes: Any) -> PretrainConfig:
     return config.model_copy(update={"train": config.train.model_copy(update=changes)})
 
 
@@ -168,10 +169,14 @@ def test_an_evaluation_is_the_mean_over_all_targets(tmp_path: Path) -> None:
     every_batch = [batch for batches in Data().evaluation(run.trainer.mesh) for batch in batches]
     sums = [run.trainer.evaluate([batch]) for batch in every_batch]
     result = evaluate(run.trainer, Data())
-    assert result.num_targets == sum(batch.num_targets for batch in every_batch)
-    assert result.loss == pytest.approx(sum(loss for loss, _ in sums) / result.num_targets, rel=1e-6)
-    assert Evaluation(2.0, 1).perplexity == pytest.approx(7.389056)
-    assert Evaluation(1e6, 1).perplexity < float("inf")
+    assert result.num_terms == sum(batch.num_targets for batch in every_batch)
+    assert result.loss == pytest.approx(sum(tally.sums[0] for tally in sums) / result.num_terms, rel=1e-6)
+
+
+def test_perplexity_is_e_to_the_loss_and_finite() -> None:
+    objective = NextToken(vocab_size=3)
+    assert objective.report({"loss": 2.0})["perplexity"] == pytest.approx(7.389056)
+    assert objective.report({"loss": 1e6})["perplexity"] < float("inf")
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm3d.config import Config, LossScaleConfig
+from llm3d.config import LossScaleConfig, PretrainConfig
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.checkpoint import load_checkpoint, save_checkpoint
 from llm3d.train.loss_scale import LossScale
@@ -59,7 +59,7 @@ def test_it_underflows_below_its_minimum() -> None:
     assert scale.underflowed
 
 
-def with_scale(config: Config, **scale: float) -> Config:
+def with_scale(config: PretrainConfig, **scale: float) -> PretrainConfig:
     precision = config.precision.model_copy(update={"loss_scale": LossScaleConfig(**scale)})
     return config.model_copy(update={"precision": precision})
 

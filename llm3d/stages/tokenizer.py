@@ -1,0 +1,31 @@
+"""The tokenizer that a run's settings name."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from llm3d.config import Config, with_vocab_size
+from llm3d.data.tokenizer import Tokenizer, load_tokenizer
+from llm3d.errors import InputError
+
+C = TypeVar("C", bound=Config)
+
+
+def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:
+    """The run's tokenizer, if it has one; its size becomes model.vocab_size where that is not set.
+
+    Raises InputError where the two disagree.
+    """
+    if config.data.tokenizer is None:
+        if config.model.vocab_size is None:
+            raise InputError("model.vocab_size: not set; set it, or data.tokenizer, which tells it")
+        return config, None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size is None:
+        return with_vocab_size(config, tokenizer.vocab_size), tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise InputError(
+            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size {config.model.vocab_size}; give the model's own tokenizer, or a larger vocab_size"
+        )
+    return config, tokenizer

@@ -1,0 +1,170 @@
+"""What every stage of training does around its loop: from where it starts, what it says, where it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from llm3d.config import Config, config_to_yaml
+from llm3d.data.tokenizer import Tokenizer
+from llm3d.errors import InputError
+from llm3d.kernels import backend
+from llm3d.parallel.agreement import input_errors_on_all
+from llm3d.parallel.collectives import gather_bytes
+from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from llm3d.train.host_memory import keep_freed_memory
+from llm3d.train.loop import Consumed, TrainingData, train
+from llm3d.train.numa import bind_to_gpu_node
+from llm3d.train.objective import Objective
+from llm3d.train.report import Report
+from llm3d.train.throughput import FORMULA, peak_flops
+from llm3d.train.trainer import Trainer
+
+C = TypeVar("C", bound=Config)
+
+
+class StageData(TrainingData, Protocol):
+    """What a stage's data does beside giving microbatches."""
+
+    @property
+    def digest(self) -> str:
+        """What the order of samples depends on."""
+
+    def resume(self, step: int, consumed: Consumed) -> None:
+        """Go on after `step`, by which the run had read `consumed`."""
+
+    def introduction(self, mesh: Mesh) -> list[str]:
+        """What the run is going to read, for people."""
+
+
+class Opened(Protocol):
+    """What a stage's settings name, opened and found usable."""
+
+    @property
+    def config(self) -> Config:
+        """The settings, with what only the opened things could tell."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    @property
+    def data(self) -> StageData: ...
+    @property
+    def objective(self) -> Objective: ...
+
+
+def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
+    """Train to train.steps, going on from the run directory's latest checkpoint if there is one."""
+    with process_group() as device:
+        if device.type == "cpu":
+            keep_freed_memory()
+        elif config.zero.offload != "none":
+            bind_to_gpu_node(device)
+        with input_errors_on_all(whole_world()):
+            opened = check_stage(config, open_stage)
+        train_stage(opened, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
+
+
+def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
+    """Open all that the settings name. Raises InputError where it cannot be used."""
+    backend.use(config.kernels.backend, device_of_this_process())
+    return open_stage(config)
+
+
+def train_stage(opened: Opened, mesh: Mesh) -> None:
+    config, data = opened.config, opened.data
+    run_dir = Path(config.run.dir)
+    trainer = Trainer(config, mesh, opened.objective)
+    state, origin = first_state(trainer, run_dir)
+    start_step = int(state.get("step", 0))
+    data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
+    check_run_directory(run_dir, start_step, mesh)
+    make_run_directory(run_dir, config, mesh)
+    speaks = mesh.rank == 0
+    with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
+        introduce(report, trainer, data, origin)
+        if state and state["order"] != data.digest:
+            report.say(
+                "the training data, its weights or its order are not those of the checkpoint: "
+                f"goes on at sample {state['samples']:,} of the new order"
+            )
+        if start_step >= min(config.train.steps, config.train.stop_after or config.train.steps):
+            report.say(f"nothing to do: {origin} is at step {start_step}; raise train.steps to train on")
+            return
+
+        def save(step: int) -> Path:
+            state = {"step": step, **data.consumed(step)._asdict(), "order": data.digest}
+            path = save_checkpoint(run_dir, step, trainer, state, opened.tokenizer, config.checkpoint.keep)
+            report.say(f"step {step}: saved {path}")
+            return path
+
+        train(trainer, data, report, start_step, save)
+
+
+def first_state(trainer: Trainer, run_dir: Path) -> tuple[dict[str, Any], str]:
+    """Give the model its first weights; -> the checkpoint's state ({} without one) and where they came from."""
+    config = trainer.config
+    checkpoint = checkpoint_to_resume(config, run_dir, trainer.mesh)
+    if checkpoint is not None:
+        return load_checkpoint(checkpoint, trainer), str(checkpoint)
+    if config.model.path is not None:
+        load_pretrained(Path(config.model.path), trainer)
+        return {}, config.model.path
+    trainer.initialise()
+    return {}, f"random weights, seed {config.run.seed}"
+
+
+def checkpoint_to_resume(config: Config, run_dir: Path, mesh: Mesh) -> Path | None:
+    """What checkpoint.resume names: the run directory's latest checkpoint, none, or a path."""
+    if config.checkpoint.resume == "auto":
+        return latest_on_first_rank(run_dir, mesh)
+    return None if config.checkpoint.resume == "none" else Path(config.checkpoint.resume)
+
+
+def latest_on_first_rank(run_dir: Path, mesh: Mesh) -> Path | None:
+    """The latest checkpoint that rank 0 sees, on every rank: hosts may see a shared directory differently."""
+    latest = gather_bytes(str(latest_checkpoint(run_dir) or "").encode(), mesh.everyone)[0].decode()
+    return Path(latest) if latest else None
+
+
+def check_run_directory(run_dir: Path, start_step: int, mesh: Mesh) -> None:
+    """Raise InputError where the run directory holds checkpoints from later than this run starts."""
+    latest = latest_on_first_rank(run_dir, mesh)
+    if latest is not None and int(latest.name.removeprefix("step-")) > start_step:
+        raise InputError(
+            f"run.dir: {run_dir} holds {latest.name}, later than step {start_step}, where this run starts; "
+            "name another run.dir, remove the checkpoints, or let checkpoint.resume be auto"
+        )
+
+
+def make_run_directory(run_dir: Path, config: Config, mesh: Mesh) -> None:
+    """run.dir with config.yaml in it, once nothing that was asked for has proved wrong; every rank then sees it."""
+    with input_errors_on_all(mesh.everyone):
+        if mesh.rank == 0:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+            except OSError as error:
+                raise InputError(
+                    f"run.dir: {run_dir}: {error.strerror}; name a directory that can be written"
+                ) from None
+
+
+def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) -> None:
+    """Say what is trained, from where, on what, and against what MFU is taken."""
+    config, mesh = trainer.config, trainer.mesh
+    device, peak = peak_flops(mesh.device, config.precision.compute)
+    report.say(f"{config.model.num_parameters(trainer.objective.head):,} parameters from {origin}")
+    report.say(f"{mesh} on {mesh.size} x {device}, {config.precision.compute}")
+    if mesh.data_size > 1:
+        each, once = trainer.flat.traffic()
+        report.say(
+            f"zero.stage {config.zero.stage}: rank 0 sends {once / 2**20:,.1f} MiB a step and at most "
+            f"{each / 2**20:,.1f} MiB a microbatch over its data group"
+        )
+    against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
+    report.say(f"kernels: {backend.describe(mesh.device)}")
+    report.say(f"{FORMULA}; {against}")
+    for line in data.introduction(mesh):
+        report.say(line)
