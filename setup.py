@@ -1,11 +1,12 @@
-"""Settings are in pyproject.toml; this builds the kernels (csrc/build.py) when llm3d is installed.
+"""Settings are in pyproject.toml; this builds what is C++ and CUDA (csrc/build.py) when llm3d is installed.
 
-Without a compiler, or without torch, llm3d is installed all the same and computes with plain PyTorch.
-LLM3D_BUILD_CUDA=auto|0|1 decides about the CUDA kernels.
+Without a compiler, or without torch, llm3d is installed all the same: it computes with plain PyTorch, and packs samples
+in Python. LLM3D_BUILD_CUDA=auto|0|1 decides about the CUDA kernels.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,24 +17,24 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import build  # noqa: E402
 
 
-def planned() -> list[build.Library]:
+def planned(what: str, plan: Callable[[], list[build.Library]]) -> list[build.Library]:
     try:
-        return build.libraries(build.find_torch())
+        return plan()
     except build.CannotBuild as reason:
-        print(f"llm3d: no native kernels: {reason}", flush=True)
+        print(f"llm3d: no {what}: {reason}", flush=True)
         return []
     except build.BuildFailed as error:
         raise SystemExit(f"llm3d: {error}") from None
 
 
-class BuildKernels(build_ext):
-    """Shared libraries for torch.ops.load_library, not Python modules."""
-
+class BuildLibraries(build_ext):
     def get_ext_filename(self, name: str) -> str:
-        return f"{name.replace('.', '/')}.so"
+        """Kernels are for torch.ops.load_library, no Python modules: their names say nothing of a Python."""
+        is_kernels = name.rpartition(".")[2] in {library.name for library in KERNELS}
+        return f"{name.replace('.', '/')}.so" if is_kernels else super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
-        for extension, library in zip(self.extensions, LIBRARIES, strict=True):
+        for extension, library in zip(self.extensions, (*KERNELS, *MODULES), strict=True):
             target = Path(self.get_ext_fullpath(extension.name))
             print(f"llm3d: {target.name}", flush=True)
             try:
@@ -45,13 +46,18 @@ class BuildKernels(build_ext):
                 raise SystemExit(f"llm3d: {error}{way_out}") from None
 
 
-LIBRARIES = planned()
+def extensions(package: str, libraries: list[build.Library]) -> list[Extension]:
+    return [
+        Extension(f"{package}.{library.name}", [str(source.relative_to(ROOT)) for source in library.sources])
+        for library in libraries
+    ]
+
+
+KERNELS = planned("native kernels", lambda: build.libraries(build.find_torch()))
+MODULES = planned("native packing of samples", build.python_modules)
 setup(
-    ext_modules=[
-        Extension(f"llm3d.kernels.{library.name}", [str(s.relative_to(ROOT)) for s in library.sources])
-        for library in LIBRARIES
-    ],
-    cmdclass={"build_ext": BuildKernels},
-    # The libraries know nothing of Python, so that one wheel fits every version.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIBRARIES else {},
+    ext_modules=extensions("llm3d.kernels", KERNELS) + extensions("llm3d.data", MODULES),
+    cmdclass={"build_ext": BuildLibraries},
+    # Kernels alone know nothing of Python: such a wheel fits every version. One with a Python module fits one.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if KERNELS and not MODULES else {},
 )

@@ -5,6 +5,8 @@
 
 The sources use PyTorch's stable ABI only, so a library works with every torch from 2.10 on, and compiling needs
 torch's headers, not a torch that can be imported.
+
+`_packing`               csrc/packing, a Python module by pybind11; it knows nothing of torch, and is for one Python.
 """
 
 from __future__ import annotations
@@ -38,13 +40,14 @@ ARCHITECTURES = (
     "90",
 )  # A100, H100 and H200; later ones compile the PTX of the last when they first load it
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+CPP_MODULE = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall")
 
 
 STAMP = 'extern const char llm3d_sources[];\n__attribute__((used)) const char llm3d_sources[] = "%s";\n'
 
 
 class CannotBuild(Exception):
-    """Why there will be no kernels, in one line. llm3d works without."""
+    """Why something will not be built, in one line. llm3d works without."""
 
 
 class BuildFailed(Exception):
@@ -85,15 +88,27 @@ def libraries(torch: Torch) -> list[Library]:
     return built
 
 
+def python_modules() -> list[Library]:
+    """What is to be built for this Python."""
+    includes = [f"-I{python_headers()}", "-isystem", str(pybind11_headers())]
+    compiler = (*cpp_compiler(), *CPP_MODULE, *includes)
+    undefined = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
+    return [Library("_packing", (CSRC / "packing/first_fit.cpp",), compiler, ("-shared", *undefined))]
+
+
 # ---- what is there ----
 
 
+def places_of(package: str) -> list[Path]:
+    """Where a package of this environment may be; also where pip hides it from the build (build isolation)."""
+    spec = importlib.util.find_spec(package)
+    imported = [Path(spec.origin).parent] if spec is not None and spec.origin else []
+    return imported + [Path(sysconfig.get_path(kind)) / package for kind in ("platlib", "purelib")]
+
+
 def find_torch() -> Torch:
-    """The torch of this environment; also where pip hides it from the build (build isolation)."""
-    spec = importlib.util.find_spec("torch")
-    roots = [Path(spec.origin).parent] if spec is not None and spec.origin else []
-    roots += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("platlib", "purelib")]
-    for root in roots:
+    """The torch of this environment."""
+    for root in places_of("torch"):
         if (root / "include/torch/csrc/stable/library.h").exists():
             return read_torch(root)
     raise CannotBuild("there is no torch here; install it first, then llm3d with --no-build-isolation")
@@ -109,6 +124,23 @@ def read_torch(root: Path) -> Torch:
     if found.version < (2, 10):
         raise CannotBuild(f"torch {version[1]}.{version[2]} is too old, 2.10 is needed")
     return found
+
+
+def python_headers() -> Path:
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").exists():
+        raise CannotBuild(
+            f"there is no {include}/Python.h; Python's headers are python3-dev or python3-devel"
+        )
+    return include
+
+
+def pybind11_headers() -> Path:
+    """Those of pybind11, else the ones that come with torch."""
+    for root in (*places_of("pybind11"), *places_of("torch")):
+        if (root / "include/pybind11/numpy.h").exists():
+            return root / "include"
+    raise CannotBuild("there is neither pybind11 here nor torch, which brings its headers")
 
 
 def cpp_compiler() -> tuple[str, ...]:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.csrc.emulation import ROOT, build
 
+PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
+
 
 def torch_of(root: Path, version: str = "2.11.0", cuda: str | None = "13.0") -> build.Torch:
     """A torch as far as the build looks at one."""
@@ -102,7 +104,53 @@ def test_setup_goes_on_without_a_compiler(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "llm3d: no native kernels: there is no C++ compiler" in done.stdout
+    assert "llm3d: no native packing of samples: there is no C++ compiler" in done.stdout
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_headers_are_those_of_pybind11_else_those_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "places_of", lambda package: [tmp_path / "nowhere", tmp_path / package])
+    with pytest.raises(build.CannotBuild, match="neither pybind11 here nor torch"):
+        build.pybind11_headers()
+    for package in ("torch", "pybind11"):
+        include = tmp_path / package / "include"
+        (include / "pybind11").mkdir(parents=True)
+        (include / "pybind11/numpy.h").touch()
+        assert build.pybind11_headers() == include
+
+
+def test_without_the_headers_of_python_no_module_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(build.CannotBuild, match=r"Python\.h; Python's headers are python3-dev"):
+        build.python_modules()
+
+
+@pytest.mark.parametrize(
+    ("modules", "tag"),
+    [("[build.Library('_packing', (), (), ())]", (f"cp{PYTHON}", f"cp{PYTHON}")), ("[]", ("cp310", "abi3"))],
+    ids=["with packing", "kernels alone"],
+)
+def test_a_wheel_with_a_python_module_fits_one_python(modules: str, tag: tuple[str, str]) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, "csrc")
+import build
+build.find_torch = lambda: None
+build.libraries = lambda torch: [build.Library("cpu_x", (), (), ())]
+build.python_modules = lambda: {modules}
+import setuptools
+from distutils.core import run_setup  # setuptools brings its own
+wheel = run_setup("setup.py", stop_after="init").get_command_obj("bdist_wheel")
+wheel.ensure_finalized()
+print(*wheel.get_tag()[:2])
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert tuple(done.stdout.split()[-2:]) == tag
 
 
 def test_a_compiler_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
