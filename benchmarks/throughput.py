@@ -37,7 +37,7 @@ def main() -> None:
         keep_freed_memory()
     mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
     trainer = Trainer(config, mesh)
-    for weights in trainer.weights:  # drawing the real first weights of a large model takes minutes
+    for _, weights in trainer.weights():  # drawing the real first weights of a large model takes minutes
         weights.copy_(torch.empty(weights.shape, device=device).normal_(std=0.02))
     trainer.publish()
     generator = torch.Generator().manual_seed(mesh.data_rank)

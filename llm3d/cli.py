@@ -227,6 +227,8 @@ def unescaped(separator: str | None) -> str | None:
 class Stage(str, Enum):
     pretrain = "pretrain"
     sft = "sft"
+    reward = "reward"
+    dpo = "dpo"
 
 
 @app.command("config")
@@ -273,6 +275,42 @@ def pretrain(config: ConfigFile, overrides: Overrides = None, check_only: CheckO
 
     settings = load_for_this_world(config, overrides, PretrainConfig)
     from llm3d.stages.pretrain import open_stage
+
+    train_or_check(settings, open_stage, check_only)
+
+
+@app.command()
+@ends_as_promised
+def sft(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
+    """Fine-tune on conversations: learn the replies."""
+    from llm3d.config import SFTConfig
+
+    settings = load_for_this_world(config, overrides, SFTConfig)
+    from llm3d.stages.sft import open_stage
+
+    train_or_check(settings, open_stage, check_only)
+
+
+@app.command()
+@ends_as_promised
+def reward(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
+    """Train a reward model on comparisons of replies."""
+    from llm3d.config import RewardConfig
+
+    settings = load_for_this_world(config, overrides, RewardConfig)
+    from llm3d.stages.reward import open_stage
+
+    train_or_check(settings, open_stage, check_only)
+
+
+@app.command()
+@ends_as_promised
+def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
+    """Direct preference optimisation on comparisons of replies."""
+    from llm3d.config import DPOConfig
+
+    settings = load_for_this_world(config, overrides, DPOConfig)
+    from llm3d.stages.dpo import open_stage
 
     train_or_check(settings, open_stage, check_only)
 

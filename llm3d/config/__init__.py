@@ -13,7 +13,7 @@ from typing import Any, TypeVar, overload
 
 from llm3d.config.checks import check_layout
 from llm3d.config.explain import nearest, show, validate
-from llm3d.config.presets import PRESETS, hugging_face_directory, hugging_face_shape
+from llm3d.config.presets import PRESETS, hugging_face_directory, hugging_face_shape, peft_settings
 from llm3d.config.schema import json_schema
 from llm3d.config.sections import (
     STAGES,
@@ -23,6 +23,8 @@ from llm3d.config.sections import (
     DataSource,
     DPOConfig,
     DPOSettings,
+    EpochsConfig,
+    LoRASettings,
     LossConfig,
     LossScaleConfig,
     ModelConfig,
@@ -46,6 +48,8 @@ __all__ = [
     "DPOConfig",
     "DPOSettings",
     "DataSource",
+    "EpochsConfig",
+    "LoRASettings",
     "LossConfig",
     "LossScaleConfig",
     "ModelConfig",
@@ -100,6 +104,8 @@ def make_config(
     filled = _with_defaults(settings, kind)
     if isinstance(filled.get("model"), dict):
         filled["model"] = _resolve_model(filled["model"])
+    if isinstance(filled["lora"], dict) and isinstance(filled["lora"].get("path"), str):
+        filled["lora"] = _resolve_lora(filled["lora"])
     config = validate(kind, filled)
     check_layout(config, world_size)
     return config
@@ -150,7 +156,20 @@ def _decay_steps(steps: int) -> int:
     return max(1, steps // 10)
 
 
-# ---- the model section ----
+# ---- sections that name a directory ----
+
+
+def _resolve_lora(given: dict[Any, Any]) -> dict[Any, Any]:
+    """The fields of LoRASettings that a PEFT directory has; what the user gives beside must agree."""
+    stored = peft_settings(given["path"])
+    for name in stored:
+        asked = sorted(given[name]) if isinstance(given.get(name), list) else given.get(name)
+        found = sorted(stored[name]) if isinstance(stored[name], list) else stored[name]
+        if name in given and asked != found:
+            raise InputError(
+                f"lora.{name}: {show(given[name])} is not what lora.path has, {show(stored[name])}"
+            )
+    return stored | given
 
 
 def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ from llm3d.config.sections import (
     Config,
     DPOConfig,
     EpochsConfig,
+    LoRASettings,
     LossScaleConfig,
     RewardConfig,
 )
@@ -115,6 +116,10 @@ def _step_problems(config: Config) -> Iterator[str]:
 
 
 def _stage_settings_problems(config: Config) -> Iterator[str]:
+    if not config.lora.rank and config.lora != LoRASettings():
+        yield "lora: set, but lora.rank is 0, which means no adapters"
+    if config.lora.rank and config.model.path is None:
+        yield "lora.rank: adapters need a model to adapt; set model.path"
     if isinstance(config, RewardConfig | DPOConfig) and config.batch.micro < 2:
         yield f"batch.micro: {config.batch.micro} holds no two replies to compare; the least is 2"
     if isinstance(config, DPOConfig):

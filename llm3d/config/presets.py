@@ -114,6 +114,42 @@ def hugging_face_directory(path: str) -> Path:
     return inside if (Path(path) / "manifest.json").is_file() else Path(path)
 
 
+def adapter_directory(path: str) -> Path:
+    """The PEFT directory itself, or the one in an llm3d checkpoint."""
+    inside = Path(path) / "adapter"
+    return inside if (Path(path) / "manifest.json").is_file() else Path(path)
+
+
+# Fields of an adapter_config.json that ask for what is not built, and the values that do not.
+_ONLY_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "layers_to_transform": (),
+    "modules_to_save": (["score"], []),
+}
+
+
+def peft_settings(path: str) -> dict[str, Any]:
+    """The fields of LoRASettings in a PEFT directory's adapter_config.json. Raises InputError."""
+    file = adapter_directory(path) / "adapter_config.json"
+    try:
+        stored = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"lora.path: {file}: {(error.strerror or 'cannot be read').lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"lora.path: {file} is not JSON: {error}") from None
+    for name, supported in _ONLY_LORA.items():
+        if stored.get(name) not in (*supported, None):
+            raise InputError(f"lora.path: {file}: {name} {stored[name]!r} is not supported")
+    names = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules"}
+    found = {ours: stored[theirs] for ours, theirs in names.items() if stored.get(theirs) is not None}
+    return found | {"path": path}
+
+
 def hugging_face_shape(file: Path) -> Shape:
     """The fields in the config.json of a Hugging Face LLaMA, old (rope_scaling) or new (rope_parameters)."""
     if not file.parent.is_dir():

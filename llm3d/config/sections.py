@@ -5,7 +5,7 @@ The descriptions below fields go into the JSON Schema.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -19,6 +19,7 @@ Whole = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Section(BaseModel):
@@ -334,6 +335,21 @@ class DPOSettings(Section):
     """cached: log-probabilities of the starting model are computed once and kept in run.dir; none: taken as equal."""
 
 
+class LoRASettings(Section):
+    """Low-rank adapters in place of training all weights. Hu et al. 2021."""
+
+    rank: Whole = 0
+    """0: no adapters, all weights are trained."""
+    alpha: float = Field(default_factory=lambda data: 2.0 * data["rank"], ge=0)
+    """What the adapters add is multiplied by alpha / rank. Default: 2 x rank."""
+    rslora: bool = False
+    """By alpha / sqrt(rank) instead. Kalajdzievski 2023."""
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)
+    """The projections that have one."""
+    path: Name | None = None
+    """A PEFT directory, or a checkpoint, whose adapters are the start."""
+
+
 class Config(Section):
     """What the settings of every stage have in common."""
 
@@ -345,6 +361,7 @@ class Config(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     data: DataConfig
     batch: BatchConfig
+    lora: LoRASettings
     optim: OptimConfig
     kernels: KernelsConfig
     train: TrainConfig

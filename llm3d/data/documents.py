@@ -14,7 +14,7 @@ import io
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -32,6 +32,8 @@ KINDS = {
 ITEM_BYTES = 1 << 22
 BOM = b"\xef\xbb\xbf"
 JSON_SPACES = " \t\r\n"
+HALF_A_PAIR = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_START = re.compile(rb"\n(?=\S)")
 
 
@@ -78,21 +80,22 @@ class BadRecord:
 _decode_json = json.JSONDecoder().raw_decode
 
 
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
+def find_files(paths: Sequence[str | Path], kinds: Mapping[str, str] = KINDS) -> list[Path]:
     """The files that paths, directories (searched through) and glob patterns name, in order, each once.
 
+    kinds: by how their names end, the files that are read.
     Raises InputError for a path that matches nothing, or a file of a kind that is not read.
     """
     found: dict[Path, None] = {}
     for given in map(str, paths):
         for path in _matches(given):
             if path.is_dir():
-                inside = [p for p in sorted(path.rglob("*")) if file_kind(p) and _is_visible(p, path)]
+                inside = [p for p in sorted(path.rglob("*")) if file_kind(p, kinds) and _is_visible(p, path)]
                 if not inside:
-                    raise InputError(f"{path}: no {', '.join(KINDS)} files in this directory")
+                    raise InputError(f"{path}: no {', '.join(kinds)} files in this directory")
                 found.update(dict.fromkeys(inside))
-            elif file_kind(path) is None:
-                raise InputError(f"{path}: not a kind of file that is read ({', '.join(KINDS)}); convert it")
+            elif file_kind(path, kinds) is None:
+                raise InputError(f"{path}: not a kind of file that is read ({', '.join(kinds)}); convert it")
             else:
                 found[path] = None
     if not found:
@@ -100,9 +103,9 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def file_kind(path: Path) -> str | None:
+def file_kind(path: Path, kinds: Mapping[str, str] = KINDS) -> str | None:
     """'text', 'jsonl' or 'parquet' by the file's name, None for other files."""
-    return next((kind for suffix, kind in KINDS.items() if path.name.lower().endswith(suffix)), None)
+    return next((kind for suffix, kind in kinds.items() if path.name.lower().endswith(suffix)), None)
 
 
 def _matches(given: str) -> list[Path]:
@@ -188,13 +191,8 @@ def _decompress(path: Path, raw: BinaryIO) -> BinaryIO | io.BufferedIOBase:
 
 def _divide_parquet(path: Path, form: Format) -> Iterator[Item]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({_first_line(error)})") from error
-    with file:
+    with open_parquet(path) as file:
         if form.text_field not in file.schema_arrow.names:
             raise InputError(f"{path}: no column {form.text_field!r} {_fields_hint(file.schema_arrow.names)}")
         kind = file.schema_arrow.field(form.text_field).type
@@ -207,6 +205,17 @@ def _divide_parquet(path: Path, form: Format) -> Iterator[Item]:
         for group in range(groups):
             yield Item(str(path), "parquet", group, group + 1, share, first=rows)
             rows += file.metadata.row_group(group).num_rows
+
+
+def open_parquet(path: Path) -> Any:
+    """A pyarrow ParquetFile. Raises InputError for what is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
 def read_item(item: Item, form: Format) -> Iterator[str | BadRecord]:
@@ -254,11 +263,9 @@ def _read_text(item: Item, form: Format) -> Iterator[str | BadRecord]:
 
 
 def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
-    data = _read_bytes(item)
-    data = data.removeprefix(BOM) if item.start == 0 and not item.first else data
     lines_before = None
     field = form.text_field
-    for number, line in enumerate(_lines(data), 1):
+    for number, line in enumerate(item_lines(item), 1):
         try:
             record, end = _decode_json(line)
             text = record[field]
@@ -277,8 +284,10 @@ def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
             yield BadRecord(f"{item.path} line {lines_before + number}", why)
 
 
-def _lines(data: bytes) -> list[Any]:
-    """The lines of a block; as bytes if some are not valid UTF-8, for `_parse` to find which."""
+def item_lines(item: Item) -> list[Any]:
+    """The lines of a JSONL item; as bytes if some are not valid UTF-8, for `parse_json` to find which."""
+    data = _read_bytes(item)
+    data = data.removeprefix(BOM) if item.start == 0 and not item.first else data
     try:
         return data.decode().split("\n")
     except UnicodeDecodeError:
@@ -287,29 +296,40 @@ def _lines(data: bytes) -> list[Any]:
 
 def _parse(line: str | bytes, field: str) -> tuple[str, None] | tuple[str, str]:
     """The text of a JSON line, or why it has none."""
+    record, why = parse_json(line)
+    if why is not None:
+        return "", why
+    if not isinstance(record, dict):
+        return "", f"{json_kind(record)} where an object with a field {field!r} must stand"
+    if field not in record:
+        return "", f"no field {field!r} {_fields_hint(list(record))}"
+    text = record[field]
+    if not isinstance(text, str):
+        return "", f"field {field!r} holds {json_kind(text)}, not text"
+    if has_half_a_pair(text):
+        return "", f"field {field!r} has {HALF_A_PAIR}"
+    return text, None
+
+
+def parse_json(line: str | bytes) -> tuple[Any, None] | tuple[None, str]:
+    """What a JSON line holds, or why it cannot be read."""
     try:
         line = (line if isinstance(line, str) else line.decode()).strip(JSON_SPACES)
         record, end = _decode_json(line)
-        if end != len(line):
-            return "", f"not valid JSON (more after its end, at column {end + 1})"
-        text = record[field]
-        if type(text) is str:
-            if "\\u" in line:
-                text.encode()
-            return text, None
-        return "", f"field {field!r} holds {_json_kind(text)}, not text"
     except UnicodeDecodeError as error:
-        return "", _bad_utf8(error)
-    except UnicodeEncodeError:
-        return "", f"field {field!r} has half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        return None, _bad_utf8(error)
     except ValueError as error:
-        return "", f"not valid JSON ({_first_line(error)})"
+        return None, f"not valid JSON ({first_line(error)})"
     except RecursionError:
-        return "", "not readable JSON (nested too deeply)"
-    except KeyError:
-        return "", f"no field {field!r} {_fields_hint(list(record))}"
-    except (TypeError, IndexError):
-        return "", f"{_json_kind(record)} where an object with a field {field!r} must stand"
+        return None, "not readable JSON (nested too deeply)"
+    if end != len(line):
+        return None, f"not valid JSON (more after its end, at column {end + 1})"
+    return record, None
+
+
+def has_half_a_pair(text: str) -> bool:
+    """Whether a text holds a surrogate, which JSON can write and UTF-8 cannot."""
+    return SURROGATE.search(text) is not None
 
 
 def _read_parquet(item: Item, form: Format) -> Iterator[str | BadRecord]:
@@ -336,7 +356,8 @@ def _bad_utf8(error: UnicodeDecodeError) -> str:
     return f"not valid UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
 
 
-def _json_kind(value: object) -> str:
+def json_kind(value: object) -> str:
+    """What a value is called where it stands in the place of another kind."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -346,5 +367,5 @@ def _fields_hint(names: Sequence[str]) -> str:
     return f"(there are: {shown or 'none'}); name the one that holds the text"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]

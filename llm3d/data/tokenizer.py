@@ -12,6 +12,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,50 @@ class Tokenizer(ABC):
         """
         return np.concatenate([self._encode_next_part(part) for part in split_text(text, self._limit)])
 
+    def encode_next_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, as `encode_next` gives them. The fast way for many texts."""
+        return [
+            ids[len(self.newline) :] if self._starts_with_newline(ids) else self.encode_next(text)
+            for text, ids in zip(texts, self.encode_arrays(["\n" + text for text in texts]), strict=True)
+        ]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
+
+    @property
+    @abstractmethod
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that stand for themselves, not for text that was learned, by how they are spelled."""
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is spelled so."""
+        return self.special_tokens.get(text)
+
+    def find_special(self, text: str) -> list[tuple[int, int, int]]:
+        """Where special tokens are spelled out in a text: first character, the one after the last, id."""
+        special = self.special_tokens
+        return [
+            (match.start(), match.end(), special[match[0] if match[0] in special else match[0].strip()])
+            for match in self._special_pattern.finditer(text)
+        ]
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(filter(None, self.special_tokens), key=len, reverse=True)
+        return re.compile("|".join(map(self._spelling, longest_first)) or "(?!)")
+
+    def _spelling(self, special: str) -> str:
+        """A pattern for a special token in a text, with the spaces that it takes up."""
+        return re.escape(special)
+
+    @abstractmethod
+    def token(self, index: int) -> str | None:
+        """How a token is spelled; None for an id that no token has."""
+
+    @property
+    @abstractmethod
+    def starts_anew_after_special(self) -> bool:
+        """Whether text after a special token is encoded as if nothing stood before it."""
 
     def save_to(self, directory: str | Path) -> None:
         """Copy the tokenizer into a directory (made if missing) that transformers' AutoTokenizer loads."""
@@ -112,9 +155,12 @@ class Tokenizer(ABC):
 
     def _encode_next_part(self, text: str) -> np.ndarray:
         ids = self._encode_whole(["\n" + text])[0]
-        if np.array_equal(ids[: len(self.newline)], self.newline):
+        if self._starts_with_newline(ids):
             return ids[len(self.newline) :]
         return self._encode_whole([text])[0]
+
+    def _starts_with_newline(self, ids: np.ndarray) -> bool:
+        return np.array_equal(ids[: len(self.newline)], self.newline)
 
 
 def split_text(text: str, limit: int) -> list[str]:
@@ -194,6 +240,24 @@ class SentencePieceTokenizer(Tokenizer):
         """Text of token ids; bos, eos and padding have none."""
         return self._model.decode([int(i) for i in ids])
 
+    starts_anew_after_special = False
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Control pieces such as <s> and </s>, the unknown piece, and those that were defined in training."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        protocol: Any = (
+            sentencepiece_model_pb2  # made when it is imported, so that no type checker sees inside
+        )
+        model = protocol.ModelProto.FromString(self._model.serialized_model_proto())
+        kinds = protocol.ModelProto.SentencePiece
+        special = (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
+        return {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type in special}
+
+    def token(self, index: int) -> str:
+        return self._model.id_to_piece(index)
+
     def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
         ids = self._model.encode_as_numpy(list(texts), num_threads=1)
         if self._escapes:
@@ -254,6 +318,33 @@ class JsonTokenizer(Tokenizer):
         """Text of token ids, special tokens spelled out."""
         return self._model.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Added tokens, and what stands for the beginning and the end."""
+        added = {token.content: i for i, token in self._model.get_added_tokens_decoder().items()}
+        ends = {self.token(i): i for i in (self.bos_id, self.eos_id) if i is not None}
+        return {text: i for text, i in ends.items() if text is not None} | added
+
+    def token(self, index: int) -> str | None:
+        return self._model.id_to_token(index)
+
+    def _spelling(self, special: str) -> str:
+        added = self._model.get_added_tokens_decoder().get(self.special_tokens[special])
+        if added is None:
+            return re.escape(special)
+        return r"\s*" * added.lstrip + re.escape(special) + r"\s*" * added.rstrip
+
+    @cached_property
+    def starts_anew_after_special(self) -> bool:
+        """Found by trial, since normalizers differ: some put a space before every stretch of text."""
+        special = next((t for t in self._model.get_added_tokens_decoder().values() if t.special), None)
+        if special is None:
+            return False
+        self._model.encode_special_tokens = False
+        ids = self._model.encode(f"{special.content}a", add_special_tokens=False).ids
+        self._model.encode_special_tokens = True
+        return ids[1:] == self.encode("a")
+
     def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -292,7 +383,7 @@ def _special_id(
 ) -> int | None:
     """The id of bos or eos: what the files beside the tokenizer say, else a common name that it knows."""
     for file in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json"):
-        config = _read_json(directory / file) if directory else {}
+        config = read_json(directory / file) if directory else {}
         token = config.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and token in vocab:
@@ -304,7 +395,8 @@ def _special_id(
     return next((vocab[token] for token in common if token in vocab), None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file, or another value in it."""
     if not path.is_file():
         return {}
     try:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from llm3d.config import ModelConfig, ParallelConfig
+from llm3d.config import LoRASettings, ModelConfig, ParallelConfig
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.llama import LlamaStage
-from llm3d.parallel.boxes import Box
+from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.zero.flat import FlatParameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_ROWS = 64
@@ -26,6 +25,7 @@ def build_stages(
     mesh: Mesh,
     recompute: str = "none",
     head: HeadName = "language",
+    lora: LoRASettings | None = None,
 ) -> list[LlamaStage]:
     """This rank's stages, in model order, without storage. Chunk c is virtual stage c * pipeline + rank."""
     counts = parallel.layers_per_stage or spread_layers(
@@ -43,6 +43,7 @@ def build_stages(
                 sequence_parallel=parallel.sequence and mesh.tensor_size > 1,
                 recompute=recompute,
                 head=head,
+                lora=lora,
             )
         )
     return stages
@@ -60,9 +61,9 @@ def spread_layers(num_layers: int, num_stages: int) -> list[int]:
     return counts
 
 
-def initialise(flat: FlatParameters, master: Sequence[Tensor], config: ModelConfig, seed: int) -> None:
-    """Fill `master`, fp32 tensors laid out like `flat.parameters`, with random weights that no layout changes."""
-    for piece, view in flat.pieces(master):
+def initialise(weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, seed: int) -> None:
+    """Fill them with random values that no layout changes."""
+    for piece, view in weights:
         view.copy_(initial_value(piece.box, config, seed))
 
 
@@ -75,7 +76,11 @@ def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
     """
     if len(box.shape) == 1:
         return torch.ones(box.size)
+    if box.name.endswith(".lora_B.weight"):
+        return torch.zeros(box.size)
     std = config.initializer_range
+    if box.name.endswith(".lora_A.weight"):
+        std = 1 / math.sqrt(3 * box.shape[1])  # the variance of PEFT's uniform first values
     if box.name == SCORE:
         std = 1 / math.sqrt(
             config.hidden_size + 1

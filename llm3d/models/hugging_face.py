@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
+from llm3d.models.adapters import is_adapter
 from llm3d.models.build import initial_value
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
-from llm3d.parallel.boxes import Box
+from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.zero.flat import FlatParameters
 
@@ -37,8 +39,8 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
     round the copies of the stage, so that many disks or links share the work.
     """
     mesh, group = flat.mesh, flat.replica
-    parts = _owned_parts(flat)
-    names = sorted(parts, key=_model_order)
+    parts = owned_parts(flat, group)
+    names = in_model_order(parts)
     whole = {name: Box.whole(name, parts[name][0][1].shape) for name in names}
     runs = split_by_size([whole[name].numel * flat.dtype.itemsize for name in names])
     counts = [int(count) for count in gather_bytes(str(len(runs)).encode(), mesh.pipeline)]
@@ -49,39 +51,42 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
             continue
         writing_rank = i // flat.num_replicas % group.size()
         keys = names[run.start : run.stop]
-        values = [_gather(whole[key], parts[key], views, flat, writing_rank) for key in keys]
+        values = [
+            gather_whole(whole[key], parts[key], views, flat.dtype, group, writing_rank) for key in keys
+        ]
         if group.rank() == writing_rank:
             file = f"model-{first + i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else _SINGLE
             boxes = [whole[key] for key in keys]
             writer.tensors(f"{folder}/{file}", list(zip(keys, boxes, values, strict=True)))
 
 
-def _owned_parts(flat: FlatParameters) -> dict[str, list[tuple[int, Box]]]:
-    """By global tensor: the ranks of the group that holds a copy of this stage, and the boxes that each owns."""
+def owned_parts(flat: FlatParameters, group: ProcessGroup) -> dict[str, list[tuple[int, Box]]]:
+    """By global tensor: the ranks of the group, and the boxes that each owns. Called on all its ranks."""
     mine = [asdict(piece.box) for piece, _ in flat.pieces(flat.parameters) if piece.owned]
     parts: dict[str, list[tuple[int, Box]]] = {}
-    for rank, boxes in enumerate(gather_bytes(json.dumps(mine).encode(), flat.replica)):
+    for rank, boxes in enumerate(gather_bytes(json.dumps(mine).encode(), group)):
         for box in map(box_of, json.loads(boxes)):
             parts.setdefault(box.name, []).append((rank, box))
     return parts
 
 
-def _gather(
+def gather_whole(
     whole: Box,
     parts: list[tuple[int, Box]],
     views: dict[Box, Tensor],
-    flat: FlatParameters,
+    dtype: torch.dtype,
+    group: ProcessGroup,
     writing_rank: int,
 ) -> Tensor:
     """A global tensor on the host of one rank of the group, to which the others send their parts of it.
 
     On the other ranks, what is returned is empty.
     """
-    group, rank = flat.replica, flat.replica.rank()
-    values = torch.empty(whole.size if rank == writing_rank else 0, dtype=flat.dtype)
+    rank = group.rank()
+    values = torch.empty(whole.size if rank == writing_rank else 0, dtype=dtype)
     for source, box in parts:
         if rank == writing_rank:
-            part = views[box] if source == rank else torch.empty(box.size, dtype=flat.dtype)
+            part = views[box] if source == rank else torch.empty(box.size, dtype=dtype)
             if source != rank:
                 dist.recv(part, group=group, group_src=source)
             values[box.slices_within(whole)].copy_(part)
@@ -90,15 +95,15 @@ def _gather(
     return values
 
 
-def _model_order(name: str) -> list[int | str]:
+def in_model_order(names: Iterable[str]) -> list[str]:
     """Layers by number. Only numbers meet numbers: names that differ in kind differ earlier."""
-    return [int(part) if part.isdigit() else part for part in name.split(".")]
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
 
 
 def index_of(stored: Sequence[StoredBox]) -> tuple[str, str] | None:
-    """File name and content of the index of sharded weights; None where one file holds them all."""
+    """File name and content of the index of sharded weights; None where one file holds them all, or none is there."""
     files = {box.key: Path(box.file).name for box in stored}
-    if len(set(files.values())) == 1:
+    if len(set(files.values())) <= 1:
         return None
     size = sum(box.box.numel * getattr(torch, box.dtype).itemsize for box in stored)
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
@@ -141,27 +146,32 @@ def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
 
 
 def read_weights(
-    directory: Path, flat: FlatParameters, into: Sequence[Tensor], config: ModelConfig, seed: int = 0
+    directory: Path,
+    weights: Iterable[tuple[Piece, Tensor]],
+    config: ModelConfig,
+    everyone: ProcessGroup,
+    seed: int = 0,
 ) -> None:
-    """Fill `into`, tensors laid out like flat.parameters, from a Hugging Face directory; each rank reads its boxes.
+    """Fill the weights of a model from a Hugging Face directory; each rank reads its boxes.
 
     Called on all ranks. A tied model's output weights may be stored under the embedding's name, the head's or
-    both. A score head takes the place of a language model's head, with first weights from `seed`.
+    both. Adapters, and a score head in the place of a language model's, get first values from `seed`.
     Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
     """
-    names = model_names(flat)
-    with input_errors_on_all(flat.mesh.everyone):
+    weights = list(weights)
+    names = all_names(weights, everyone)
+    with input_errors_on_all(everyone):
         reader = BoxReader(directory)
         files = _files(reader)
         if config.tie_word_embeddings:
             head = files.pop(_HEAD, None)
             if head is not None and _EMBEDDING not in files:
                 files[_EMBEDDING] = head
-        new = {SCORE} & names - files.keys()
-        if new:
+        new = {name for name in names - files.keys() if name == SCORE or is_adapter(name)}
+        if SCORE in new:
             files.pop(_HEAD, None)
         _check_names(directory, names - new, files)
-        for piece, view in flat.pieces(into):
+        for piece, view in weights:
             if piece.box.name in new:
                 view.copy_(initial_value(piece.box, config, seed))
                 continue
@@ -170,14 +180,10 @@ def read_weights(
             reader.read(piece.box, [stored], view)
 
 
-def model_names(flat: FlatParameters) -> set[str]:
-    """Names of all tensors of the model, whichever ranks hold them. Called on all ranks."""
-    mine = sorted({piece.box.name for piece, _ in flat.pieces(flat.parameters)})
-    return {
-        name
-        for names in gather_bytes(json.dumps(mine).encode(), flat.mesh.everyone)
-        for name in json.loads(names)
-    }
+def all_names(weights: Iterable[tuple[Piece, Tensor]], everyone: ProcessGroup) -> set[str]:
+    """Names of the tensors that any rank has weights of. Called on all ranks."""
+    mine = sorted({piece.box.name for piece, _ in weights})
+    return {name for names in gather_bytes(json.dumps(mine).encode(), everyone) for name in json.loads(names)}
 
 
 def check_shape(directory: Path, wanted: Box, stored: StoredBox) -> None:
@@ -218,7 +224,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> None:
-    missing = sorted(names - files.keys(), key=_model_order)
+    missing = in_model_order(names - files.keys())
     if missing:
         raise InputError(f"{directory}: holds no tensor {missing[0]} ({len(missing)} missing in all)")
     # Old conversions of LLaMA store the rotary frequencies, which follow from the settings.
@@ -237,4 +243,4 @@ def _find(reader: BoxReader, file: str, name: str) -> StoredBox:
         stored = reader.whole(file, _HEAD)
     if stored is None:
         raise InputError(f"{reader.directory / file}: holds no tensor {name}, though the index says so")
-    return replace(stored, box=replace(stored.box, name=name))
+    return stored.named(name)

@@ -7,7 +7,7 @@ between the sublayers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
-from llm3d.config import ModelConfig
+from llm3d.config import LoRASettings, ModelConfig
 from llm3d.kernels.attention import attention
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
 from llm3d.kernels.swiglu import swiglu
+from llm3d.models.adapters import column_adapters, is_adapter, row_adapters
 from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
-from llm3d.parallel.boxes import Box, Piece, stack
+from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
 from llm3d.parallel.layers import (
     ColumnParallelLinear,
     RMSNorm,
@@ -58,6 +59,7 @@ class LlamaStage(nn.Module):
     """Layers `layers` of a LLaMA; the first stage has the embedding, the last the final norm and the head.
 
     head: "language" (token logits) or "score" (a number a token).
+    lora: with a rank, only adapters and a score head are trained.
     sequence_parallel: split the tokens over the tensor group between sublayers.
     recompute: "none"; "selective" keeps neither the inputs of attention (queries, keys, values) nor those of
         the cross-entropy (logits) for backward; "full" keeps only the input of each layer.
@@ -73,10 +75,11 @@ class LlamaStage(nn.Module):
         sequence_parallel: bool = False,
         recompute: str = "none",
         head: HeadName = "language",
+        lora: LoRASettings | None = None,
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
-        self.config = config
+        self.config, lora = config, lora or LoRASettings()
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         shared = mesh.embedding if config.tie_word_embeddings and head == "language" else None
         self.embedding: VocabParallelEmbedding | None = None
@@ -84,7 +87,10 @@ class LlamaStage(nn.Module):
             self.embedding = VocabParallelEmbedding(table, mesh.tensor, sequence_parallel, partial=shared)
         kv_replicas = key_value_replicas(config, mesh)
         self.layers = nn.ModuleDict(
-            {str(i): LlamaLayer(config, mesh, i, kv_replicas, sequence_parallel, recompute) for i in layers}
+            {
+                str(i): LlamaLayer(config, mesh, i, kv_replicas, sequence_parallel, recompute, lora)
+                for i in layers
+            }
         )
         self.head: LanguageModelHead | ScoreHead | None = None
         if layers.stop == config.num_hidden_layers:
@@ -94,6 +100,11 @@ class LlamaStage(nn.Module):
                 self.head = ScoreHead(score, mesh.tensor, sequence_parallel)
             else:
                 self.head = self._language_head(table, mesh, sequence_parallel, shared, recompute != "none")
+        if lora.rank:
+            for parameter in self.parameters():
+                assert isinstance(parameter, ShardedParameter)
+                name = parameter.pieces[0].box.name
+                parameter.requires_grad_(is_adapter(name) or name == SCORE)
         scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
@@ -131,6 +142,8 @@ class LlamaStage(nn.Module):
         """Everything but the head: the embedding, the layers and the final norm that this stage has."""
         if self.embedding is not None:
             hidden = self.embedding(batch.tokens)
+            if torch.is_grad_enabled():
+                hidden.requires_grad_()  # under a frozen embedding, too, backward passes the layers to their ends
         assert hidden is not None, "stages after the first get an input"
         assert isinstance(self.rope_frequencies, Tensor)
         tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
@@ -151,13 +164,14 @@ class LlamaLayer(nn.Module):
         kv_replicas: ProcessGroup | None,
         sequence_parallel: bool,
         recompute: str,
+        lora: LoRASettings,
     ) -> None:
         super().__init__()
         prefix = f"model.layers.{index}"
         self.attention_norm = _norm(f"{prefix}.input_layernorm.weight", config, mesh, sequence_parallel)
-        self.attention = Attention(config, mesh, f"{prefix}.self_attn", kv_replicas, sequence_parallel)
+        self.attention = Attention(config, mesh, f"{prefix}.self_attn", kv_replicas, sequence_parallel, lora)
         self.mlp_norm = _norm(f"{prefix}.post_attention_layernorm.weight", config, mesh, sequence_parallel)
-        self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel)
+        self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel, lora)
         self.recompute = recompute
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
@@ -185,17 +199,18 @@ class Attention(nn.Module):
         prefix: str,
         kv_replicas: ProcessGroup | None,
         sequence_parallel: bool,
+        lora: LoRASettings,
     ) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // mesh.tensor_size
         self.num_kv_heads = max(1, config.num_key_value_heads // mesh.tensor_size)
         pieces = _qkv_pieces(config, mesh, prefix, kv_replicas)
-        self.qkv = ColumnParallelLinear(pieces, mesh.tensor, sequence_parallel)
+        self.qkv = _column_parallel(pieces, mesh, sequence_parallel, lora)
         output = Box.whole(
             f"{prefix}.o_proj.weight", (config.hidden_size, config.num_attention_heads * self.head_dim)
         )
-        self.output = RowParallelLinear(output, mesh.tensor, sequence_parallel)
+        self.output = _row_parallel(output, mesh, sequence_parallel, lora)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         rotated = self.num_heads + self.num_kv_heads
@@ -208,7 +223,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)); the intermediate dimension is spread over the tensor group."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, prefix: str, sequence_parallel: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, prefix: str, sequence_parallel: bool, lora: LoRASettings
+    ) -> None:
         super().__init__()
         part = split_evenly(config.intermediate_size, mesh.tensor)
         pieces = [
@@ -219,12 +236,25 @@ class MLP(nn.Module):
             )
             for name in ("gate_proj", "up_proj")
         ]
-        self.gate_up = ColumnParallelLinear(stack(pieces), mesh.tensor, sequence_parallel)
+        self.gate_up = _column_parallel(stack(pieces), mesh, sequence_parallel, lora)
         down = Box.whole(f"{prefix}.down_proj.weight", (config.hidden_size, config.intermediate_size))
-        self.down = RowParallelLinear(down, mesh.tensor, sequence_parallel)
+        self.down = _row_parallel(down, mesh, sequence_parallel, lora)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(x)))
+
+
+def _column_parallel(
+    pieces: Sequence[Piece], mesh: Mesh, sequence_parallel: bool, lora: LoRASettings
+) -> ColumnParallelLinear:
+    adapters = column_adapters(pieces, lora, mesh.tensor)
+    return ColumnParallelLinear(pieces, mesh.tensor, sequence_parallel, adapters)
+
+
+def _row_parallel(box: Box, mesh: Mesh, sequence_parallel: bool, lora: LoRASettings) -> RowParallelLinear:
+    columns = split_evenly(box.size[1], mesh.tensor)
+    piece = Piece(box.columns(columns.start, len(columns)))
+    return RowParallelLinear(piece, mesh.tensor, sequence_parallel, row_adapters(piece, lora, mesh.tensor))
 
 
 def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class StoredBox:
     def of(cls, fields: dict[str, Any]) -> StoredBox:
         """From what dataclasses.asdict gave, after a journey as JSON."""
         return cls(**{**fields, "box": box_of(fields["box"])})
+
+    def named(self, name: str) -> StoredBox:
+        """The same values as a box of the global tensor `name`."""
+        return replace(self, box=replace(self.box, name=name))
 
 
 def box_of(fields: dict[str, Any]) -> Box:

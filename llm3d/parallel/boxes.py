@@ -118,8 +118,10 @@ class ShardedParameter(nn.Parameter):
     main_grad_is_stale: bool
     on_accumulated: Callable[[], None] | None
 
-    def __new__(cls, data: Tensor, pieces: Sequence[Piece], uses: int = 1) -> ShardedParameter:
-        parameter = super().__new__(cls, data, requires_grad=True)
+    def __new__(
+        cls, data: Tensor, pieces: Sequence[Piece], uses: int = 1, requires_grad: bool = True
+    ) -> ShardedParameter:
+        parameter = super().__new__(cls, data, requires_grad=requires_grad)
         parameter.pieces = tuple(pieces)
         parameter.uses = uses
         parameter.main_grad = None

@@ -7,7 +7,7 @@ the rest of the backward pass still runs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,20 @@ class ColumnParallelLinear(nn.Module):
     gradient of W is computed. Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2.
     """
 
-    def __init__(self, pieces: Sequence[Piece], group: ProcessGroup, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        group: ProcessGroup,
+        sequence_parallel: bool = False,
+        adapters: Sequence[LowRankAdapter] = (),
+    ) -> None:
         super().__init__()
         self.weight = ShardedParameter.on_meta(pieces)
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.adapters = nn.ModuleList(adapters)
 
     def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel)
+        return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel, self.adapters)
 
 
 class RowParallelLinear(nn.Module):
@@ -53,16 +60,37 @@ class RowParallelLinear(nn.Module):
     Forward: all_reduce or reduce_scatter of y. Backward: nothing, or all_gather of the gradient of y.
     """
 
-    def __init__(self, box: Box, group: ProcessGroup, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self,
+        piece: Piece,
+        group: ProcessGroup,
+        sequence_parallel: bool = False,
+        adapters: Sequence[LowRankAdapter] = (),
+    ) -> None:
         super().__init__()
-        columns = split_evenly(box.size[1], group)
-        self.weight = ShardedParameter.on_meta([Piece(box.columns(columns.start, len(columns)))])
+        self.weight = ShardedParameter.on_meta([piece])
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.adapters = nn.ModuleList(adapters)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Linear.apply(x, self.weight)
+        y = _linear(x, self.weight, None, False, self.adapters)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
         return reduce(y, self.group)
+
+
+class LowRankAdapter(nn.Module):
+    """scale B A x, added to rows `rows` of a linear layer's output. Hu et al. 2021 (LoRA).
+
+    a: [rank, in], b: [rows, rank], each the part that goes with the layer's part of W. In a column-parallel layer
+    every rank has all of A, in a row-parallel one all of B; the gradient of that factor is a partial sum over the
+    group. Nothing is communicated beyond what the layer does.
+    """
+
+    def __init__(self, a: Piece, b: Piece, rows: slice, scale: float) -> None:
+        super().__init__()
+        self.a, self.b = ShardedParameter.on_meta([a]), ShardedParameter.on_meta([b])
+        self.rows, self.scale = rows, scale
+        self.enabled = True
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -130,12 +158,26 @@ def vocabulary_range(vocab_size: int, group: ProcessGroup) -> range:
 
 
 def column_parallel_linear(
-    x: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence_parallel: bool = False
+    x: Tensor,
+    weight: ShardedParameter,
+    group: ProcessGroup,
+    sequence_parallel: bool = False,
+    adapters: Iterable[nn.Module] = (),
 ) -> Tensor:
     """x: [tokens, in] -> [tokens, weight rows]; see ColumnParallelLinear. Also used with a tied embedding's weight."""
-    if group.size() == 1:
-        return _Linear.apply(x, weight)
-    return _ColumnParallelLinear.apply(x, weight, group, sequence_parallel)
+    return _linear(x, weight, group if group.size() > 1 else None, sequence_parallel, adapters)
+
+
+def _linear(
+    x: Tensor,
+    weight: ShardedParameter,
+    group: ProcessGroup | None,
+    sequence_parallel: bool,
+    adapters: Iterable[nn.Module],
+) -> Tensor:
+    active = [each for each in adapters if isinstance(each, LowRankAdapter) and each.enabled]
+    factors = [factor for adapter in active for factor in (adapter.a, adapter.b)]  # for autograd to see
+    return _Linear.apply(x, weight, group, sequence_parallel, active, *factors)
 
 
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
@@ -171,55 +213,66 @@ def _add(weight: ShardedParameter, gradient: Tensor) -> None:
 
 
 class _Linear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: ShardedParameter) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight = weight
-        return x @ weight.t()
+    """x W^T and what adapters add to it; with a group, column-parallel over it.
+
+    Collectives run beside matrix products: see the order of the lines in backward.
+    """
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
-        (grad_output,), (x,) = grads, ctx.saved_tensors
-        grad_input = grad_output @ ctx.weight if ctx.needs_input_grad[0] else None
-        if ctx.needs_input_grad[1]:
-            add_linear_gradient(ctx.weight, grad_output, x)
-            ctx.weight.accumulated()
-        return grad_input, None
-
-
-class _ColumnParallelLinear(Function):
-    """Collectives run beside matrix products: see the order of the lines in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence: bool) -> Tensor:
-        ctx.save_for_backward(x)  # only this rank's tokens are kept; backward gathers them again
-        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence
-        gathered = gather_rows(x, group)[0] if sequence else x
-        return gathered @ weight.t()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: ShardedParameter,
+        group: ProcessGroup | None,
+        sequence: bool,
+        adapters: Sequence[LowRankAdapter],
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.weight, ctx.group, ctx.sequence, ctx.adapters = weight, group, sequence, adapters
+        whole = gather_rows(x, group)[0] if group is not None and sequence else x
+        y = whole @ weight.t()
+        inner = [whole @ adapter.a.t() for adapter in adapters]
+        for adapter, h in zip(adapters, inner, strict=True):
+            y[:, adapter.rows].addmm_(h, adapter.b.t(), alpha=adapter.scale)
+        # Of x only this rank's tokens are kept, and only where a gradient needs them; backward gathers them again.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or adapters else None, *inner)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_output,), (x,) = grads, ctx.saved_tensors
-        gathering = None
-        if ctx.sequence and ctx.needs_input_grad[1]:
-            x, gathering = gather_rows(x, ctx.group, async_op=True)
-        grad_input = grad_output @ ctx.weight
-        if ctx.sequence:
-            summing = SumInFlight(grad_input, ctx.group)
-        else:
-            reducing = dist.all_reduce(grad_input, group=ctx.group, async_op=True)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,), (x, *inner) = grads, ctx.saved_tensors
+        weight, group, gathering, summing = ctx.weight, ctx.group, None, None
+        if x is not None and group is not None and ctx.sequence:
+            x, gathering = gather_rows(x, group, async_op=True)
+        grad_inner = [adapter.scale * (grad_output[:, adapter.rows] @ adapter.b) for adapter in ctx.adapters]
+        grad_input = grad_output @ weight if ctx.needs_input_grad[0] else None
+        if grad_input is not None:
+            for adapter, grad_h in zip(ctx.adapters, grad_inner, strict=True):
+                grad_input.addmm_(grad_h, adapter.a)
+            summing = _start_sum(grad_input, group, ctx.sequence)
         if gathering is not None:
             gathering.wait()
         if ctx.needs_input_grad[1]:
-            add_linear_gradient(ctx.weight, grad_output, x)
-            ctx.weight.accumulated()
-        if ctx.sequence:
-            return summing.finish(), None, None, None
-        assert reducing is not None
-        reducing.wait()
-        return grad_input, None, None, None
+            add_linear_gradient(weight, grad_output, x)
+            weight.accumulated()
+        for adapter, h, grad_h in zip(ctx.adapters, inner, grad_inner, strict=True):
+            add_linear_gradient(adapter.a, grad_h, x)
+            adapter.a.accumulated()
+            add_linear_gradient(adapter.b, grad_output[:, adapter.rows], adapter.scale * h)
+            adapter.b.accumulated()
+        if isinstance(summing, SumInFlight):
+            grad_input = summing.finish()
+        elif summing is not None:
+            summing.wait()
+        return grad_input, *[None] * (4 + 2 * len(ctx.adapters))
+
+
+def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFlight | dist.Work | None:
+    """Start to sum a gradient over the group: in place, or under sequence parallelism to this rank's tokens of it."""
+    if group is None:
+        return None
+    return SumInFlight(x, group) if sequence else dist.all_reduce(x, group=group, async_op=True)
 
 
 class _Embedding(Function):

@@ -9,7 +9,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.stages.language_data import LanguageData
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.objective import NextToken
-from llm3d.train.trainer import next_token
+from llm3d.train.trainer import Trainer, next_token
 
 
 class Pretraining(NamedTuple):
@@ -17,6 +17,9 @@ class Pretraining(NamedTuple):
     tokenizer: Tokenizer | None
     data: LanguageData
     objective: NextToken
+
+    def prepare(self, trainer: Trainer) -> None:
+        pass
 
 
 def open_stage(config: PretrainConfig) -> Pretraining:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from llm3d.config import Config, with_vocab_size
+from llm3d.config import ChatDataConfig, Config, with_vocab_size
+from llm3d.config.presets import hugging_face_directory
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 
@@ -16,16 +17,19 @@ def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:
 
     Raises InputError where the two disagree.
     """
-    if config.data.tokenizer is None:
+    path = config.data.tokenizer
+    if path is None and isinstance(config.data, ChatDataConfig) and config.model.path is not None:
+        path = str(hugging_face_directory(config.model.path))
+    if path is None:
         if config.model.vocab_size is None:
             raise InputError("model.vocab_size: not set; set it, or data.tokenizer, which tells it")
         return config, None
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(path)
     if config.model.vocab_size is None:
         return with_vocab_size(config, tokenizer.vocab_size), tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
-            f"data.tokenizer: {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
+            f"data.tokenizer: {path} has {tokenizer.vocab_size} tokens, more than "
             f"model.vocab_size {config.model.vocab_size}; give the model's own tokenizer, or a larger vocab_size"
         )
     return config, tokenizer

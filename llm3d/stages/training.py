@@ -52,6 +52,8 @@ class Opened(Protocol):
     def data(self) -> StageData: ...
     @property
     def objective(self) -> Objective: ...
+    def prepare(self, trainer: Trainer) -> None:
+        """Do what must be done before training; `load_first_weights` may be used for it."""
 
 
 def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
@@ -76,6 +78,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     config, data = opened.config, opened.data
     run_dir = Path(config.run.dir)
     trainer = Trainer(config, mesh, opened.objective)
+    opened.prepare(trainer)
     state, origin = first_state(trainer, run_dir)
     start_step = int(state.get("step", 0))
     data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
@@ -106,13 +109,21 @@ def first_state(trainer: Trainer, run_dir: Path) -> tuple[dict[str, Any], str]:
     """Give the model its first weights; -> the checkpoint's state ({} without one) and where they came from."""
     config = trainer.config
     checkpoint = checkpoint_to_resume(config, run_dir, trainer.mesh)
-    if checkpoint is not None:
-        return load_checkpoint(checkpoint, trainer), str(checkpoint)
-    if config.model.path is not None:
-        load_pretrained(Path(config.model.path), trainer)
-        return {}, config.model.path
-    trainer.initialise()
-    return {}, f"random weights, seed {config.run.seed}"
+    if checkpoint is None:
+        return {}, load_first_weights(trainer)
+    if trainer.flat.frozen:
+        load_first_weights(trainer)
+    return load_checkpoint(checkpoint, trainer), str(checkpoint)
+
+
+def load_first_weights(trainer: Trainer) -> str:
+    """Those that the settings name, or random ones; -> where they came from."""
+    config = trainer.config
+    if config.model.path is None:
+        trainer.initialise()
+        return f"random weights, seed {config.run.seed}"
+    load_pretrained(Path(config.model.path), trainer)
+    return config.model.path + (f" and {config.lora.path}" if config.lora.path else "")
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path, mesh: Mesh) -> Path | None:
@@ -126,6 +137,11 @@ def latest_on_first_rank(run_dir: Path, mesh: Mesh) -> Path | None:
     """The latest checkpoint that rank 0 sees, on every rank: hosts may see a shared directory differently."""
     latest = gather_bytes(str(latest_checkpoint(run_dir) or "").encode(), mesh.everyone)[0].decode()
     return Path(latest) if latest else None
+
+
+def seen_by_first_rank(path: Path, mesh: Mesh) -> bool:
+    """Whether there is such a file, the same answer on every rank."""
+    return gather_bytes(str(path.exists()).encode(), mesh.everyone)[0] == b"True"
 
 
 def check_run_directory(run_dir: Path, start_step: int, mesh: Mesh) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints: written so that one with its final name is complete, read under any layout.
 
-A checkpoint holds manifest.json, model/ (a plain Hugging Face directory), optimizer/ (fp32 master weights and
-moments as boxes of global tensors) and state.json (what the training loop needs). Nothing in it is pickled.
+A checkpoint holds manifest.json, model/ (a plain Hugging Face directory; of a model with adapters, adapter/, a PEFT
+directory), optimizer/ (fp32 master weights and moments as boxes of global tensors) and state.json (what the training
+loop needs). Nothing in it is pickled.
 There are no states of random number generators: training draws none; first weights and the order of samples are
 pure functions of run.seed.
 
@@ -22,8 +23,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llm3d.config.presets import adapter_directory
 from llm3d.errors import InputError, TrainingAborted
-from llm3d.models.hugging_face import config_files, index_of, model_names, read_weights, write_weights
+from llm3d.models.hugging_face import all_names, config_files, index_of, read_weights, write_weights
+from llm3d.models.peft import adapter_config, read_adapter, write_adapter
 from llm3d.parallel.agreement import first_failure, input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, split_by_size, sync
 from llm3d.parallel.boxes import Box, Piece
@@ -74,7 +77,8 @@ def save_checkpoint(
             partial.mkdir()
     _agree(writer, trainer, partial)
     trainer.flat.settle()
-    write_weights(writer, trainer.flat, "model")
+    write = write_adapter if trainer.config.lora.rank else write_weights
+    write(writer, trainer.flat, weights_folder(trainer))
     _write_optimizer(writer, trainer)
     if trainer.mesh.rank == 0:
         _write_small_files(writer, trainer, state, tokenizer)
@@ -89,6 +93,11 @@ def save_checkpoint(
             _delete_older(final, keep)
     _agree(writer, trainer, partial)
     return final
+
+
+def weights_folder(trainer: Trainer) -> str:
+    """Where a checkpoint has its weights: those of a whole model, or adapters."""
+    return "adapter" if trainer.config.lora.rank else "model"
 
 
 def _agree(writer: BoxWriter, trainer: Trainer, partial: Path) -> None:
@@ -143,10 +152,14 @@ def _write_small_files(
     if trainer.loss_scale is not None:
         state = {**state, "loss_scale": trainer.loss_scale.state}
     writer.text("state.json", json.dumps(state, indent=1) + "\n")
-    for name, content in config_files(trainer.config.model, trainer.dtype, trainer.objective.head).items():
-        writer.text(f"model/{name}", content)
+    config, head = trainer.config, trainer.objective.head
+    files = config_files(config.model, trainer.dtype, head)
+    if config.lora.rank:
+        files = {"adapter_config.json": adapter_config(config, head)}
+    for name, content in files.items():
+        writer.text(f"{weights_folder(trainer)}/{name}", content)
     if tokenizer is not None:
-        folder = writer.directory / "model"
+        folder = writer.directory / weights_folder(trainer)
         with writer.keeping_failure(folder):
             before = set(folder.iterdir())
             tokenizer.save_to(folder)
@@ -178,7 +191,7 @@ def _write_manifest(writer: BoxWriter, trainer: Trainer, step: int, boxes: list[
     text = manifest_text(step, trainer.optimizer.steps_taken, layout, writer.files, boxes)
     writer.text(manifest.FILE, text)
     with writer.keeping_failure(writer.directory):
-        for folder in ("model", "optimizer", "."):
+        for folder in (weights_folder(trainer), "optimizer", "."):
             sync(writer.directory / folder)
 
 
@@ -266,7 +279,10 @@ def load_pretrained(directory: Path, model: Evaluator) -> None:
         with input_errors_on_all(model.mesh.everyone):
             _check_files(directory, read_manifest(directory), model.mesh.rank, model.mesh.size)
         directory /= "model"
-    read_weights(directory, model.flat, model.weights, model.config.model, model.config.run.seed)
+    config, everyone = model.config, model.mesh.everyone
+    read_weights(directory, model.weights(), config.model, everyone, config.run.seed)
+    if config.lora.path is not None:
+        read_adapter(adapter_directory(config.lora.path), model.weights(), everyone)
     model.publish()
 
 
@@ -280,7 +296,8 @@ def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredB
 
 def _checked_manifest(path: Path, model: Evaluator, states: Sequence[str] = ()) -> Manifest:
     """The manifest of a checkpoint that is undamaged, fits the model and has these states of the optimiser."""
-    mesh, names = model.mesh, model_names(model.flat)
+    mesh, flat = model.mesh, model.flat
+    names = all_names(flat.pieces(flat.parameters), mesh.everyone)
     with input_errors_on_all(mesh.everyone):
         found = read_manifest(path)
         _check_model(path, found, model, names, states)
@@ -297,7 +314,7 @@ def _check_model(
     for name in sorted(names ^ stored):
         what = "has no tensor" if name in names else "has a tensor that the model has not,"
         raise InputError(f"{path}: of another model; it {what} {name}; {_OTHER_MODEL}")
-    for piece, _ in model.flat.pieces(model.weights):
+    for piece, _ in model.flat.pieces(model.flat.parameters):
         for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in states)):
             if name not in found.tensors:
                 raise InputError(f"{path}: has no tensor {name}, so training cannot be continued from it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from llm3d.models import heads
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
+from llm3d.parallel.boxes import Piece
 from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_from_last
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
@@ -48,7 +49,9 @@ class Evaluator:
         self.objective = objective or next_token(config)
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
-        self.stages = build_stages(config.model, config.parallel, mesh, config.recompute, self.objective.head)
+        self.stages = build_stages(
+            config.model, config.parallel, mesh, config.recompute, self.objective.head, config.lora
+        )
         self._check_host_memory(trainable)
         gradients = DTYPES[config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
@@ -71,13 +74,14 @@ class Evaluator:
                     "zero.offload_fraction or a smaller model"
                 )
 
-    @property
-    def weights(self) -> list[Tensor]:
-        """What to write first weights into, laid out like `flat.parameters`; then call `publish`."""
-        return self.flat.parameters
+    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
+        """What to write first weights into; then call `publish`."""
+        return self.flat.weights()
 
     def publish(self) -> None:
         """Take over what was written into `weights`."""
+        for unit in self.flat.frozen:
+            self.flat.publish(unit)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
@@ -150,16 +154,19 @@ class Trainer(Evaluator):
         fp16 = config.precision.compute == "fp16"
         self.loss_scale = LossScale(config.precision.loss_scale) if fp16 else None
 
-    @property
-    def weights(self) -> list[Tensor]:
-        return self.optimizer.master
+    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Of what is trained, the master weights."""
+        yield from self.flat.pieces(self.optimizer.master)
+        for unit in self.flat.frozen:
+            yield from unit.pieces(unit.parameters)
 
     def publish(self) -> None:
+        super().publish()
         self.optimizer.publish()
 
     def initialise(self) -> None:
         """Random first weights, from run.seed."""
-        initialise(self.flat, self.weights, self.config.model, self.config.run.seed)
+        initialise(self.weights(), self.config.model, self.config.run.seed)
         self.publish()
 
     def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:

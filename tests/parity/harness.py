@@ -149,6 +149,7 @@ def sections(layout: Layout) -> dict[str, Any]:
         "recompute": layout.recompute,
         "data": {"train": [{"path": "unused"}], "sequence_length": SEQUENCE_LENGTH},
         "batch": {"global": GLOBAL_BATCH, "micro": layout.micro},
+        "lora": {},
         "optim": {"lr": LEARNING_RATE},
         "kernels": {},
         "train": {"steps": 5},

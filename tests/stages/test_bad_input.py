@@ -217,8 +217,8 @@ TABLE = [
         "model.max_position_embeddings 32",
         BOTH,
     ),
-    Wrong("another width", trained_wider, ("step-00000002: of another model", "[36, 24]"), "run.dir", BOTH),
-    Wrong("another depth", trained_deeper, ("step-00000002: of another model", "layers.4"), "run.dir", BOTH),
+    Wrong("another width", trained_wider, ("step-00000002", "[36, 24]"), "run.dir", BOTH),
+    Wrong("another depth", trained_deeper, ("step-00000002", "layers.4"), "run.dir", BOTH),
     Wrong(
         "later checkpoints",
         later_checkpoints,

@@ -51,7 +51,7 @@ def save_on_rank(given: dict[str, Any]) -> None:
     config = make_config(given)
     trainer = Trainer(config, Mesh())
     trainer.initialise()
-    for weights in trainer.weights:
+    for _, weights in trainer.weights():
         weights.mul_(5)
     save_checkpoint(Path(config.run.dir), 1, trainer, {"step": 1})
 
@@ -65,7 +65,7 @@ def window_by_window_on_rank(given: dict[str, Any], weights: Path) -> list[tuple
     config = make_config(given)
     data = ValidationData(config)
     model = Evaluator(config, Mesh())
-    read_weights(weights, model.flat, model.weights, config.model)
+    read_weights(weights, model.weights(), config.model, model.mesh.everyone)
     assert data.valid is not None
     from llm3d.data.pretraining import collate
 

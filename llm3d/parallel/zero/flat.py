@@ -51,6 +51,7 @@ class FlatParameters:
     """Gives storage to the parameters of a rank's stages, in model order, and shards them as ZeRO does.
 
     units: in the order in which forward uses them.
+    frozen: more units, of parameters that need no gradient; with trainable=False, all are in `units`.
     parameters: this rank's shard of each unit, the compute dtype.
     gradients: this rank's shard of each unit, `gradient_dtype`; absent with trainable=False.
     Without data parallelism, and in stage 0, a shard is the whole unit.
@@ -75,8 +76,9 @@ class FlatParameters:
         self.mesh, self.dtype, self.prefetch = mesh, dtype, zero.prefetch
         self.stage = zero.stage if sharded else 0
         self.units: list[FlatUnit] = []
+        self.frozen: list[FlatUnit] = []
         self._home: dict[nn.Parameter, FlatUnit] = {}
-        self._paths = [[self._stop(module) for module in stage.units()] for stage in stages]
+        self._paths = [[self._stop(module, trainable) for module in stage.units()] for stage in stages]
         for stage, path in zip(stages, self._paths, strict=True):
             self._give_storage(stage)
             if self.stage:
@@ -87,20 +89,24 @@ class FlatParameters:
         self._sums: deque[_Sum] = deque()
         self._reductions: list[dist.Work] = []
 
-    def _stop(self, module: nn.Module) -> _Stop:
-        """Make a unit of the module's parameters that no module before it has."""
-        num_shards, rank = (self.mesh.data_size, self.mesh.data_rank) if self.stage else (1, 0)
-        new: list[ShardedParameter] = []
+    def _stop(self, module: nn.Module, trainable: bool) -> _Stop:
+        """Make units of the module's parameters that no module before it has: the frozen ones apart."""
+        trained: list[ShardedParameter] = []
+        frozen: list[ShardedParameter] = []
         for parameter in module.parameters():
             assert isinstance(parameter, ShardedParameter), "models are built of parallel layers"
             if parameter not in self._home:
-                new.append(parameter)
-        if new:
-            unit = FlatUnit(new, num_shards, rank, self.dtype, self.mesh.device, frees=self.stage == 3)
-            self.units.append(unit)
-            self._home |= dict.fromkeys(new, unit)
+                (trained if parameter.requires_grad or not trainable else frozen).append(parameter)
+        for new, made in ((trained, self.units), (frozen, self.frozen)):
+            if new:
+                made.append(self._unit(new))
+                self._home |= dict.fromkeys(new, made[-1])
         units = dict.fromkeys(self._home[parameter] for parameter in module.parameters())
         return _Stop(tuple(units), getattr(module, "backward_reads_weights", True))
+
+    def _unit(self, parameters: Sequence[ShardedParameter]) -> FlatUnit:
+        num_shards, rank = (self.mesh.data_size, self.mesh.data_rank) if self.stage else (1, 0)
+        return FlatUnit(parameters, num_shards, rank, self.dtype, self.mesh.device, frees=self.stage == 3)
 
     def _give_storage(self, stage: Stage) -> None:
         """Put the parameters with storage, wherever modules hold them, in the place of those without."""
@@ -230,13 +236,18 @@ class FlatParameters:
 
     def settle(self) -> None:
         """Wait for what is on its way from other ranks."""
-        for unit in self.units:
+        for unit in (*self.units, *self.frozen):
             unit.wait()
 
     def pieces(self, shards: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
         """What this rank's shards of the units, tensors laid out like `parameters`, hold."""
         for unit, shard in zip(self.units, shards, strict=True):
             yield from unit.pieces(shard)
+
+    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
+        """All that this rank's parameters hold, frozen ones included."""
+        for unit in (*self.units, *self.frozen):
+            yield from unit.pieces(unit.parameters)
 
     @property
     def replica(self) -> ProcessGroup:
@@ -269,7 +280,7 @@ class _Passage:
         if self.stop.in_backward:
             self._have(self.stop, [stop for stop in reversed(previous) if stop.in_backward])
         for unit in self.stop.units:
-            if self.flat.stage >= 2 and unit.whole_gradients is None:
+            if self.flat.stage >= 2 and unit.trained and unit.whole_gradients is None:
                 unit.attach(torch.empty(unit.size, dtype=self.flat.gradient_dtype, device=unit.whole.device))
 
     def leave_backward(self) -> None:

@@ -27,6 +27,7 @@ class FlatUnit:
     parameters: [shard_size], this rank's shard: part of `whole`, or, where that is freed, by itself.
     whole_gradients: [size] or None; each parameter's main_grad is a view of it.
     gradients: [shard_size], this rank's shard of the step's gradient.
+    trained: whether the parameters need gradients; all of a unit's do, or none does.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class FlatUnit:
         self.shard_size = -(-self.num_elements // (num_shards * ALIGNMENT)) * ALIGNMENT
         self.size, self.start = num_shards * self.shard_size, rank * self.shard_size
         self.frees = frees
+        self.trained = all(p.requires_grad for p in ordered)
         self.whole = torch.zeros(self.size, dtype=dtype, device=device)
         self.placed: dict[nn.Parameter, tuple[ShardedParameter, int]] = {}
         start = 0
         for parameter in ordered:
             data = self.whole[start : start + parameter.numel()].view(parameter.shape)
-            with_storage = ShardedParameter(data, parameter.pieces, parameter.uses)
+            with_storage = ShardedParameter(data, parameter.pieces, parameter.uses, parameter.requires_grad)
             self.placed[parameter] = with_storage, start
             start += parameter.numel()
         self.parameters = self._shard_of(self.whole)

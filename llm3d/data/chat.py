@@ -1,0 +1,129 @@
+"""From files of conversations or comparisons to tokenised samples; what cannot be used is named, by file and line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from llm3d.config import ChatDataConfig
+from llm3d.data.documents import BadRecord
+from llm3d.data.formats import Comparison, Conversation, Kind, Reader, reader_for
+from llm3d.data.records import Record, find_record_files, read_records
+from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
+from llm3d.data.templates import Template, Turns, sides, turns
+from llm3d.errors import InputError
+
+_AT_ONCE = 1024  # records that go through the tokenizer together
+_NAMED = 5  # bad records that are told one by one
+
+
+@dataclass
+class Counts:
+    """What became of the records of a source."""
+
+    samples: int = 0
+    too_long: int = 0
+    cut: int = 0
+    bad: list[BadRecord] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{self.samples:,} samples"]
+        parts += [f"{self.too_long:,} left out, too long"] if self.too_long else []
+        parts += [f"{self.cut:,} cut"] if self.cut else []
+        parts += [f"{len(self.bad):,} left out that cannot be used"] if self.bad else []
+        return ", ".join(parts)
+
+
+def read_samples(
+    path: str, kind: Kind, template: Template, settings: ChatDataConfig, prompt_loss: bool = False
+) -> tuple[SampleSet, Counts]:
+    """The samples in a file, the files of a directory or those that fit a pattern, in order.
+
+    prompt_loss: every token but the first is learned.
+    Raises InputError where nothing can be used, and, without settings.skip_bad, for what cannot.
+    """
+    counts, samples = Counts(), list[Sample]()
+    rows = _rows(path, kind, settings, counts)
+    while some := list(islice(rows, _AT_ONCE)):
+        for where, sample in _encoded(some, template, settings, counts):
+            try:
+                fits = fitted(
+                    sample, settings.sequence_length, settings.truncation, template.tokenizer.bos_id
+                )
+            except ValueError as error:
+                counts.bad.append(BadRecord(where, str(error)))
+                continue
+            if fits is None:
+                counts.too_long += 1
+            else:
+                counts.cut += fits is not sample
+                samples.append(_all_learned(fits) if prompt_loss else fits)
+    counts.samples = len(samples)
+    _check(path, counts, settings)
+    return SampleSet.of(samples), counts
+
+
+def _rows(
+    path: str, kind: Kind, settings: ChatDataConfig, counts: Counts
+) -> Iterator[tuple[str, Conversation | Comparison]]:
+    """The place and meaning of each usable record."""
+    for file in find_record_files([path]):
+        reader: Reader | None = None
+        for record in read_records(file):
+            if isinstance(record, BadRecord):
+                counts.bad.append(record)
+                continue
+            reader = reader or _reader(record, kind, settings)
+            try:
+                yield record.where, reader(record.row)
+            except ValueError as error:
+                counts.bad.append(BadRecord(record.where, str(error)))
+
+
+def _reader(first: Record, kind: Kind, settings: ChatDataConfig) -> Reader:
+    try:
+        return reader_for(list(first.row), kind, settings.format, settings.columns)
+    except InputError as error:
+        raise InputError(f"{first.where}: {error}") from None
+
+
+def _encoded(
+    rows: Sequence[tuple[str, Conversation | Comparison]],
+    template: Template,
+    settings: ChatDataConfig,
+    counts: Counts,
+) -> Iterator[tuple[str, Sample]]:
+    """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
+    wanted: list[tuple[str, Conversation | Comparison, list[Turns]]] = []
+    for where, item in rows:
+        if isinstance(item, Comparison):
+            wanted.append((where, item, sides(item)))
+        else:
+            wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
+    encoded = iter(template.encode_many([turn for _, _, these in wanted for turn in these]))
+    for where, item, these in wanted:
+        sequences = tuple(Tokens(*next(encoded)) for _ in these)
+        if isinstance(item, Comparison):
+            yield where, Sample(sequences, item.ranks, item.margin or 0.0)
+        else:
+            yield where, Sample(sequences)
+
+
+def _all_learned(sample: Sample) -> Sample:
+    learned = (Tokens(ids, np.ones(len(ids), dtype=bool)) for ids, _ in sample.sequences)
+    return sample._replace(sequences=tuple(learned))
+
+
+def _check(path: str, counts: Counts, settings: ChatDataConfig) -> None:
+    if counts.bad and not settings.skip_bad:
+        lines = [str(bad) for bad in counts.bad[:_NAMED]]
+        more = len(counts.bad) - len(lines)
+        lines += [f"{path}: {more:,} more like these"] if more else []
+        raise InputError("\n".join([*lines, f"{path}: data.skip_bad=true leaves out what cannot be used"]))
+    if not counts.samples:
+        left = f": {counts}" if counts.too_long or counts.bad else ""
+        hint = "; raise data.sequence_length or set data.truncation" if counts.too_long else ""
+        raise InputError(f"{path}: holds no sample to use{left}{hint}")

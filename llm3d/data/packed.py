@@ -1,0 +1,118 @@
+"""Microbatches of samples of different lengths: laid end to end, without padding between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llm3d.data.pretraining import IGNORED
+from llm3d.data.samples import Sample
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples' sequences laid end to end, T tokens; each sequence is a segment that attention keeps apart.
+
+    tokens: int64 [T].  targets: int64 [T], the next token where it is learned, else -100.
+    cu_seqlens: int32 [segments + 1]; padding, if any, is a segment of its own at the end.
+    last_tokens: int64 [sequences], where each sequence ends.  sequence_of: int64 [T], padding counted to the last.
+    better, worse: int64 [pairs], which sequences are compared: all pairs of a sample's replies that differ in rank.
+    pair_weights: fp32 [pairs], those of a sample add up to 1.  margins: fp32 [pairs].
+    reference: fp32 [sequences], the reference model's log-probability of the targets, where it is known beforehand.
+    num_targets, num_samples: of the microbatch.
+    step_samples, step_chosen_targets: of the whole step, over all ranks; see `chosen_targets`.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    last_tokens: Tensor
+    sequence_of: Tensor
+    better: Tensor
+    worse: Tensor
+    pair_weights: Tensor
+    margins: Tensor
+    reference: Tensor | None
+    max_seqlen: int
+    num_targets: int
+    num_samples: int
+    step_samples: int = 0
+    step_chosen_targets: float = 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.last_tokens)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value.to(device, non_blocking=True)
+        return PackedBatch(**values)
+
+
+def collate(samples: Sequence[Sample], multiple_of: int = 1, reference: Tensor | None = None) -> PackedBatch:
+    """Lay samples end to end, and pad to a multiple of some number of tokens; no samples give padding alone."""
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    lengths = [len(sequence.ids) for sequence in sequences]
+    num_tokens = sum(lengths)
+    padding = max(-num_tokens % multiple_of, 0 if num_tokens else multiple_of)
+    tokens = torch.zeros(num_tokens + padding, dtype=torch.int64)
+    targets = torch.full_like(tokens, IGNORED)
+    start = 0
+    for ids, is_target in sequences:
+        part = torch.from_numpy(ids.astype("int64"))
+        tokens[start : start + len(ids)] = part
+        learned = torch.from_numpy(is_target[1:].copy())
+        targets[start : start + len(ids) - 1] = part[1:].masked_fill(~learned, IGNORED)
+        start += len(ids)
+    segments = torch.tensor([*lengths, *([padding] if padding else [])])
+    ends = segments.cumsum(0)
+    sequence_of = torch.arange(len(segments)).repeat_interleave(segments)
+    pairs = list(_pairs(samples))
+    return PackedBatch(
+        tokens=tokens,
+        targets=targets,
+        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
+        last_tokens=ends[: len(sequences)] - 1,
+        sequence_of=sequence_of.clamp(max=max(0, len(sequences) - 1)),
+        better=torch.tensor([pair.better for pair in pairs], dtype=torch.int64),
+        worse=torch.tensor([pair.worse for pair in pairs], dtype=torch.int64),
+        pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        reference=reference,
+        max_seqlen=int(segments.max()),
+        num_targets=int((targets != IGNORED).sum()),
+        num_samples=len(samples),
+    )
+
+
+def chosen_targets(samples: Sequence[Sample]) -> float:
+    """Targets of the better replies, over all pairs, those of a sample with weights that add up to 1."""
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
+    return sum(pair.weight * sequences[pair.better].is_target[1:].sum() for pair in _pairs(samples))
+
+
+class _Pair(NamedTuple):
+    better: int
+    worse: int
+    weight: float
+    margin: float
+
+
+def _pairs(samples: Sequence[Sample]) -> Iterator[_Pair]:
+    first = 0
+    for sample in samples:
+        found = [
+            (i, j)
+            for i, rank in enumerate(sample.ranks)
+            for j, other in enumerate(sample.ranks)
+            if rank < other
+        ]
+        for better, worse in found:
+            yield _Pair(first + better, first + worse, 1 / len(found), sample.margin)
+        first += len(sample.sequences)

@@ -1,0 +1,187 @@
+"""Direct preference optimisation: a policy that prefers the chosen replies more than its reference does.
+
+Rafailov et al. 2023. With r(y) = beta (log p(y) - log p_reference(y)), the implicit reward of a reply, the loss of a
+pair is -log sigmoid(r(chosen) - r(rejected)), or one of its relatives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from llm3d.config import Config, DPOConfig, DPOSettings
+from llm3d.config.presets import hugging_face_directory
+from llm3d.data.packed import PackedBatch
+from llm3d.errors import InputError
+from llm3d.models.adapters import adapters_off
+from llm3d.models.heads import HeadName
+from llm3d.parallel.agreement import input_errors_on_all
+from llm3d.parallel.box_files import BoxReader
+from llm3d.parallel.cross_entropy import TokenTerms
+from llm3d.stages.chat_data import ChatData, OpenedChat, open_chat
+from llm3d.stages.training import load_first_weights, seen_by_first_rank
+from llm3d.train.trainer import Trainer
+
+
+def dpo_loss(difference: Tensor, settings: DPOSettings) -> Tensor:
+    """The loss of each pair, fp32 [pairs].
+
+    difference: [pairs], (log p - log p_reference)(chosen) - the same of rejected; per token for ipo.
+
+    sigmoid: Rafailov et al. 2023, with label smoothing Mitchell 2023 (cDPO).  robust: Chowdhury et al. 2024.
+    hinge: Zhao et al. 2023 (SLiC).  ipo: Azar et al. 2023, the distance to 1 / (2 beta).
+    """
+    logits, flipped = settings.beta * difference, settings.label_smoothing
+    if settings.loss == "hinge":
+        return torch.relu(1 - logits)
+    if settings.loss == "ipo":
+        return (difference - 1 / (2 * settings.beta)).square()
+    if settings.loss == "robust":
+        return (-(1 - flipped) * logsigmoid(logits) + flipped * logsigmoid(-logits)) / (1 - 2 * flipped)
+    return -(1 - flipped) * logsigmoid(logits) - flipped * logsigmoid(-logits)
+
+
+def sequence_log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
+    """The sum over each sequence's targets of their log-probabilities: fp32 [sequences]."""
+    log_probabilities = output.log_probabilities
+    return log_probabilities.new_zeros(batch.num_sequences).index_add(0, batch.sequence_of, log_probabilities)
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """`dpo_loss` over a batch's pairs, and what TRL's users watch, under the names that they know."""
+
+    settings: DPOSettings
+    head: HeadName = "language"
+    sums: tuple[str, ...] = (
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+        "nll_loss",
+    )
+    maxima: tuple[str, ...] = ()
+
+    def count(self, batch: Any) -> int:
+        return batch.num_samples
+
+    def __call__(self, output: TokenTerms, batch: PackedBatch) -> Tensor:
+        settings, weights = self.settings, batch.pair_weights
+        if not batch.num_sequences:  # padding alone: a loss of 0 that hangs on the model
+            return (0 * output.log_probabilities.sum()).expand(1 + len(self.sums))
+        log_p = sequence_log_probabilities(output, batch)
+        above_reference = log_p - (0.0 if batch.reference is None else batch.reference)
+        lengths = target_counts(batch)
+        if settings.loss == "ipo" or settings.length_normalized:
+            above_reference = above_reference / lengths
+        difference = above_reference[batch.better] - above_reference[batch.worse]
+        per_sequence = settings.rpo_mean == "sequence"
+        length = lengths if per_sequence else batch.step_chosen_targets / batch.step_samples
+        nll = -(weights * (log_p / length)[batch.better]).sum()
+        loss = (weights * dpo_loss(difference, settings)).sum() + settings.rpo_alpha * nll
+        rewards = settings.beta * above_reference
+        chosen, rejected = rewards[batch.better], rewards[batch.worse]
+        reported = torch.stack(
+            [
+                chosen,
+                rejected,
+                (chosen > rejected).float(),
+                chosen - rejected,
+                log_p[batch.better],
+                log_p[batch.worse],
+            ]
+        )
+        return torch.cat([loss[None], (weights * reported).sum(1).detach(), nll.detach()[None]])
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means
+
+
+def target_counts(batch: PackedBatch) -> Tensor:
+    """How many targets each sequence has: fp32 [sequences]."""
+    learned = (batch.targets >= 0).float()
+    return learned.new_zeros(batch.num_sequences).index_add(0, batch.sequence_of, learned)
+
+
+def open_stage(config: DPOConfig) -> OpenedChat:
+    """Open what the settings name: tokenizer, template, data. Raises InputError where it cannot be used."""
+    config, tokenizer, data = open_chat(config, "comparison")
+    opened = OpenedChat(config, tokenizer, data, PreferenceObjective(config.dpo))
+    if config.dpo.reference == "none":
+        return opened
+    return opened._replace(prepare=partial(know_reference, data=data))
+
+
+def know_reference(trainer: Trainer, data: ChatData) -> None:
+    """Give the data the log-probabilities of the starting model: from the run directory, or computed and kept there."""
+    path = Path(trainer.config.run.dir) / f"reference-{reference_key(trainer.config, data)}.safetensors"
+    mesh = trainer.mesh
+    if not seen_by_first_rank(path, mesh):
+        load_first_weights(trainer)
+        found = reference_log_probabilities(trainer, data)
+        with input_errors_on_all(mesh.everyone):
+            if mesh.rank == 0:
+                _write(path, found)
+    with input_errors_on_all(mesh.everyone):
+        stored = BoxReader(path.parent)
+        data.reference = [torch.empty(samples.num_sequences) for samples in data.sets]
+        for number, values in enumerate(data.reference):
+            box = stored.whole(path.name, str(number))
+            assert box is not None, "the key in the file's name is of these sets"
+            stored.read(box.box, [box], values)
+
+
+@torch.no_grad()
+def reference_log_probabilities(trainer: Trainer, data: ChatData) -> list[Tensor]:
+    """Of all sequences of each set, by the weights as they are, without adapters: fp32 [sequences], on every rank."""
+    mesh, found = trainer.mesh, [torch.zeros(samples.num_sequences) for samples in data.sets]
+    with adapters_off(trainer.stages):
+        for packed in data.everything(mesh):
+            batches = [batch.to(mesh.device) for _, batch in packed]
+            outputs = trainer.outputs(batches, sequence_log_probabilities)
+            if outputs is None or mesh.tensor_rank:
+                continue
+            for (places, _), output in zip(packed, outputs, strict=True):
+                spans = [(place.number, data.sequences(place)) for place in places]
+                lengths = [span.stop - span.start for _, span in spans]
+                for (number, span), part in zip(spans, output.cpu().split(lengths), strict=True):
+                    found[number][span] = part
+    for values in found:
+        dist.all_reduce(values, group=mesh.everyone)
+    return found
+
+
+def reference_key(config: Config, data: ChatData) -> str:
+    """16 hex digits that change when the samples, the starting model or its precision do."""
+    assert config.model.path is not None, "checked with the settings"
+    directory = hugging_face_directory(config.model.path)
+    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    described = [
+        [samples.digest for samples in data.sets],
+        [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        str(directory.resolve()),
+        config.precision.compute,
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, found: list[Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({str(number): values for number, values in enumerate(found)}, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"run.dir: {path}: {error.strerror}; name a directory that can be written") from None

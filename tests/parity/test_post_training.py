@@ -1,0 +1,131 @@
+"""Every layout trains on conversations and comparisons as one process does."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm3d.config import STAGES, Config, DPOConfig, RewardConfig
+from llm3d.data.samples import Sample, SampleSet, Tokens
+from llm3d.models.build import initial_value
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.chat_data import ChatData
+from llm3d.stages.dpo import PreferenceObjective
+from llm3d.stages.reward import RewardObjective
+from llm3d.train.objective import Objective
+from llm3d.train.trainer import Trainer, next_token
+from tests import pool
+from tests.parity.harness import (
+    GLOBAL_BATCH,
+    SEQUENCE_LENGTH,
+    VOCAB_SIZE,
+    Layout,
+    OnRank,
+    Run,
+    put_together,
+    sections,
+    take_steps,
+)
+from tests.parity.test_parity import relative_norm
+
+TIED = (("tie_word_embeddings", True),)
+STAGE_SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": {"loss": {"z_loss": 0.01}, "sft": {}},
+    "reward": {"reward": {"margin": True, "center": 0.1}},
+    "dpo": {"dpo": {"rpo_alpha": 0.5, "rpo_mean": "token", "reference": "none"}},
+    "sft-lora": {"loss": {}, "sft": {}, "lora": {"rank": 4}},
+    "reward-lora": {
+        "reward": {},
+        "lora": {"rank": 3, "alpha": 5, "targets": ["q_proj", "v_proj", "down_proj"]},
+    },
+    "dpo-lora": {"dpo": {"loss": "ipo", "reference": "none"}, "lora": {"rank": 4, "rslora": True}},
+}
+LAYOUTS = [
+    Layout(tensor=2, micro=4, sequence=True),
+    Layout(tensor=4, micro=4, recompute="full", model=TIED),
+    Layout(pipeline=2, micro=3, schedule="gpipe", model=TIED),
+    Layout(pipeline=2, chunks=2, micro=4, schedule="interleaved"),
+    Layout(data=4, micro=4, zero=1),
+    Layout(data=2, micro=2, zero=3, recompute="selective"),
+    Layout(tensor=2, data=2, micro=5, sequence=True, zero=2, recompute="selective"),
+    Layout(tensor=2, pipeline=2, data=2, micro=4, sequence=True, zero=3, model=TIED),
+    Layout(tensor=2, pipeline=4, micro=4, zero=0),
+]
+
+
+def settings(stage: str, layout: Layout) -> Config:
+    given = sections(layout) | STAGE_SETTINGS[stage]
+    return STAGES[stage.partition("-")[0]].model_validate_json(json.dumps(given))
+
+
+def objective(config: Config) -> Objective:
+    if isinstance(config, RewardConfig):
+        return RewardObjective(config.reward)
+    return PreferenceObjective(config.dpo) if isinstance(config, DPOConfig) else next_token(config)
+
+
+def random_samples(stage: str, count: int = 3 * GLOBAL_BATCH + 1) -> SampleSet:
+    random = np.random.default_rng(3)
+    samples = []
+    for _ in range(count):
+        prompt, num_replies = _tokens(random, 2, 8, learned=False), 1 if stage.startswith("sft") else 2
+        replies = [_tokens(random, 2, SEQUENCE_LENGTH - 8, learned=True) for _ in range(num_replies)]
+        sequences = tuple(
+            Tokens(*(np.concatenate(pair) for pair in zip(prompt, reply, strict=True))) for reply in replies
+        )
+        samples.append(Sample(sequences, tuple(map(float, range(num_replies))), float(random.random())))
+    return SampleSet.of(samples)
+
+
+def _tokens(random: np.random.Generator, low: int, high: int, learned: bool) -> Tokens:
+    ids = (VOCAB_SIZE * random.random(random.integers(low, high + 1)) ** 3).astype(np.int32)
+    return Tokens(ids, np.full(len(ids), learned))
+
+
+def train_on_rank(stage: str, layout: Layout, steps: int = 5) -> OnRank:
+    config, mesh = settings(stage, layout), Mesh(layout.tensor, layout.pipeline)
+    data = ChatData(config, [random_samples(stage)], [])
+    trainer = Trainer(config, mesh, objective(config))
+    trainer.initialise()
+    for piece, weight in trainer.weights():
+        if piece.box.name.endswith("lora_B.weight"):  # at 0, where training starts, A has no gradient
+            weight.copy_(initial_value(replace(piece.box, name="any"), config.model, seed=1))
+    trainer.publish()
+    return take_steps(trainer, lambda step: data.microbatches(step + 1, mesh), steps)
+
+
+@functools.cache
+def trained(stage: str, layout: Layout) -> Run:
+    return put_together(pool.run(train_on_rank, layout.world_size, stage, layout))
+
+
+@functools.cache
+def one_process(stage: str, model: tuple[tuple[str, object], ...]) -> Run:
+    return trained(stage, Layout(model=model, micro=GLOBAL_BATCH))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("stage", STAGE_SETTINGS)
+def test_training_does_not_depend_on_the_layout(stage: str, layout: Layout) -> None:
+    expected, actual = one_process(stage, layout.model), trained(stage, layout)
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    for name, tolerance in (("gradients", 1e-5), ("weights", 1e-4)):
+        mine, theirs = getattr(actual, name), getattr(expected, name)
+        assert mine.keys() == theirs.keys()
+        errors = {key: relative_norm(mine[key], value) for key, value in theirs.items()}
+        assert {key: error for key, error in errors.items() if not error < tolerance} == {}
+
+
+@pytest.mark.parametrize("stage", STAGE_SETTINGS)
+def test_training_does_not_depend_on_packing(stage: str) -> None:
+    expected = one_process(stage, ())
+    for micro in (2, 3):
+        run = trained(stage, replace(Layout(), micro=micro))
+        assert run.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
