@@ -120,6 +120,8 @@ def _stage_settings_problems(config: Config) -> Iterator[str]:
         yield "lora: set, but lora.rank is 0, which means no adapters"
     if config.lora.rank and config.model.path is None:
         yield "lora.rank: adapters need a model to adapt; set model.path"
+    if config.lora.dropout and not isinstance(config.data, ChatDataConfig):
+        yield f"lora.dropout: {config.lora.dropout} is for the stages after pretraining; leave it out"
     if isinstance(config, RewardConfig | DPOConfig) and config.batch.micro < 2:
         yield f"batch.micro: {config.batch.micro} holds no two replies to compare; the least is 2"
     if isinstance(config, DPOConfig):

@@ -305,6 +305,8 @@ class SFTSettings(Section):
 
     prompt_loss: bool = False
     """Learn the prompts, too, not only the replies."""
+    neftune_alpha: float = Field(0.0, ge=0)
+    """Noise on the embeddings in training, up to alpha / sqrt(length x hidden_size). Jain et al. 2023."""
 
 
 class RewardSettings(Section):
@@ -342,6 +344,8 @@ class LoRASettings(Section):
     """0: no adapters, all weights are trained."""
     alpha: float = Field(default_factory=lambda data: 2.0 * data["rank"], ge=0)
     """What the adapters add is multiplied by alpha / rank. Default: 2 x rank."""
+    dropout: Fraction = 0.0
+    """Share of an adapter's input that is left out in training."""
     rslora: bool = False
     """By alpha / sqrt(rank) instead. Kalajdzievski 2023."""
     targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = get_args(Projection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ class PackedBatch:
     better, worse: int64 [pairs], which sequences are compared: all pairs of a sample's replies that differ in rank.
     pair_weights: fp32 [pairs], those of a sample add up to 1.  margins: fp32 [pairs].
     reference: fp32 [sequences], the reference model's log-probability of the targets, where it is known beforehand.
+    keys: int64 [T], a number for each token that no other token of the run has, for what is random in training.
+    noise: fp32 [T], how much of it the embedding gets.
     num_targets, num_samples: of the microbatch.
     step_samples, step_chosen_targets: of the whole step, over all ranks; see `chosen_targets`.
     """
@@ -42,6 +44,8 @@ class PackedBatch:
     num_samples: int
     step_samples: int = 0
     step_chosen_targets: float = 0.0
+    keys: Tensor | None = None
+    noise: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -89,6 +93,21 @@ def collate(samples: Sequence[Sample], multiple_of: int = 1, reference: Tensor |
         num_targets=int((targets != IGNORED).sum()),
         num_samples=len(samples),
     )
+
+
+def with_noise(batch: PackedBatch, keys: Sequence[int], alpha: float = 0.0) -> PackedBatch:
+    """The batch with what training draws random numbers by.
+
+    keys: one for each of its sequences, below 2^63.  alpha: of the noise that a sequence of one token gets; the noise
+    falls with the square root of the length.
+    """
+    lengths = batch.cu_seqlens.diff().long()
+    position = torch.arange(len(batch.tokens)) - batch.cu_seqlens[:-1].long().repeat_interleave(lengths)
+    of_segment = torch.tensor([*keys, *[0] * (len(lengths) - len(keys))])
+    token_keys = of_segment.repeat_interleave(lengths) ^ position << 40
+    if not alpha:
+        return replace(batch, keys=token_keys)
+    return replace(batch, keys=token_keys, noise=(alpha / lengths.float().sqrt()).repeat_interleave(lengths))
 
 
 def chosen_targets(samples: Sequence[Sample]) -> float:

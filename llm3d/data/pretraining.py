@@ -45,6 +45,8 @@ class Microbatch:
     cu_seqlens: Tensor
     max_seqlen: int
     num_targets: int
+    keys: None = None  # nothing is random
+    noise: None = None
 
     def to(self, device: torch.device | str) -> "Microbatch":
         return replace(

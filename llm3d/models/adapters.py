@@ -39,6 +39,7 @@ def column_adapters(pieces: Sequence[Piece], lora: LoRASettings, group: ProcessG
                 Piece(b.rows(first, count), owned=piece.owned, partial=piece.partial),
                 slice(piece.row, piece.row + count),
                 scale(lora),
+                lora.dropout,
             )
         )
     return adapters
@@ -50,7 +51,9 @@ def row_adapters(piece: Piece, lora: LoRASettings, group: ProcessGroup) -> list[
     for target in _targeted([piece], lora):
         a, b = _factors(target.box, lora)
         part = Piece(a.columns(target.box.offset[1], target.box.size[1]))
-        adapters.append(LowRankAdapter(part, _replicated(b, group), slice(0, b.size[0]), scale(lora)))
+        adapters.append(
+            LowRankAdapter(part, _replicated(b, group), slice(0, b.size[0]), scale(lora), lora.dropout)
+        )
     return adapters
 
 

@@ -7,6 +7,7 @@ between the sublayers.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llm3d.config import LoRASettings, ModelConfig
 from llm3d.kernels.attention import attention
+from llm3d.kernels.noise import symmetric_noise
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
 from llm3d.kernels.swiglu import swiglu
 from llm3d.models.adapters import column_adapters, is_adapter, row_adapters
@@ -31,6 +33,8 @@ from llm3d.parallel.layers import (
 )
 from llm3d.parallel.mesh import Mesh
 
+_NOISE_STREAM = zlib.crc32(b"NEFTune")
+
 
 class Batch(Protocol):
     """What the model reads of a microbatch; `llm3d.data.pretraining.Microbatch` is one."""
@@ -43,6 +47,10 @@ class Batch(Protocol):
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
     def max_seqlen(self) -> int: ...
+    @property
+    def keys(self) -> Tensor | None: ...  # int64 [tokens], a number for each token; None: nothing is random
+    @property
+    def noise(self) -> Tensor | None: ...  # fp32 [tokens], how much noise is added to the embedding
     def to(self, device: torch.device | str) -> Batch: ...
 
 
@@ -53,6 +61,7 @@ class Context(NamedTuple):
     sin: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    keys: Tensor | None  # int64 [tokens], of the tokens' random numbers; None: nothing is random
 
 
 class LlamaStage(nn.Module):
@@ -79,7 +88,7 @@ class LlamaStage(nn.Module):
     ) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
-        self.config, lora = config, lora or LoRASettings()
+        self.config, self.tensor_rank, lora = config, mesh.tensor_rank, lora or LoRASettings()
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         shared = mesh.embedding if config.tie_word_embeddings and head == "language" else None
         self.embedding: VocabParallelEmbedding | None = None
@@ -141,16 +150,25 @@ class LlamaStage(nn.Module):
     def transform(self, hidden: Tensor | None, batch: Batch) -> Tensor:
         """Everything but the head: the embedding, the layers and the final norm that this stage has."""
         if self.embedding is not None:
-            hidden = self.embedding(batch.tokens)
+            hidden = self._with_noise(self.embedding(batch.tokens), batch)
             if torch.is_grad_enabled():
                 hidden.requires_grad_()  # under a frozen embedding, too, backward passes the layers to their ends
         assert hidden is not None, "stages after the first get an input"
         assert isinstance(self.rope_frequencies, Tensor)
         tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
-        context = Context(*tables, batch.cu_seqlens, batch.max_seqlen)
+        context = Context(*tables, batch.cu_seqlens, batch.max_seqlen, batch.keys)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return self.norm(hidden) if self.head is not None else hidden
+
+    def _with_noise(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """NEFTune: uniform noise, up to batch.noise for each token. Jain et al. 2023."""
+        if batch.noise is None or batch.keys is None:
+            return hidden
+        first = 0 if len(hidden) == len(batch.tokens) else self.tensor_rank * len(hidden)
+        mine = slice(first, first + len(hidden))
+        noise = symmetric_noise(batch.keys[mine], _NOISE_STREAM, hidden.shape[1])
+        return hidden + (noise * batch.noise[mine, None]).to(hidden.dtype)
 
 
 class LlamaLayer(nn.Module):
@@ -180,7 +198,7 @@ class LlamaLayer(nn.Module):
     def _forward(self, hidden: Tensor, context: Context) -> Tensor:
         attend = self._recomputed("selective", self._attend)
         hidden, normalised = self.mlp_norm.after_adding(attend(hidden, context), hidden)
-        return hidden + self.mlp(normalised)
+        return hidden + self.mlp(normalised, context)
 
     def _recomputed(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return recomputed(function) if self.recompute == kind and torch.is_grad_enabled() else function
@@ -214,10 +232,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         rotated = self.num_heads + self.num_kv_heads
-        qkv = rope(self.qkv(x), self.head_dim, context.cos, context.sin, context.cu_seqlens, rotated)
+        qkv = rope(
+            self.qkv(x, context.keys), self.head_dim, context.cos, context.sin, context.cu_seqlens, rotated
+        )
         qkv = qkv.unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.output(attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1))
+        attended = attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1)
+        return self.output(attended, context.keys)
 
 
 class MLP(nn.Module):
@@ -240,8 +261,8 @@ class MLP(nn.Module):
         down = Box.whole(f"{prefix}.down_proj.weight", (config.hidden_size, config.intermediate_size))
         self.down = _row_parallel(down, mesh, sequence_parallel, lora)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.down(swiglu(self.gate_up(x, context.keys)), context.keys)
 
 
 def _column_parallel(

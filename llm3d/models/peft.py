@@ -53,7 +53,7 @@ def adapter_config(config: Config, head: HeadName) -> str:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "use_rslora": lora.rslora,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "target_modules": list(lora.targets),
         "modules_to_save": ["score"] if head == "score" else None,
         "bias": "none",

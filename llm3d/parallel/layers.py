@@ -7,6 +7,7 @@ the rest of the backward pass still runs).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
+from llm3d.kernels.noise import keep_mask
 from llm3d.kernels.paper import is_cuda
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
@@ -49,8 +51,9 @@ class ColumnParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return column_parallel_linear(x, self.weight, self.group, self.sequence_parallel, self.adapters)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """keys: int64 [tokens], of what adapters drop; None: nothing is dropped."""
+        return _linear(x, self.weight, _several(self.group), self.sequence_parallel, self.adapters, keys)
 
 
 class RowParallelLinear(nn.Module):
@@ -72,25 +75,35 @@ class RowParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _linear(x, self.weight, None, False, self.adapters)
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """keys: as for ColumnParallelLinear."""
+        y = _linear(x, self.weight, None, False, self.adapters, keys)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
         return reduce(y, self.group)
 
 
 class LowRankAdapter(nn.Module):
-    """scale B A x, added to rows `rows` of a linear layer's output. Hu et al. 2021 (LoRA).
+    """scale B A dropout(x), added to rows `rows` of a linear layer's output. Hu et al. 2021 (LoRA).
 
     a: [rank, in], b: [rows, rank], each the part that goes with the layer's part of W. In a column-parallel layer
     every rank has all of A, in a row-parallel one all of B; the gradient of that factor is a partial sum over the
     group. Nothing is communicated beyond what the layer does.
     """
 
-    def __init__(self, a: Piece, b: Piece, rows: slice, scale: float) -> None:
+    def __init__(self, a: Piece, b: Piece, rows: slice, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.a, self.b = ShardedParameter.on_meta([a]), ShardedParameter.on_meta([b])
-        self.rows, self.scale = rows, scale
+        self.rows, self.scale, self.dropout = rows, scale, dropout
+        self.stream = zlib.crc32(a.box.name.encode())  # of its random numbers
         self.enabled = True
+
+    def dropped(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """x, [tokens, in], with some of its elements 0 and the others larger; the same ones in forward and backward."""
+        if keys is None or not self.dropout:
+            return x
+        offset = self.a.pieces[0].box.offset[1]
+        keep = keep_mask(keys, self.stream, offset, x.shape[1], self.dropout)
+        return torch.where(keep, x / (1 - self.dropout), 0)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -162,10 +175,13 @@ def column_parallel_linear(
     weight: ShardedParameter,
     group: ProcessGroup,
     sequence_parallel: bool = False,
-    adapters: Iterable[nn.Module] = (),
 ) -> Tensor:
     """x: [tokens, in] -> [tokens, weight rows]; see ColumnParallelLinear. Also used with a tied embedding's weight."""
-    return _linear(x, weight, group if group.size() > 1 else None, sequence_parallel, adapters)
+    return _linear(x, weight, _several(group), sequence_parallel, (), None)
+
+
+def _several(group: ProcessGroup) -> ProcessGroup | None:
+    return group if group.size() > 1 else None
 
 
 def _linear(
@@ -174,10 +190,11 @@ def _linear(
     group: ProcessGroup | None,
     sequence_parallel: bool,
     adapters: Iterable[nn.Module],
+    keys: Tensor | None,
 ) -> Tensor:
     active = [each for each in adapters if isinstance(each, LowRankAdapter) and each.enabled]
     factors = [factor for adapter in active for factor in (adapter.a, adapter.b)]  # for autograd to see
-    return _Linear.apply(x, weight, group, sequence_parallel, active, *factors)
+    return _Linear.apply(x, weight, group, sequence_parallel, active, keys, *factors)
 
 
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
@@ -226,12 +243,13 @@ class _Linear(Function):
         group: ProcessGroup | None,
         sequence: bool,
         adapters: Sequence[LowRankAdapter],
+        keys: Tensor | None,
         *factors: Tensor,
     ) -> Tensor:
-        ctx.weight, ctx.group, ctx.sequence, ctx.adapters = weight, group, sequence, adapters
+        ctx.weight, ctx.group, ctx.sequence, ctx.adapters, ctx.keys = weight, group, sequence, adapters, keys
         whole = gather_rows(x, group)[0] if group is not None and sequence else x
         y = whole @ weight.t()
-        inner = [whole @ adapter.a.t() for adapter in adapters]
+        inner = [adapter.dropped(whole, keys) @ adapter.a.t() for adapter in adapters]
         for adapter, h in zip(adapters, inner, strict=True):
             y[:, adapter.rows].addmm_(h, adapter.b.t(), alpha=adapter.scale)
         # Of x only this rank's tokens are kept, and only where a gradient needs them; backward gathers them again.
@@ -249,7 +267,7 @@ class _Linear(Function):
         grad_input = grad_output @ weight if ctx.needs_input_grad[0] else None
         if grad_input is not None:
             for adapter, grad_h in zip(ctx.adapters, grad_inner, strict=True):
-                grad_input.addmm_(grad_h, adapter.a)
+                grad_input += adapter.dropped(grad_h @ adapter.a, ctx.keys)
             summing = _start_sum(grad_input, group, ctx.sequence)
         if gathering is not None:
             gathering.wait()
@@ -257,7 +275,7 @@ class _Linear(Function):
             add_linear_gradient(weight, grad_output, x)
             weight.accumulated()
         for adapter, h, grad_h in zip(ctx.adapters, inner, grad_inner, strict=True):
-            add_linear_gradient(adapter.a, grad_h, x)
+            add_linear_gradient(adapter.a, grad_h, adapter.dropped(x, ctx.keys))
             adapter.a.accumulated()
             add_linear_gradient(adapter.b, grad_output[:, adapter.rows], adapter.scale * h)
             adapter.b.accumulated()
@@ -265,7 +283,7 @@ class _Linear(Function):
             grad_input = summing.finish()
         elif summing is not None:
             summing.wait()
-        return grad_input, *[None] * (4 + 2 * len(ctx.adapters))
+        return grad_input, *[None] * (5 + 2 * len(ctx.adapters))
 
 
 def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFlight | dist.Work | None:

@@ -55,6 +55,8 @@ class PaperBatch:
     cu_seqlens: Tensor
     max_seqlen: int
     num_targets: int
+    keys: None = None
+    noise: None = None
 
     def to(self, device: torch.device | str) -> PaperBatch:
         return self

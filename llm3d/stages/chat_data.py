@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import ChatDataConfig, Config, EpochsConfig, with_steps
+from llm3d.config import ChatDataConfig, Config, EpochsConfig, SFTConfig, with_steps
 from llm3d.data.chat import read_samples
 from llm3d.data.formats import Kind
-from llm3d.data.order import Blend, sample_window
-from llm3d.data.packed import PackedBatch, chosen_targets, collate
+from llm3d.data.order import Blend, derive_key, sample_window
+from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.samples import SampleSet
 from llm3d.data.templates import Template, load_template
@@ -110,6 +110,9 @@ class ChatData:
         self.said = list(said)
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
+        alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
+        self.noise = alpha / math.sqrt(config.model.hidden_size)
+        self.is_random = bool(alpha or config.lora.dropout)
         self.sizes = [len(samples) for samples in train]
         self.weights = [source.weight for source in config.data.train]
         self.blend = Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
@@ -134,7 +137,10 @@ class ChatData:
 
     def microbatches(self, step: int, mesh: Mesh) -> list[PackedBatch]:
         """This data rank's microbatches of a step."""
-        return [batch for _, batch in self._packed(self._step(step), mesh)]
+        packed = self._packed(self._step(step), mesh)
+        if not self.is_random:
+            return [batch for _, batch in packed]
+        return [with_noise(batch, self._keys(step, items), self.noise) for items, batch in packed]
 
     def evaluation(self, mesh: Mesh) -> Iterator[list[PackedBatch]]:
         """This rank's share of train.eval_steps batches as large as a step's, or of all validation data."""
@@ -177,16 +183,18 @@ class ChatData:
     def everything(self, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
         """This rank's share of all samples, as many at a time as a step has: which are in each microbatch."""
         for places in self._in_order(0):
-            yield self._packed(places, mesh)
+            yield [([places[i] for i in items], batch) for items, batch in self._packed(places, mesh)]
 
     # ---- steps ----
 
     def _step(self, step: int) -> list[Place]:
-        batch = self.config.batch.global_size
-        first = self.start.samples + (step - self.start_step - 1) * batch
-        seed = self.config.run.seed
-        found = (sample_window(k, self.blend, self.sizes, seed) for k in range(first, first + batch))
+        first, seed = self._first_sample(step), self.config.run.seed
+        numbers = range(first, first + self.config.batch.global_size)
+        found = (sample_window(k, self.blend, self.sizes, seed) for k in numbers)
         return [Place(source, index) for source, _, index in found]
+
+    def _first_sample(self, step: int) -> int:
+        return self.start.samples + (step - self.start_step - 1) * self.config.batch.global_size
 
     def _in_order(self, first_set: int) -> Iterator[list[Place]]:
         """All samples from a set on, as stored, as many at a time as a step has."""
@@ -203,16 +211,23 @@ class ChatData:
         interleaved = self.config.parallel.schedule == "interleaved"
         return pack(lengths, self.capacity, mesh.data_size * (mesh.pipeline_size if interleaved else 1))
 
-    def _packed(self, places: Sequence[Place], mesh: Mesh) -> list[tuple[list[Place], PackedBatch]]:
-        """This data rank's microbatches of the samples, and which are in each."""
+    def _keys(self, step: int, items: np.ndarray) -> list[int]:
+        """Of the random numbers of each sequence of some of a step's samples."""
+        first, places, seed = self._first_sample(step), self._step(step), self.config.run.seed
+        counts = [(first + int(i), self.sequences(places[i])) for i in items]
+        return [
+            derive_key(seed, k, number) >> 1 for k, span in counts for number in range(span.stop - span.start)
+        ]
+
+    def _packed(self, places: Sequence[Place], mesh: Mesh) -> list[tuple[np.ndarray, PackedBatch]]:
+        """This data rank's microbatches of the samples, and which of them are in each."""
         bins = self._bins(self._lengths(places), mesh)[mesh.data_rank :: mesh.data_size]
         total = chosen_targets([self.sets[place.number][place.sample] for place in places])
-        mine = [[places[i] for i in items] for items in bins]
-        batches = (
-            replace(self._collated(some, mesh), step_samples=len(places), step_chosen_targets=total)
-            for some in mine
-        )
-        return list(zip(mine, batches, strict=True))
+        batches = (self._collated([places[i] for i in items], mesh) for items in bins)
+        return [
+            (items, replace(batch, step_samples=len(places), step_chosen_targets=total))
+            for items, batch in zip(bins, batches, strict=True)
+        ]
 
     def _collated(self, places: Sequence[Place], mesh: Mesh) -> PackedBatch:
         reference = None

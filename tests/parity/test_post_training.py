@@ -38,7 +38,7 @@ STAGE_SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"loss": {"z_loss": 0.01}, "sft": {}},
     "reward": {"reward": {"margin": True, "center": 0.1}},
     "dpo": {"dpo": {"rpo_alpha": 0.5, "rpo_mean": "token", "reference": "none"}},
-    "sft-lora": {"loss": {}, "sft": {}, "lora": {"rank": 4}},
+    "sft-lora": {"loss": {}, "sft": {"neftune_alpha": 5}, "lora": {"rank": 4, "dropout": 0.2}},
     "reward-lora": {
         "reward": {},
         "lora": {"rank": 3, "alpha": 5, "targets": ["q_proj", "v_proj", "down_proj"]},
