@@ -1,5 +1,6 @@
 # Each target does its own set-up; a stamp in .venv keeps it from being done twice.
 #   make demo     from text to a trained model, on two CPU cores
+#   make demo-chat   that model learns to answer questions: fine-tuning, a reward model, DPO
 #   make test     every test
 #   make parity-all   the many layouts that make test leaves out; ten minutes
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
@@ -8,7 +9,7 @@ KERNELS ?= native reference
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: install demo test parity parity-all lint format clean
+.PHONY: install demo demo-chat test parity parity-all lint format clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed-all
@@ -29,6 +30,9 @@ install: .venv/installed-all
 
 demo: .venv/installed
 	.venv/bin/python launch/demo.py
+
+demo-chat: .venv/installed
+	.venv/bin/python launch/demo_chat.py
 
 # One thread a process: the tests start many.
 test: install

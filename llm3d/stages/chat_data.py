@@ -11,16 +11,17 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from functools import cached_property
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llm3d.config import ChatDataConfig, Config, EpochsConfig, SFTConfig, with_steps
-from llm3d.data.chat import read_samples
+from llm3d.data.chat import Counts, read_samples
 from llm3d.data.formats import Kind
 from llm3d.data.order import Blend, derive_key, sample_window
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
@@ -32,7 +33,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.loop import Consumed
 from llm3d.train.objective import Objective
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
 
@@ -59,7 +60,7 @@ class OpenedChat(NamedTuple):
     tokenizer: ChatTokenizer
     data: ChatData
     objective: Objective
-    prepare: Callable[[Trainer], None] = lambda trainer: None
+    prepare: Callable[[Evaluator], None] = lambda model: None
 
 
 def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:
@@ -68,19 +69,18 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
     data = config.data
     assert tokenizer is not None and isinstance(data, ChatDataConfig), "a model to start from has a tokenizer"
     template = load_template(data.template, tokenizer)
-    read = [
-        [(source.path, *read_samples(source.path, kind, template, data, prompt_loss)) for source in sources]
-        for sources in (data.train, data.valid)
-    ]
-    train, valid = ([samples for _, samples, _ in split] for split in read)
-    said = [f"{path}: {counts}" for split in read for path, _, counts in split]
-    config = _with_epochs(config, train)
-    return config, ChatTokenizer(tokenizer, template), ChatData(config, train, valid, said)
+    sources = (*data.train, *data.valid)
+    read = [read_samples(source.path, kind, template, data, prompt_loss) for source in sources]
+    sets, num_train = [samples for samples, _ in read], len(data.train)
+    counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
+    config = _with_epochs(config, sets[:num_train])
+    chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
+    return config, ChatTokenizer(tokenizer, template), chat
 
 
 def _with_epochs(config: C, train: Sequence[SampleSet]) -> C:
     """The steps that train.epochs take, where train.steps does not say."""
-    if config.train.steps:
+    if config.train.steps or not train:
         return config
     assert isinstance(config.train, EpochsConfig) and config.train.epochs, "checked with the settings"
     pairs = zip(config.data.train, train, strict=True)
@@ -98,16 +98,20 @@ class Place(NamedTuple):
 class ChatData:
     """`llm3d.stages.training.StageData` over sample sets.
 
-    sets: one for each of data.train, then one for each of data.valid.
+    sets: one for each of data.train (none, for evaluation alone), then one for each of data.valid.
+    counts: for each, the path, and what became of the records there.
     reference: fp32 [sequences] for each set, which batches then bring along; None: they bring none.
     """
 
     def __init__(
-        self, config: Config, train: Sequence[SampleSet], valid: Sequence[SampleSet], said: Sequence[str] = ()
+        self,
+        config: Config,
+        train: Sequence[SampleSet],
+        valid: Sequence[SampleSet],
+        counts: Sequence[tuple[str, Counts]] = (),
     ) -> None:
-        """said: of the files, for people."""
         assert isinstance(config.data, ChatDataConfig)
-        self.said = list(said)
+        self.counts = counts
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
         alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
@@ -115,7 +119,6 @@ class ChatData:
         self.is_random = bool(alpha or config.lora.dropout)
         self.sizes = [len(samples) for samples in train]
         self.weights = [source.weight for source in config.data.train]
-        self.blend = Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
         self.lengths = [samples.lengths for samples in self.sets]
         self.capacity = config.batch.micro * config.data.sequence_length
         self.resume(0, Consumed(0, 0))
@@ -144,7 +147,7 @@ class ChatData:
 
     def evaluation(self, mesh: Mesh) -> Iterator[list[PackedBatch]]:
         """This rank's share of train.eval_steps batches as large as a step's, or of all validation data."""
-        for places in islice(self._in_order(self.num_train), self.config.train.eval_steps):
+        for places in islice(self._stored(self._valid), self.config.train.eval_steps):
             yield [batch for _, batch in self._packed(places, mesh)]
 
     # ---- what the stage asks ----
@@ -162,30 +165,46 @@ class ChatData:
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
-        steps = range(1, min(_LOOKED_AT, self.config.train.steps) + 1)
-        lengths = [self._lengths(self._step(step)) for step in steps]
-        bins = [[int(step[items].sum()) for items in self._bins(step, mesh)] for step in lengths]
-        static = sum(len(step) * max(step) for step in bins)
-        tokens = sum(map(sum, bins)) / len(bins)
         passes = self.config.train.steps * self.config.batch.global_size / self.samples_a_pass
         return [
-            *self.said,
-            f"{tokens:,.0f} tokens a step in {sum(map(len, bins)) / len(bins) / mesh.data_size:,.1f} microbatches "
-            f"a data rank, {1 - tokens * len(bins) / static:.2%} less than as many of the longest would hold",
+            *(f"{path}: {counts}" for path, counts in self.counts),
+            self.packing(mesh.data_size),
             f"by step {self.config.train.steps} it has read the data {passes:.2f} times",
         ]
+
+    def packing(self, data_size: int) -> str:
+        """How the first steps are packed for so many data ranks, for people."""
+        steps = range(1, min(_LOOKED_AT, self.config.train.steps) + 1)
+        lengths = [self._lengths(self._step(step)) for step in steps]
+        bins = [[int(step[items].sum()) for items in self._bins(step, data_size)] for step in lengths]
+        padded = sum(len(step) * max(step) for step in bins)
+        tokens, num_bins = sum(map(sum, bins)), sum(map(len, bins))
+        return (
+            f"{tokens / len(bins):,.0f} tokens a step in {num_bins / len(bins) / data_size:,.1f} microbatches a data "
+            f"rank, of any length; padding them to the longest would add {padded / tokens - 1:.2%}"
+        )
 
     @property
     def samples_a_pass(self) -> float:
         """Samples in one pass over the data, each as often as its source's weight says."""
         return sum(weight * size for weight, size in zip(self.weights, self.sizes, strict=True))
 
-    def everything(self, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
-        """This rank's share of all samples, as many at a time as a step has: which are in each microbatch."""
-        for places in self._in_order(0):
+    def in_order(self, split: Literal["train", "valid"]) -> Iterator[Place]:
+        """Samples in the order in which training reads them, pass after pass, or an evaluation."""
+        if split == "train":
+            return (place for step in count(1) for place in self._step(step))
+        return (place for places in self._stored(self._valid) for place in places)
+
+    def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
+        """This rank's share of a set, as many samples at a time as a step has: which are in each microbatch."""
+        for places in self._stored([number]):
             yield [([places[i] for i in items], batch) for items, batch in self._packed(places, mesh)]
 
     # ---- steps ----
+
+    @cached_property
+    def blend(self) -> Blend:
+        return Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
 
     def _step(self, step: int) -> list[Place]:
         first, seed = self._first_sample(step), self.config.run.seed
@@ -196,20 +215,25 @@ class ChatData:
     def _first_sample(self, step: int) -> int:
         return self.start.samples + (step - self.start_step - 1) * self.config.batch.global_size
 
-    def _in_order(self, first_set: int) -> Iterator[list[Place]]:
-        """All samples from a set on, as stored, as many at a time as a step has."""
-        sets = enumerate(self.sets[first_set:], first_set)
-        places = (Place(number, i) for number, samples in sets for i in range(len(samples)))
+    @property
+    def _valid(self) -> range:
+        return range(self.num_train, len(self.sets))
+
+    def _stored(self, numbers: Sequence[int]) -> Iterator[list[Place]]:
+        """All samples of some sets, as stored, as many at a time as a step has."""
+        places = (Place(number, i) for number in numbers for i in range(len(self.sets[number])))
         while some := list(islice(places, self.config.batch.global_size)):
             yield some
 
     def _lengths(self, places: Sequence[Place]) -> np.ndarray:
         return np.array([self.lengths[place.number][place.sample] for place in places], dtype=np.int64)
 
-    def _bins(self, lengths: np.ndarray, mesh: Mesh) -> list[np.ndarray]:
+    def _bins(self, lengths: np.ndarray, data_size: int) -> list[np.ndarray]:
         """Which samples go together: as few microbatches as there can be, as many on each data rank, as even."""
-        interleaved = self.config.parallel.schedule == "interleaved"
-        return pack(lengths, self.capacity, mesh.data_size * (mesh.pipeline_size if interleaved else 1))
+        layout = self.config.parallel
+        return pack(
+            lengths, self.capacity, data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
+        )
 
     def _keys(self, step: int, items: np.ndarray) -> list[int]:
         """Of the random numbers of each sequence of some of a step's samples."""
@@ -221,7 +245,7 @@ class ChatData:
 
     def _packed(self, places: Sequence[Place], mesh: Mesh) -> list[tuple[np.ndarray, PackedBatch]]:
         """This data rank's microbatches of the samples, and which of them are in each."""
-        bins = self._bins(self._lengths(places), mesh)[mesh.data_rank :: mesh.data_size]
+        bins = self._bins(self._lengths(places), mesh.data_size)[mesh.data_rank :: mesh.data_size]
         total = chosen_targets([self.sets[place.number][place.sample] for place in places])
         batches = (self._collated([places[i] for i in items], mesh) for items in bins)
         return [

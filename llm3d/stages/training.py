@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from llm3d.config import Config, config_to_yaml
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
-from llm3d.parallel.collectives import gather_bytes
+from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
 from llm3d.train.host_memory import keep_freed_memory
@@ -20,7 +22,7 @@ from llm3d.train.numa import bind_to_gpu_node
 from llm3d.train.objective import Objective
 from llm3d.train.report import Report
 from llm3d.train.throughput import FORMULA, peak_flops
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator, Trainer
 
 C = TypeVar("C", bound=Config)
 
@@ -116,13 +118,13 @@ def first_state(trainer: Trainer, run_dir: Path) -> tuple[dict[str, Any], str]:
     return load_checkpoint(checkpoint, trainer), str(checkpoint)
 
 
-def load_first_weights(trainer: Trainer) -> str:
+def load_first_weights(model: Evaluator) -> str:
     """Those that the settings name, or random ones; -> where they came from."""
-    config = trainer.config
+    config = model.config
     if config.model.path is None:
-        trainer.initialise()
+        model.initialise()
         return f"random weights, seed {config.run.seed}"
-    load_pretrained(Path(config.model.path), trainer)
+    load_pretrained(Path(config.model.path), model)
     return config.model.path + (f" and {config.lora.path}" if config.lora.path else "")
 
 
@@ -171,7 +173,8 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
     """Say what is trained, from where, on what, and against what MFU is taken."""
     config, mesh = trainer.config, trainer.mesh
     device, peak = peak_flops(mesh.device, config.precision.compute)
-    report.say(f"{config.model.num_parameters(trainer.objective.head):,} parameters from {origin}")
+    trained = f", of which {num_trained(trainer):,} are trained," if config.lora.rank else ""
+    report.say(f"{config.model.num_parameters(trainer.objective.head):,} parameters{trained} from {origin}")
     report.say(f"{mesh} on {mesh.size} x {device}, {config.precision.compute}")
     if mesh.data_size > 1:
         each, once = trainer.flat.traffic()
@@ -184,3 +187,10 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
     report.say(f"{FORMULA}; {against}")
     for line in data.introduction(mesh):
         report.say(line)
+
+
+def num_trained(trainer: Trainer) -> int:
+    """Weights of the whole model that are trained. Called on all ranks."""
+    flat = trainer.flat
+    mine = sum(piece.box.numel for piece, _ in flat.pieces(flat.parameters) if piece.owned)
+    return int(all_reduce_sum(torch.tensor(mine), flat.mesh.everyone)) // flat.num_replicas
