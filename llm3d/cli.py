@@ -72,7 +72,7 @@ def group(about: str) -> typer.Typer:
 
 app = group("Train LLaMA models under tensor, pipeline and data parallelism.")
 tokenizer_app = group("Train tokenizers.")
-data_app = group("Prepare data.")
+data_app = group("Prepare data, and look at it.")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 bench_app = group("Measure speed on this machine.")
@@ -107,6 +107,21 @@ Separator = Annotated[
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out, and count, what cannot be read.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+
+
+class Stage(str, Enum):
+    pretrain = "pretrain"
+    sft = "sft"
+    reward = "reward"
+    dpo = "dpo"
+
+
+StageOption = Annotated[
+    Stage | None,
+    typer.Option(
+        help="What the settings are for. [default: the stage whose section they have, else pretrain]"
+    ),
+]
 
 
 def show_version(asked: bool) -> None:
@@ -216,19 +231,42 @@ def data_tokenize(
         print(*(f"  {record}" for record in bad["first"]), sep="\n", file=sys.stderr)
 
 
+class Split(str, Enum):
+    train = "train"
+    valid = "valid"
+
+
+@data_app.command("show")
+@ends_as_promised
+def data_show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many to show.")] = 3,
+    split: Annotated[Split, typer.Option(help="Of data.train or of data.valid.")] = Split.train,
+    stage: StageOption = None,
+) -> None:
+    """Show samples of sft, reward or dpo as the model gets them, and what all of them come to.
+
+    In the order of training; what is learned is in colour. world_size=N among the settings: packed for N devices.
+    """
+    from llm3d.config import load_config
+
+    world_size, others = world_size_among(overrides)
+    settings = load_config(config, others, world_size, kind_of_settings(config, stage))
+    data_size = settings.data_parallel_size(world_size) if world_size else 1
+    from rich.console import Console
+
+    from llm3d.stages.show import show
+
+    show(settings, samples, split.value, data_size, Console())
+
+
 def unescaped(separator: str | None) -> str | None:
     """Line ends and tabs are hard to type in a shell."""
     return separator and separator.replace("\\n", "\n").replace("\\t", "\t")
 
 
 # ---- runs ----
-
-
-class Stage(str, Enum):
-    pretrain = "pretrain"
-    sft = "sft"
-    reward = "reward"
-    dpo = "dpo"
 
 
 @app.command("config")
@@ -244,21 +282,14 @@ def show_config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of a settings file.")
     ] = False,
-    stage: Annotated[
-        Stage | None,
-        typer.Option(
-            help="What the settings are for. [default: the stage whose section they have, else pretrain]"
-        ),
-    ] = None,
+    stage: StageOption = None,
 ) -> None:
     """Print the settings as a run would have them, every default filled in."""
     import json
 
-    from llm3d.config import STAGES, PretrainConfig, config_to_yaml, json_schema, kind_of, load_config
+    from llm3d.config import config_to_yaml, json_schema, load_config
 
-    kind = kind_of(config) if config is not None else PretrainConfig
-    if stage is not None:
-        kind = STAGES[stage.value]
+    kind = kind_of_settings(config, stage)
     if schema:
         print(json.dumps(json_schema(kind), indent=2))
     elif config is None:
@@ -326,17 +357,41 @@ def train_or_check(settings: C, open_stage: Callable[[C], Any], check_only: bool
 
 @app.command("eval")
 @ends_as_promised
-def evaluate(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Loss and perplexity on the validation data."""
-    from llm3d.config import PretrainConfig
-
-    settings = load_for_this_world(config, overrides, PretrainConfig)
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    check_only: CheckOnly = False,
+    stage: StageOption = None,
+) -> None:
+    """A stage's loss and other numbers on the validation data, by the run's latest checkpoint."""
+    settings = load_for_this_world(config, overrides, kind_of_settings(config, stage))
     from llm3d.stages.evaluate import check, run
 
     if check_only:
         check(settings)
     else:
         run(settings)
+
+
+@app.command()
+@ends_as_promised
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Or a PEFT directory.", show_default=False)
+    ],
+    output: Output,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model that adapters are for. [default: the one that they name]", show_default=False
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a checkpoint as a plain Hugging Face directory, adapters merged into their base."""
+    from llm3d.stages.export import export
+
+    print(export(checkpoint, output, base, overwrite))
 
 
 class Where(str, Enum):
@@ -350,19 +405,21 @@ def memory(
     config: ConfigFile,
     overrides: Overrides = None,
     device: Annotated[Where, typer.Option(help="What will run it.")] = Where.cuda,
+    stage: StageOption = None,
 ) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
-    from llm3d.config import kind_of, load_config
+    from llm3d.config import load_config
 
-    given = [text for text in overrides or [] if text.startswith("world_size=")]
-    world_size = whole_number("world_size", given[-1].removeprefix("world_size=")) if given else 1
-    others = [text for text in overrides or [] if text not in given]
-    settings = load_config(config, others, world_size, kind_of(config))
-    from llm3d.plan.memory import memory_of_stages, table
+    asked, others = world_size_among(overrides)
+    world_size = 1 if asked is None else asked
+    settings = load_config(config, others, world_size, kind_of_settings(config, stage))
+    from llm3d.plan.memory import Work, memory_of_stages, table
+    from llm3d.stages.by_settings import largest_microbatch, objective_of
     from llm3d.stages.tokenizer import open_tokenizer
 
     settings, _ = open_tokenizer(settings)
-    print(table(settings, world_size, memory_of_stages(settings, world_size, device.value)))
+    work = Work(objective_of(settings), largest_microbatch(settings))
+    print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
 
 
 # ---- kernels ----
@@ -452,6 +509,22 @@ def load_for_this_world(config: Path, overrides: list[str] | None, kind: type[C]
 
     world_size = whole_number("environment variable WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     return load_config(config, overrides or [], world_size, kind)
+
+
+def world_size_among(overrides: list[str] | None) -> tuple[int | None, list[str]]:
+    """What world_size=N among the overrides says, if it is there, and the other overrides."""
+    given = [text for text in overrides or [] if text.startswith("world_size=")]
+    others = [text for text in overrides or [] if text not in given]
+    return whole_number("world_size", given[-1].removeprefix("world_size=")) if given else None, others
+
+
+def kind_of_settings(config: Path | None, stage: Stage | None) -> type[Config]:
+    """Of the stage that is named, or else whose section the file has."""
+    from llm3d.config import STAGES, PretrainConfig, kind_of
+
+    if stage is not None:
+        return STAGES[stage.value]
+    return PretrainConfig if config is None else kind_of(config)
 
 
 def whole_number(name: str, text: str) -> int:

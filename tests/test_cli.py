@@ -66,8 +66,19 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
 def test_help_and_version() -> None:
     code, shown, _ = llm3d_command("--help")
     assert code == 0
-    for command in ("config", "tokenizer", "data", "pretrain", "eval"):
-        assert command in shown
+    for command in (
+        "config",
+        "tokenizer",
+        "data",
+        "pretrain",
+        "sft",
+        "reward",
+        "dpo",
+        "eval",
+        "export",
+        "memory",
+    ):
+        assert f"  {command} " in shown
     assert llm3d_command("--version") == (0, f"llm3d {llm3d.__version__}\n", "")
 
 
@@ -141,6 +152,12 @@ def test_a_bug_keeps_its_traceback(settings: str, stage: list[object]) -> None:
         ["pretrain"],
         ["pretrain", "nothing.yaml"],
         ["eval", "nothing.yaml"],
+        ["eval", "nothing.yaml", "--stage", "nothing"],
+        ["export", "nothing"],
+        ["export", "nothing", "--output", "x"],
+        ["memory", "nothing.yaml"],
+        ["data", "show", "nothing.yaml"],
+        ["data", "show", "nothing.yaml", "--split", "test"],
         ["config", "nothing.yaml"],
         ["tokenizer"],
         ["tokenizer", "train"],

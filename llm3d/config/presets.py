@@ -129,8 +129,10 @@ _ONLY_LORA: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
     "layers_to_transform": (),
-    "modules_to_save": (["score"], []),
 }
+
+# What PEFT takes for the head of any classifier, and lists in modules_to_save.
+_HEADS = {"score", "classifier"}
 
 
 def peft_settings(path: str) -> dict[str, Any]:
@@ -142,9 +144,14 @@ def peft_settings(path: str) -> dict[str, Any]:
         raise InputError(f"lora.path: {file}: {(error.strerror or 'cannot be read').lower()}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"lora.path: {file} is not JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"lora.path: {file} holds no object, as adapter_config.json does")
     for name, supported in _ONLY_LORA.items():
         if stored.get(name) not in (*supported, None):
             raise InputError(f"lora.path: {file}: {name} {stored[name]!r} is not supported")
+    whole = stored.get("modules_to_save") or []
+    if not set(whole) <= _HEADS:
+        raise InputError(f"lora.path: {file}: modules_to_save {whole!r} is not supported")
     names = {"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "targets": "target_modules"}
     found = {ours: stored[theirs] for ours, theirs in names.items() if stored.get(theirs) is not None}
     return found | {"path": path}
@@ -153,7 +160,11 @@ def peft_settings(path: str) -> dict[str, Any]:
 def hugging_face_shape(file: Path) -> Shape:
     """The fields in the config.json of a Hugging Face LLaMA, old (rope_scaling) or new (rope_parameters)."""
     if not file.parent.is_dir():
-        raise InputError(f"model.path: no directory {str(file.parent)!r}")
+        adapters = (file.parent.parent / "adapter").is_dir()
+        hint = (
+            "; the adapters beside it have a base, with which `llm3d export` merges them" if adapters else ""
+        )
+        raise InputError(f"model.path: no directory {str(file.parent)!r}{hint}")
     try:
         stored = json.loads(file.read_bytes())
     except OSError as error:

@@ -103,13 +103,25 @@ def _encoded(
             wanted.append((where, item, sides(item)))
         else:
             wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
-    encoded = iter(template.encode_many([turn for _, _, these in wanted for turn in these]))
-    for where, item, these in wanted:
-        sequences = tuple(Tokens(*next(encoded)) for _ in these)
-        if isinstance(item, Comparison):
+    encoded = _sequences([these for _, _, these in wanted], template)
+    for (where, item, _), sequences in zip(wanted, encoded, strict=True):
+        if isinstance(sequences, InputError):
+            counts.bad.append(BadRecord(where, str(sequences)))
+        elif isinstance(item, Comparison):
             yield where, Sample(sequences, item.ranks, item.margin or 0.0)
         else:
             yield where, Sample(sequences)
+
+
+def _sequences(wanted: Sequence[list[Turns]], template: Template) -> list[tuple[Tokens, ...] | InputError]:
+    """Of each sample, or why the template cannot take it."""
+    try:
+        encoded = iter(template.encode_many([turn for these in wanted for turn in these]))
+        return [tuple(Tokens(*next(encoded)) for _ in these) for these in wanted]
+    except InputError as error:
+        if len(wanted) == 1:
+            return [error]
+        return [found for these in wanted for found in _sequences([these], template)]
 
 
 def _all_learned(sample: Sample) -> Sample:

@@ -116,7 +116,8 @@ def fitted(sample: Sample, max_length: int, truncation: Truncation, bos_id: int 
         sequences = [Tokens(ids[:max_length], target[:max_length]) for ids, target in sample.sequences]
     else:
         sequences = [_without_start(sequence, longest - max_length, bos_id) for sequence in sample.sequences]
-    if not all(sequence.is_target.any() for sequence in sequences):
+    # A sequence's first token follows nothing, and so is not learned.
+    if not all(sequence.is_target[1:].any() for sequence in sequences):
         raise ValueError(
             f"its {longest} tokens, cut to {max_length} at the {truncation}, hold nothing of a reply"
         )

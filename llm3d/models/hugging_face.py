@@ -26,7 +26,16 @@ from llm3d.parallel.zero.flat import FlatParameters
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OF_HEAD: dict[HeadName, dict[str, Any]] = {  # what config.json says of it
+    "language": {"architectures": ["LlamaForCausalLM"]},
+    "score": {
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": 1,
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+    },
+}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---- writing ----
 
@@ -122,10 +131,8 @@ def config_files(config: ModelConfig, dtype: torch.dtype, head: HeadName = "lang
 def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
     fields = config.model_dump(mode="json", exclude={"path", "rope_scaling", "rope_theta"})
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else None
-    of_scores = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
     return {
-        "architectures": ["LlamaForCausalLM" if head == "language" else "LlamaForSequenceClassification"],
-        **(of_scores if head == "score" else {}),
+        **_OF_HEAD[head],
         "model_type": "llama",
         **fields,
         "attention_bias": False,
@@ -140,6 +147,11 @@ def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
         "torch_dtype": dtype,
         "use_cache": True,
     }
+
+
+def config_of_scores(config: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
+    """A language model's config.json as that of a model with a score head in the language head's place."""
+    return config | _OF_HEAD["score"] | {"pad_token_id": pad_token_id}
 
 
 # ---- reading ----
@@ -162,14 +174,14 @@ def read_weights(
     names = all_names(weights, everyone)
     with input_errors_on_all(everyone):
         reader = BoxReader(directory)
-        files = _files(reader)
+        files = weight_files(reader)
         if config.tie_word_embeddings:
-            head = files.pop(_HEAD, None)
-            if head is not None and _EMBEDDING not in files:
-                files[_EMBEDDING] = head
+            head = files.pop(HEAD, None)
+            if head is not None and EMBEDDING not in files:
+                files[EMBEDDING] = head
         new = {name for name in names - files.keys() if name == SCORE or is_adapter(name)}
         if SCORE in new:
-            files.pop(_HEAD, None)
+            files.pop(HEAD, None)
         _check_names(directory, names - new, files)
         for piece, view in weights:
             if piece.box.name in new:
@@ -194,7 +206,7 @@ def check_shape(directory: Path, wanted: Box, stored: StoredBox) -> None:
         )
 
 
-def _files(reader: BoxReader) -> dict[str, str]:
+def weight_files(reader: BoxReader) -> dict[str, str]:
     """The file of each tensor, by name."""
     directory = reader.directory
     if (directory / _INDEX).is_file():
@@ -224,6 +236,11 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> None:
+    if SCORE in files.keys() - names:
+        raise InputError(
+            f"model.path: {directory} holds a reward model, which has scores in the place of a language model's head; "
+            "name a language model"
+        )
     missing = in_model_order(names - files.keys())
     if missing:
         raise InputError(f"{directory}: holds no tensor {missing[0]} ({len(missing)} missing in all)")
@@ -239,8 +256,8 @@ def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> Non
 def _find(reader: BoxReader, file: str, name: str) -> StoredBox:
     """The tensor in its file; a tied model's embedding may be there under the head's name."""
     stored = reader.whole(file, name)
-    if stored is None and name == _EMBEDDING:
-        stored = reader.whole(file, _HEAD)
+    if stored is None and name == EMBEDDING:
+        stored = reader.whole(file, HEAD)
     if stored is None:
         raise InputError(f"{reader.directory / file}: holds no tensor {name}, though the index says so")
     return stored.named(name)

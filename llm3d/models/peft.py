@@ -20,7 +20,7 @@ from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.zero.flat import FlatParameters
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of PEFT's names
+PREFIX = "base_model.model."  # of PEFT's names
 
 
 def write_adapter(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
@@ -38,7 +38,7 @@ def write_adapter(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
     values = [gather_whole(box, parts[name], views, flat.dtype, group, 0) for name, box in whole.items()]
     if group.rank() == 0:
         entries = [
-            (f"{_PREFIX}{name}", box, value) for (name, box), value in zip(whole.items(), values, strict=True)
+            (f"{PREFIX}{name}", box, value) for (name, box), value in zip(whole.items(), values, strict=True)
         ]
         writer.tensors(f"{folder}/{WEIGHTS}", entries)
 
@@ -74,7 +74,7 @@ def read_adapter(directory: Path, weights: Iterable[tuple[Piece, Tensor]], every
     names = all_names(wanted, everyone)
     with input_errors_on_all(everyone):
         reader = BoxReader(directory)
-        stored = {key.removeprefix(_PREFIX) for key in reader.keys(WEIGHTS)}
+        stored = {key.removeprefix(PREFIX) for key in reader.keys(WEIGHTS)}
         for name in in_model_order(names ^ stored):
             if name != SCORE:
                 what = "holds no tensor" if name in names else "has for the model no use for its tensor"
@@ -83,7 +83,7 @@ def read_adapter(directory: Path, weights: Iterable[tuple[Piece, Tensor]], every
                 )
         for piece, view in wanted:
             if piece.box.name in stored:
-                found = reader.whole(WEIGHTS, f"{_PREFIX}{piece.box.name}")
+                found = reader.whole(WEIGHTS, f"{PREFIX}{piece.box.name}")
                 assert found is not None, "it is among the file's keys"
                 check_shape(directory, piece.box, found)
                 reader.read(piece.box, [found.named(piece.box.name)], view)

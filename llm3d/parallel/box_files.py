@@ -180,14 +180,18 @@ class BoxReader:
             )
         return StoredBox(file, key, Box.whole(key, shape), dtype)
 
+    def tensor(self, stored: StoredBox) -> Tensor:
+        """The values of a stored box."""
+        with self._reading(stored.file):
+            return self.open(stored.file).get_tensor(stored.key)
+
     def keys(self, file: str) -> list[str]:
         with self._reading(file):
             return list(self.open(file).keys())
 
     def check(self, stored: StoredBox) -> None:
         """Raise InputError unless the file holds exactly what was written."""
-        with self._reading(stored.file):
-            values = self.open(stored.file).get_tensor(stored.key)
+        values = self.tensor(stored)
         expected = (stored.dtype, stored.box.size, stored.crc32)
         if (dtype_name(values), tuple(values.shape), crc32(values)) != expected:
             raise InputError(

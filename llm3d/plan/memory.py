@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm3d.config import Config
 from llm3d.kernels.paper import standing_for
+from llm3d.models.llama import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.train.objective import Objective
 from llm3d.train.trainer import Trainer
 
 META = torch.device("meta")
@@ -46,37 +48,36 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self)) - self.on_host
 
 
-@dataclass(frozen=True)
-class PaperBatch:
-    """A microbatch of whole sequences without content."""
+class SampleBatch(Batch, Protocol):
+    """A microbatch that says how many samples it has."""
 
-    tokens: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    num_targets: int
-    keys: None = None
-    noise: None = None
-
-    def to(self, device: torch.device | str) -> PaperBatch:
-        return self
+    @property
+    def num_samples(self) -> int: ...
 
 
-def memory_of_stages(config: Config, world_size: int, device_type: str = "cuda") -> list[Memory]:
+class Work(NamedTuple):
+    """What is done in a step."""
+
+    objective: Objective
+    microbatch: SampleBatch  # the largest that there can be; its content does not matter
+
+
+def memory_of_stages(config: Config, work: Work, world_size: int, device_type: str = "cuda") -> list[Memory]:
     """For each pipeline stage what its first rank holds, of those the one with most. device_type: cuda or cpu."""
     ranks_a_stage = world_size // config.parallel.pipeline
     with standing_for(device_type):
         return [
-            _memory_of_rank(config, world_size, stage * ranks_a_stage)
+            _memory_of_rank(config, work, world_size, stage * ranks_a_stage)
             for stage in range(config.parallel.pipeline)
         ]
 
 
-def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
+def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> Memory:
     with _world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
-        trainer = Trainer(config, mesh)
-        batches = [_batch(config)] * _enough_microbatches(config, world_size)
+        trainer = Trainer(config, mesh, work.objective)
+        microbatch = work.microbatch.to(META)
+        batches = [microbatch] * _enough_microbatches(config, world_size, work.microbatch.num_samples)
         counter = _Counter(trainer.flat)
         with counter:
             trainer.flat.begin_step(len(batches))
@@ -85,9 +86,12 @@ def _memory_of_rank(config: Config, world_size: int, rank: int) -> Memory:
         return _summed_up(trainer, counter)
 
 
-def _enough_microbatches(config: Config, world_size: int) -> int:
+def _enough_microbatches(config: Config, world_size: int, samples_in_each: int) -> int:
     """Of a step's microbatches, as many as it takes until its memory repeats itself."""
-    count, parallel = config.num_microbatches(world_size), config.parallel
+    parallel = config.parallel
+    count = -(-config.batch.global_size // (samples_in_each * config.data_parallel_size(world_size)))
+    if parallel.schedule == "interleaved":
+        count = -(-count // parallel.pipeline) * parallel.pipeline
     return count if parallel.schedule == "gpipe" else min(count, 2 * parallel.pipeline * parallel.chunks)
 
 
@@ -98,13 +102,6 @@ def _world_on_paper(size: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _batch(config: Config) -> PaperBatch:
-    sequences, length = config.batch.micro, config.data.sequence_length
-    tokens = torch.empty(sequences * length, dtype=torch.int64, device=META)
-    cu_seqlens = torch.empty(sequences + 1, dtype=torch.int32, device=META)
-    return PaperBatch(tokens, tokens, cu_seqlens, length, len(tokens))
 
 
 class _Counter(TorchDispatchMode):
@@ -119,7 +116,8 @@ class _Counter(TorchDispatchMode):
         self.live = self.peak = self.buffers_at_peak = 0
         # What has been there before, or comes and goes without an operation, is counted by other means.
         self.seen: Any = WeakIdKeyDictionary()
-        for tensor in (*(unit.whole for unit in flat.units), *flat.parameters, *flat.gradients):
+        self.units = [*flat.units, *flat.frozen]
+        for tensor in (*(t for unit in self.units for t in (unit.whole, unit.parameters)), *flat.gradients):
             self.seen[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,7 +134,7 @@ class _Counter(TorchDispatchMode):
         self.seen[storage] = True
         self.live += size
         weakref.finalize(storage, self._gone, size)
-        gathered = sum(unit.whole.untyped_storage().nbytes() for unit in self.flat.units if unit.frees)
+        gathered = sum(unit.whole.untyped_storage().nbytes() for unit in self.units if unit.frees)
         if self.live + gathered > self.peak:
             self.peak = self.live + gathered
             self.buffers_at_peak = gathered + self.flat.bytes_of_passing_gradients()
@@ -155,7 +153,7 @@ def _summed_up(trainer: Trainer, counter: _Counter) -> Memory:
     here = [state for i, state in enumerate(states) if i not in optimizer.on_host]
     there = [tensor for i in optimizer.on_host for tensor in states[i]]
     return Memory(
-        parameters=_bytes([unit.parameters if unit.frees else unit.whole for unit in flat.units]),
+        parameters=_bytes([unit.parameters if unit.frees else unit.whole for unit in counter.units]),
         gradients=_bytes(
             [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
         ),
@@ -171,7 +169,7 @@ def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def table(config: Config, world_size: int, stages: Sequence[Memory]) -> str:
+def table(config: Config, work: Work, world_size: int, stages: Sequence[Memory]) -> str:
     """Lines for people: a column for each pipeline stage, in GiB."""
     names = {
         "parameters": "parameters",
@@ -185,9 +183,10 @@ def table(config: Config, world_size: int, stages: Sequence[Memory]) -> str:
     }
     data = config.data_parallel_size(world_size)
     layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data}"
+    adapters = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
     lines = [
-        f"{config.model.num_parameters():,} parameters, {layout}, zero.stage {config.zero.stage}, "
-        f"{config.precision.compute}; GiB a rank at the peak of a step",
+        f"{config.model.num_parameters(work.objective.head):,} parameters{adapters}, {layout}, "
+        f"zero.stage {config.zero.stage}, {config.precision.compute}; GiB a rank at the peak of a step",
         f"{'':16}" + "".join(f"{f'stage {i}':>12}" for i in range(len(stages))),
     ]
     for field, name in names.items():

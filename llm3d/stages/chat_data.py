@@ -28,7 +28,8 @@ from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.samples import SampleSet
 from llm3d.data.templates import Template, load_template
-from llm3d.data.tokenizer import Tokenizer
+from llm3d.data.tokenizer import Tokenizer, read_json, write_json
+from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.loop import Consumed
@@ -42,15 +43,23 @@ C = TypeVar("C", bound=Config)
 
 
 class ChatTokenizer:
-    """A tokenizer with the template that conversations were put in."""
+    """A tokenizer with the template that conversations were put in.
 
-    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
-        self.tokenizer, self.template = tokenizer, template
+    pad_id: of what transformers is to pad with, where that is not for the tokenizer's own files to say.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, pad_id: int | None = None) -> None:
+        self.tokenizer, self.template, self.pad_id = tokenizer, template, pad_id
 
     def save_to(self, directory: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads, the template among them."""
         self.tokenizer.save_to(directory)
         self.template.save_to(directory)
+        if self.pad_id is None:
+            return
+        for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+            if file.is_file():
+                write_json(file, read_json(file) | {"pad_token": self.tokenizer.token(self.pad_id)})
 
 
 class OpenedChat(NamedTuple):
@@ -73,9 +82,21 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
     read = [read_samples(source.path, kind, template, data, prompt_loss) for source in sources]
     sets, num_train = [samples for samples, _ in read], len(data.train)
     counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
+    for source, samples in zip(sources, sets, strict=True):
+        _check_fits_a_microbatch(source.path, samples, config)
     config = _with_epochs(config, sets[:num_train])
     chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
     return config, ChatTokenizer(tokenizer, template), chat
+
+
+def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> None:
+    """Raise InputError where a prompt has more replies than go through the model at once."""
+    longest, length = int(samples.lengths.max()), config.data.sequence_length
+    if longest > config.batch.micro * length:
+        raise InputError(
+            f"batch.micro: {config.batch.micro} sequences of data.sequence_length {length} do not hold a sample of "
+            f"{path}, {longest} tokens with all its replies; the least is {-(-longest // length)}"
+        )
 
 
 def _with_epochs(config: C, train: Sequence[SampleSet]) -> C:
@@ -85,7 +106,8 @@ def _with_epochs(config: C, train: Sequence[SampleSet]) -> C:
     assert isinstance(config.train, EpochsConfig) and config.train.epochs, "checked with the settings"
     pairs = zip(config.data.train, train, strict=True)
     samples = config.train.epochs * sum(source.weight * len(found) for source, found in pairs)
-    return with_steps(config, max(1, math.ceil(samples / config.batch.global_size)))
+    steps = round(samples / config.batch.global_size, 9)  # 1.1 x 100 is a little above 110
+    return with_steps(config, max(1, math.ceil(steps)))
 
 
 class Place(NamedTuple):

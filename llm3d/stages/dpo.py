@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 from llm3d.config import Config, DPOConfig, DPOSettings
 from llm3d.config.presets import hugging_face_directory
 from llm3d.data.packed import PackedBatch
+from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError
 from llm3d.models.adapters import adapters_off
 from llm3d.models.heads import HeadName
@@ -30,7 +31,9 @@ from llm3d.parallel.box_files import BoxReader
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.stages.chat_data import ChatData, OpenedChat, open_chat
 from llm3d.stages.training import load_first_weights, seen_by_first_rank
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator
+
+_STORED = "log_probabilities"
 
 
 def dpo_loss(difference: Tensor, settings: DPOSettings) -> Tensor:
@@ -53,8 +56,8 @@ def dpo_loss(difference: Tensor, settings: DPOSettings) -> Tensor:
 
 def sequence_log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
     """The sum over each sequence's targets of their log-probabilities: fp32 [sequences]."""
-    log_probabilities = output.log_probabilities
-    return log_probabilities.new_zeros(batch.num_sequences).index_add(0, batch.sequence_of, log_probabilities)
+    sums = output.log_probabilities.new_zeros(max(1, batch.num_sequences))  # padding alone has no sequence
+    return sums.index_add(0, batch.sequence_of, output.log_probabilities)[: batch.num_sequences]
 
 
 @dataclass(frozen=True)
@@ -124,52 +127,49 @@ def open_stage(config: DPOConfig) -> OpenedChat:
     return opened._replace(prepare=partial(know_reference, data=data))
 
 
-def know_reference(trainer: Trainer, data: ChatData) -> None:
+def know_reference(model: Evaluator, data: ChatData) -> None:
     """Give the data the log-probabilities of the starting model: from the run directory, or computed and kept there."""
-    path = Path(trainer.config.run.dir) / f"reference-{reference_key(trainer.config, data)}.safetensors"
-    mesh = trainer.mesh
-    if not seen_by_first_rank(path, mesh):
-        load_first_weights(trainer)
-        found = reference_log_probabilities(trainer, data)
+    config, mesh = model.config, model.mesh
+    keys = [reference_key(config, samples) for samples in data.sets]
+    paths = [Path(config.run.dir) / f"reference-{key}.safetensors" for key in keys]
+    missing = [number for number, path in enumerate(paths) if not seen_by_first_rank(path, mesh)]
+    if missing:
+        load_first_weights(model)
+    for number in missing:
+        found = reference_log_probabilities(model, data, number)
         with input_errors_on_all(mesh.everyone):
             if mesh.rank == 0:
-                _write(path, found)
+                _write(paths[number], found)
     with input_errors_on_all(mesh.everyone):
-        stored = BoxReader(path.parent)
-        data.reference = [torch.empty(samples.num_sequences) for samples in data.sets]
-        for number, values in enumerate(data.reference):
-            box = stored.whole(path.name, str(number))
-            assert box is not None, "the key in the file's name is of these sets"
-            stored.read(box.box, [box], values)
+        data.reference = [_read(path) for path in paths]
 
 
 @torch.no_grad()
-def reference_log_probabilities(trainer: Trainer, data: ChatData) -> list[Tensor]:
-    """Of all sequences of each set, by the weights as they are, without adapters: fp32 [sequences], on every rank."""
-    mesh, found = trainer.mesh, [torch.zeros(samples.num_sequences) for samples in data.sets]
-    with adapters_off(trainer.stages):
-        for packed in data.everything(mesh):
+def reference_log_probabilities(model: Evaluator, data: ChatData, number: int) -> Tensor:
+    """Of all sequences of a set, by the weights as they are, without adapters: fp32 [sequences], on every rank."""
+    mesh, found = model.mesh, torch.zeros(data.sets[number].num_sequences)
+    with adapters_off(model.stages):
+        for packed in data.everything(number, mesh):
             batches = [batch.to(mesh.device) for _, batch in packed]
-            outputs = trainer.outputs(batches, sequence_log_probabilities)
+            outputs = model.outputs(batches, sequence_log_probabilities)
             if outputs is None or mesh.tensor_rank:
                 continue
             for (places, _), output in zip(packed, outputs, strict=True):
-                spans = [(place.number, data.sequences(place)) for place in places]
-                lengths = [span.stop - span.start for _, span in spans]
-                for (number, span), part in zip(spans, output.cpu().split(lengths), strict=True):
-                    found[number][span] = part
-    for values in found:
-        dist.all_reduce(values, group=mesh.everyone)
+                spans = [data.sequences(place) for place in places]
+                lengths = [span.stop - span.start for span in spans]
+                for span, part in zip(spans, output.cpu().split(lengths), strict=True):
+                    found[span] = part
+    dist.all_reduce(found, group=mesh.everyone)
     return found
 
 
-def reference_key(config: Config, data: ChatData) -> str:
+def reference_key(config: Config, samples: SampleSet) -> str:
     """16 hex digits that change when the samples, the starting model or its precision do."""
     assert config.model.path is not None, "checked with the settings"
     directory = hugging_face_directory(config.model.path)
     files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
     described = [
-        [samples.digest for samples in data.sets],
+        samples.digest,
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         str(directory.resolve()),
         config.precision.compute,
@@ -177,11 +177,18 @@ def reference_key(config: Config, data: ChatData) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 
 
-def _write(path: Path, found: list[Tensor]) -> None:
+def _read(path: Path) -> Tensor:
+    reader = BoxReader(path.parent)
+    stored = reader.whole(path.name, _STORED)
+    assert stored is not None, "the file's name says what is in it"
+    return reader.tensor(stored)
+
+
+def _write(path: Path, found: Tensor) -> None:
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({str(number): values for number, values in enumerate(found)}, partial)
+        save_file({_STORED: found}, partial)
         partial.replace(path)
     except OSError as error:
         raise InputError(f"run.dir: {path}: {error.strerror}; name a directory that can be written") from None

@@ -1,47 +1,78 @@
-"""Loss and perplexity of a run's latest checkpoint, or of a Hugging Face directory, on the validation data."""
+"""An objective's numbers on the validation data, by a run's latest checkpoint or the model that the settings name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-from llm3d.config import PretrainConfig
+from llm3d.config import Config, PretrainConfig
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.stages.by_settings import objective_of, open_chat_stage
 from llm3d.stages.language_data import ValidationData
 from llm3d.stages.tokenizer import open_tokenizer
-from llm3d.stages.training import checkpoint_to_resume
-from llm3d.train.checkpoint import load_pretrained
-from llm3d.train.loop import evaluate
+from llm3d.stages.training import checkpoint_to_resume, load_first_weights
+from llm3d.train.checkpoint import load_weights
+from llm3d.train.loop import EvaluationData, evaluate
+from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.trainer import Evaluator
 
 
-def run(config: PretrainConfig) -> None:
-    """Print the loss over data.valid: all of it, or train.eval_steps batches."""
+class Validation(NamedTuple):
+    """What the settings name for an evaluation, opened and found usable."""
+
+    config: Config
+    data: EvaluationData
+    objective: Objective
+    prepare: Callable[[Evaluator], None] = lambda model: None
+
+
+def run(config: Config) -> None:
+    """Print the objective's numbers over data.valid: all of it, or train.eval_steps batches."""
     with process_group() as device:
         with input_errors_on_all(whole_world()):
-            config, data = check(config)
+            opened = check(config)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
-        source = checkpoint_to_resume(config, Path(config.run.dir), mesh) or config.model.path
-        if source is None:
-            raise InputError(
-                f"run.dir: {config.run.dir} has no checkpoint to evaluate; train first, or name one with "
-                "checkpoint.resume=PATH or model.path=PATH"
-            )
-        model = Evaluator(config, mesh)
-        load_pretrained(Path(source), model)
-        result = evaluate(model, data)
+        source, result = evaluate_latest(opened, mesh)
         if mesh.rank == 0:
-            numbers = result.report(model.objective)
+            numbers = result.report(opened.objective)
             said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-            print(f"{source}: {said} on {result.num_terms:,} tokens")
+            terms = "tokens" if isinstance(opened.objective, NextToken) else "samples"
+            print(f"{source}: {said} on {result.num_terms:,} {terms}")
 
 
-def check(config: PretrainConfig) -> tuple[PretrainConfig, ValidationData]:
+def check(config: Config) -> Validation:
     """Open what the settings name; raise InputError where it cannot be used."""
     backend.use(config.kernels.backend, device_of_this_process())
     if not config.data.valid:
         raise InputError("data.valid: empty; name the data to evaluate on")
-    config, _ = open_tokenizer(config)
-    return config, ValidationData(config)
+    if isinstance(config, PretrainConfig):
+        pretraining, _ = open_tokenizer(config)
+        return Validation(pretraining, ValidationData(pretraining), objective_of(pretraining))
+    data = config.data.model_copy(update={"train": ()})  # is not read
+    opened = open_chat_stage(config.model_copy(update={"data": data}))
+    return Validation(opened.config, opened.data, opened.objective, opened.prepare)
+
+
+def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
+    """Where the weights came from, and their numbers; the same on every rank."""
+    config = opened.config
+    checkpoint = checkpoint_to_resume(config, Path(config.run.dir), mesh)
+    if checkpoint is None and config.model.path is None:
+        raise InputError(
+            f"run.dir: {config.run.dir} has no checkpoint to evaluate; train first, or name one with "
+            "checkpoint.resume=PATH or model.path=PATH"
+        )
+    if checkpoint is not None and config.lora.rank:
+        config = config.model_copy(update={"lora": config.lora.model_copy(update={"path": str(checkpoint)})})
+    model = Evaluator(config, mesh, opened.objective)
+    opened.prepare(model)
+    if checkpoint is None or config.lora.rank:
+        source = load_first_weights(model)
+    else:
+        load_weights(checkpoint, model)
+        source = str(checkpoint)
+    return source, evaluate(model, opened.data)

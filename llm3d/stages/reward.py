@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from llm3d.config import RewardConfig, RewardSettings
+from llm3d.config import ModelConfig, RewardConfig, RewardSettings
 from llm3d.data.packed import PackedBatch
+from llm3d.data.tokenizer import Tokenizer
 from llm3d.models.heads import HeadName
 from llm3d.stages.chat_data import ChatTokenizer, OpenedChat, open_chat
 
@@ -58,18 +59,20 @@ class RewardObjective:
 def open_stage(config: RewardConfig) -> OpenedChat:
     """Open what the settings name: tokenizer, template, data. Raises InputError where it cannot be used."""
     config, tokenizer, data = open_chat(config, "comparison")
-    return OpenedChat(with_padding(config, tokenizer), tokenizer, data, RewardObjective(config.reward))
+    pad_id = padding_token(config.model, tokenizer.tokenizer)
+    model = config.model.model_copy(update={"pad_token_id": pad_id})
+    # transformers tells padding by the model's token, so the tokenizer's must be the same.
+    tokenizer = ChatTokenizer(tokenizer.tokenizer, tokenizer.template, pad_id)
+    config = config.model_copy(update={"model": model})
+    return OpenedChat(config, tokenizer, data, RewardObjective(config.reward))
 
 
-def with_padding(config: RewardConfig, tokenizer: ChatTokenizer) -> RewardConfig:
-    """The same settings with a padding token that is not the end token.
+def padding_token(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
+    """The model's padding token, or another one where it has none, or has the end token for it.
 
     transformers scores the last token that is no padding; in a reply that should be its end token.
     """
-    end = config.model.eos_token_id
+    end = model.eos_token_id
     ends = end if isinstance(end, tuple) else (end,)
-    if config.model.pad_token_id is not None and config.model.pad_token_id not in ends:
-        return config
-    choices = (tokenizer.tokenizer.special_id("<unk>"), tokenizer.tokenizer.bos_id)
-    padding = next((token for token in choices if token is not None and token not in ends), None)
-    return config.model_copy(update={"model": config.model.model_copy(update={"pad_token_id": padding})})
+    choices = (model.pad_token_id, tokenizer.special_id("<unk>"), tokenizer.bos_id)
+    return next((token for token in choices if token is not None and token not in ends), None)

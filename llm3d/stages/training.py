@@ -15,7 +15,13 @@ from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
-from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from llm3d.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint,
+    step_of_checkpoint,
+)
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.loop import Consumed, TrainingData, train
 from llm3d.train.numa import bind_to_gpu_node
@@ -80,11 +86,12 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     config, data = opened.config, opened.data
     run_dir = Path(config.run.dir)
     trainer = Trainer(config, mesh, opened.objective)
+    checkpoint = checkpoint_to_resume(config, run_dir, mesh)
+    start_step = step_of_checkpoint(checkpoint, trainer) if checkpoint else 0
+    check_run_directory(run_dir, start_step, mesh)  # before anything is computed or written
     opened.prepare(trainer)
-    state, origin = first_state(trainer, run_dir)
-    start_step = int(state.get("step", 0))
+    state, origin = first_state(trainer, checkpoint)
     data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
-    check_run_directory(run_dir, start_step, mesh)
     make_run_directory(run_dir, config, mesh)
     speaks = mesh.rank == 0
     with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
@@ -107,10 +114,8 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
         train(trainer, data, report, start_step, save)
 
 
-def first_state(trainer: Trainer, run_dir: Path) -> tuple[dict[str, Any], str]:
+def first_state(trainer: Trainer, checkpoint: Path | None) -> tuple[dict[str, Any], str]:
     """Give the model its first weights; -> the checkpoint's state ({} without one) and where they came from."""
-    config = trainer.config
-    checkpoint = checkpoint_to_resume(config, run_dir, trainer.mesh)
     if checkpoint is None:
         return {}, load_first_weights(trainer)
     if trainer.flat.frozen:

@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llm3d.config.presets import adapter_directory
 from llm3d.errors import InputError, TrainingAborted
 from llm3d.models.hugging_face import all_names, config_files, index_of, read_weights, write_weights
 from llm3d.models.peft import adapter_config, read_adapter, write_adapter
@@ -38,6 +37,10 @@ from llm3d.train.trainer import Evaluator, Trainer
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
+_INSTEAD = {
+    "model": "holds adapters and no whole model; set lora as it was, or let `llm3d export` merge them",
+    "adapter": "holds a whole model and no adapters",
+}
 _OTHER_MODEL = "set model as it was when this was saved, or name another run.dir"
 
 
@@ -247,6 +250,14 @@ def _step(path: Path) -> int:
 # ---- loading ----
 
 
+def step_of_checkpoint(path: Path, model: Evaluator) -> int:
+    """After which step it was saved. Called on all ranks; its weights are not read.
+
+    Raises InputError, the same on every rank, for a checkpoint of another model.
+    """
+    return _fitting_manifest(Path(path), model).step
+
+
 def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     """Continue from a checkpoint, whatever layout and precision saved it: fill weights and moments; -> its state.
 
@@ -255,7 +266,7 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     weights. Raises InputError, the same on every rank, for a checkpoint that is damaged or of another model.
     """
     path, optimizer, flat = Path(path), trainer.optimizer, trainer.flat
-    found = _checked_manifest(path, trainer, [name for name in trainer.optimizer.state if name != "master"])
+    found = _checked_manifest(path, trainer)
     with input_errors_on_all(trainer.mesh.everyone):
         reader = BoxReader(path)
         for name, values in {**optimizer.state, "master": optimizer.master}.items():
@@ -269,21 +280,48 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
     return state
 
 
+def load_weights(path: Path, model: Evaluator) -> None:
+    """Take the weights of a checkpoint of this very model, all of whose weights were trained.
+
+    Called on all ranks. Raises InputError, the same on every rank, for one that is damaged or of another model.
+    """
+    with input_errors_on_all(model.mesh.everyone):
+        weights = checked_weights(path, "model", model.mesh.rank, model.mesh.size)
+    _fitting_manifest(path, model)
+    read_weights(weights, model.weights(), model.config.model, model.mesh.everyone)
+    model.publish()
+
+
 def load_pretrained(directory: Path, model: Evaluator) -> None:
-    """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
+    """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/; and from the adapters
+    that lora.path names.
 
     Called on all ranks. Raises InputError on every rank for weights that are missing or of another shape.
     """
-    directory = Path(directory)
-    if (directory / manifest.FILE).is_file():
-        with input_errors_on_all(model.mesh.everyone):
-            _check_files(directory, read_manifest(directory), model.mesh.rank, model.mesh.size)
-        directory /= "model"
-    config, everyone = model.config, model.mesh.everyone
-    read_weights(directory, model.weights(), config.model, everyone, config.run.seed)
-    if config.lora.path is not None:
-        read_adapter(adapter_directory(config.lora.path), model.weights(), everyone)
+    config, mesh = model.config, model.mesh
+    with input_errors_on_all(mesh.everyone):
+        weights = checked_weights(Path(directory), "model", mesh.rank, mesh.size)
+        adapter = config.lora.path and checked_weights(
+            Path(config.lora.path), "adapter", mesh.rank, mesh.size
+        )
+    read_weights(weights, model.weights(), config.model, mesh.everyone, config.run.seed)
+    if adapter:
+        read_adapter(adapter, model.weights(), mesh.everyone)
     model.publish()
+
+
+def checked_weights(path: Path, folder: str, rank: int = 0, num_ranks: int = 1) -> Path:
+    """The directory itself, or, where it is a checkpoint, the folder in it with its weights: model or adapter.
+
+    Raises InputError where this rank's share of what is there is damaged.
+    """
+    if not (path / manifest.FILE).is_file():
+        return path
+    found = read_manifest(path)
+    if not (path / folder).is_dir():
+        raise InputError(f"{path}: {_INSTEAD[folder]}")
+    _check_files(path, found, rank, num_ranks, f"{folder}/")
+    return path / folder
 
 
 def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredBox]]:
@@ -294,15 +332,22 @@ def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredB
     return replace(piece.box, name=stored), found.boxes(stored)
 
 
-def _checked_manifest(path: Path, model: Evaluator, states: Sequence[str] = ()) -> Manifest:
-    """The manifest of a checkpoint that is undamaged, fits the model and has these states of the optimiser."""
+def _checked_manifest(path: Path, trainer: Trainer) -> Manifest:
+    """The manifest of a checkpoint that is undamaged and that the trainer can go on from."""
+    found = _fitting_manifest(path, trainer)
+    with input_errors_on_all(trainer.mesh.everyone):
+        _check_files(path, found, trainer.mesh.rank, trainer.mesh.size)
+    return found
+
+
+def _fitting_manifest(path: Path, model: Evaluator) -> Manifest:
+    """The manifest of a checkpoint that has all that the model, or its trainer, has, in the same shapes."""
     mesh, flat = model.mesh, model.flat
     names = all_names(flat.pieces(flat.parameters), mesh.everyone)
+    states = model.optimizer.state.keys() - {"master"} if isinstance(model, Trainer) else ()
     with input_errors_on_all(mesh.everyone):
         found = read_manifest(path)
-        _check_model(path, found, model, names, states)
-    with input_errors_on_all(mesh.everyone):
-        _check_files(path, found, mesh.rank, mesh.size)
+        _check_model(path, found, model, names, sorted(states))
     return found
 
 
@@ -325,13 +370,14 @@ def _check_model(
                 )
 
 
-def _check_files(path: Path, found: Manifest, rank: int, num_ranks: int) -> None:
-    """Compare this rank's share of all that is stored with its checksums."""
+def _check_files(path: Path, found: Manifest, rank: int, num_ranks: int, folder: str = "") -> None:
+    """Compare this rank's share of all that is stored, or of what is in a folder, with its checksums."""
     reader = BoxReader(path)
     try:
-        for stored in list(_stored(found))[rank::num_ranks]:
+        tensors = [stored for stored in _stored(found) if stored.file.startswith(folder)]
+        for stored in tensors[rank::num_ranks]:
             reader.check(stored)
-        for file in sorted(found.files)[rank::num_ranks]:
+        for file in sorted(name for name in found.files if name.startswith(folder))[rank::num_ranks]:
             _check_file(path / file, found.files[file])
     except InputError as error:
         raise InputError(f"{error}; remove this checkpoint and start again, from the one before it") from None

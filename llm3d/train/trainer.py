@@ -61,10 +61,11 @@ class Evaluator:
     def _check_host_memory(self, trainable: bool) -> None:
         """Raise InputError on all ranks where a host has too little for what its ranks will keep there."""
         config, mesh = self.config, self.mesh
-        num_parameters = sum(p.numel() for stage in self.stages for p in stage.parameters())
-        needed = host_bytes(config, mesh, num_parameters, trainable) * int(
-            os.environ.get("LOCAL_WORLD_SIZE", "1")
-        )
+        parameters = {p for stage in self.stages for p in stage.parameters()}
+        num_trained = sum(p.numel() for p in parameters if p.requires_grad) if trainable else 0
+        num_frozen = sum(p.numel() for p in parameters) - num_trained
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        needed = ranks * host_bytes(config, mesh, num_trained, num_frozen)
         available = available_memory() if needed else None
         with input_errors_on_all(mesh.everyone):
             if available is not None and needed > available:
@@ -82,6 +83,11 @@ class Evaluator:
         """Take over what was written into `weights`."""
         for unit in self.flat.frozen:
             self.flat.publish(unit)
+
+    def initialise(self) -> None:
+        """Random first weights, from run.seed."""
+        initialise(self.weights(), self.config.model, self.config.run.seed)
+        self.publish()
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
@@ -125,7 +131,7 @@ def next_token(config: Config) -> NextToken:
     return NextToken(config.model.vocab_size, config.loss)
 
 
-def host_bytes(config: Config, mesh: Mesh, num_parameters: int, trainable: bool) -> float:
+def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) -> float:
     """Bytes that a rank with so many parameters keeps in host memory: all that it keeps on a CPU, else what is
     offloaded.
     """
@@ -133,15 +139,13 @@ def host_bytes(config: Config, mesh: Mesh, num_parameters: int, trainable: bool)
     shards = mesh.data_size if zero.stage else 1
     state = (4 + 2 * DTYPES[precision.moments].itemsize) / shards
     if mesh.device.type != "cpu":
-        offloaded = trainable and mesh.device.type == "cuda" and zero.offload != "none"
-        return num_parameters * state * zero.offload_fraction if offloaded else 0.0
+        offloaded = mesh.device.type == "cuda" and zero.offload != "none"
+        return num_trained * state * zero.offload_fraction if offloaded else 0.0
     parameters = DTYPES[precision.compute].itemsize / (shards if zero.stage == 3 else 1)
-    if not trainable:
-        return num_parameters * parameters
     if precision.compute == "fp32" and zero.offload == "none":
         state -= 4 / shards  # the parameters are their own master weights
     gradients = DTYPES[precision.gradients].itemsize / (shards if zero.stage >= 2 else 1)
-    return num_parameters * (parameters + gradients + state)
+    return num_trained * (parameters + gradients + state) + num_frozen * parameters
 
 
 class Trainer(Evaluator):
@@ -163,11 +167,6 @@ class Trainer(Evaluator):
     def publish(self) -> None:
         super().publish()
         self.optimizer.publish()
-
-    def initialise(self) -> None:
-        """Random first weights, from run.seed."""
-        initialise(self.weights(), self.config.model, self.config.run.seed)
-        self.publish()
 
     def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
         """Forward, backward and update on this data rank's microbatches of the step.

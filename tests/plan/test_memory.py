@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from torch import Tensor
 from typer.testing import CliRunner
 
 from llm3d.cli import app
-from llm3d.config import PretrainConfig
+from llm3d.config import STAGES, Config, PretrainConfig, make_config
 from llm3d.data.pretraining import Sample, collate
+from llm3d.data.samples import Sample as PackedSample
+from llm3d.data.samples import SampleSet, Tokens
+from llm3d.models.llama import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
-from llm3d.plan.memory import Memory, memory_of_stages
+from llm3d.plan.memory import Memory, Work, memory_of_stages
+from llm3d.stages.by_settings import largest_microbatch, objective_of
+from llm3d.stages.chat_data import ChatData
 from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.parity.harness import GLOBAL_BATCH, LEARNING_RATE, Layout, settings
+from tests.parity.test_post_training import settings as stage_settings
+from tests.stages import post_training
+from tests.stages.post_training import write_model
 
 LENGTH, VOCABULARY = 96, 1000
 DEEP = (
@@ -31,6 +44,7 @@ DEEP = (
     ("num_key_value_heads", 2),
     ("max_position_embeddings", 128),
 )
+C = TypeVar("C", bound=Config)
 PLAIN = Layout(model=DEEP, micro=2)
 
 
@@ -40,8 +54,11 @@ def processes_without_a_past() -> None:
 
 
 def config_of(layout: Layout) -> PretrainConfig:
+    return as_planned(settings(layout), layout)
+
+
+def as_planned(config: C, layout: Layout) -> C:
     """With gradients in the compute dtype, as the paper counts them."""
-    config = settings(layout)
     gradients = "bf16" if layout.compute == "bf16" else "fp32"
     return config.model_copy(
         update={
@@ -49,6 +66,11 @@ def config_of(layout: Layout) -> PretrainConfig:
             "precision": config.precision.model_copy(update={"gradients": gradients}),
         }
     )
+
+
+def plan(config: Config, world_size: int, device_type: str) -> list[Memory]:
+    work = Work(objective_of(config), largest_microbatch(config))
+    return memory_of_stages(config, work, world_size, device_type)
 
 
 def live_bytes() -> int:
@@ -62,24 +84,39 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def measure_on_rank(layout: Layout, num_steps: int) -> tuple[int, int]:
-    """Bytes that live between steps, of the model and its optimiser, and at the peak of one, the least of some."""
-    before = live_bytes()
-    mesh = Mesh(layout.tensor, layout.pipeline)
-    trainer = Trainer(config_of(layout), mesh)
-    trainer.initialise()
+def config_of_stage(stage: str, layout: Layout) -> Config:
+    return config_of(layout) if stage == "pretrain" else as_planned(stage_settings(stage, layout), layout)
+
+
+def batches_of_stage(stage: str, layout: Layout, mesh: Mesh) -> Sequence[Batch]:
+    """Of the longest sequences."""
+    if stage != "pretrain":
+        tokens = Tokens(np.arange(LENGTH, dtype=np.int32), np.ones(LENGTH, dtype=bool))
+        ranks = (0.0,) if stage.startswith("sft") else (0.0, 1.0)
+        samples = SampleSet.of([PackedSample((tokens,) * len(ranks), ranks)] * GLOBAL_BATCH)
+        return ChatData(config_of_stage(stage, layout), [samples], []).microbatches(1, mesh)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH // layout.data, LENGTH + 1), generator=generator)
     samples = [Sample(row, [0]) for row in rows]
-    batches = [collate(samples[i : i + layout.micro]) for i in range(0, len(samples), layout.micro)]
-    data = sum(batch.tokens.nbytes + batch.targets.nbytes + batch.cu_seqlens.nbytes for batch in batches)
+    return [collate(samples[i : i + layout.micro]) for i in range(0, len(samples), layout.micro)]
+
+
+def measure_on_rank(stage: str, layout: Layout) -> tuple[int, int]:
+    """Bytes that live between steps, of the model and its optimiser, and at the peak of one, the least of some."""
+    before = live_bytes()
+    mesh, config = Mesh(layout.tensor, layout.pipeline), config_of_stage(stage, layout)
+    trainer = Trainer(config, mesh, objective_of(config))
+    trainer.initialise()
+    batches = batches_of_stage(stage, layout, mesh)
+    data = sum(
+        value.nbytes for batch in batches for value in vars(batch).values() if isinstance(value, Tensor)
+    )
 
     def step() -> None:
         trainer.step(batches, LEARNING_RATE)
         trainer.flat.settle()
 
     step()
-    del rows, samples
     kept = live_bytes() - before - data
     peaks = []
     for _ in range(
@@ -98,27 +135,32 @@ def largest_of_stages(parts: list[tuple[int, int]], layout: Layout) -> list[tupl
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("stage", "layout"),
     [
-        PLAIN,
-        replace(PLAIN, micro=8, recompute="full"),
-        replace(PLAIN, data=2, zero=1, compute="bf16"),
-        replace(PLAIN, data=2, zero=2, recompute="selective"),
-        replace(PLAIN, data=4, zero=3, compute="bf16", offload=0.5),
-        replace(PLAIN, tensor=2, pipeline=2, sequence=True),
-        replace(PLAIN, pipeline=2, data=2, zero=1, schedule="gpipe", compute="bf16"),
-        replace(PLAIN, pipeline=2, data=2, zero=3, chunks=2, schedule="interleaved"),
+        ("pretrain", PLAIN),
+        ("pretrain", replace(PLAIN, micro=8, recompute="full")),
+        ("pretrain", replace(PLAIN, data=2, zero=1, compute="bf16")),
+        ("pretrain", replace(PLAIN, data=2, zero=2, recompute="selective")),
+        ("pretrain", replace(PLAIN, data=4, zero=3, compute="bf16", offload=0.5)),
+        ("pretrain", replace(PLAIN, tensor=2, pipeline=2, sequence=True)),
+        ("pretrain", replace(PLAIN, pipeline=2, data=2, zero=1, schedule="gpipe", compute="bf16")),
+        ("pretrain", replace(PLAIN, pipeline=2, data=2, zero=3, chunks=2, schedule="interleaved")),
+        ("sft", replace(PLAIN, data=2, zero=1)),
+        ("reward", replace(PLAIN, pipeline=2, schedule="gpipe")),
+        ("dpo", replace(PLAIN, micro=4, tensor=2, sequence=True)),
+        ("sft-lora", PLAIN),
+        ("reward-lora", replace(PLAIN, tensor=2, data=2, zero=2, compute="bf16")),
+        ("dpo-lora", replace(PLAIN, micro=4, pipeline=2, data=2, zero=3)),
     ],
     ids=str,
 )
-def test_the_plan_is_what_a_step_takes(layout: Layout) -> None:
-    # Of three steps, as some meet what is allocated once and kept, such as the workspaces of matrix products.
-    measured = largest_of_stages(pool.run(measure_on_rank, layout.world_size, layout, 3), layout)
-    planned = memory_of_stages(config_of(layout), layout.world_size, "cpu")
-    for (kept, peak), plan in zip(measured, planned, strict=True):
-        assert plan.on_device + plan.on_host == pytest.approx(peak, rel=0.05)
-        passing = plan.buffers + plan.activations
-        assert plan.on_device + plan.on_host - passing == pytest.approx(kept, rel=0.01)
+def test_the_plan_is_what_a_step_takes(stage: str, layout: Layout) -> None:
+    measured = largest_of_stages(pool.run(measure_on_rank, layout.world_size, stage, layout), layout)
+    planned = plan(config_of_stage(stage, layout), layout.world_size, "cpu")
+    for (kept, peak), memory in zip(measured, planned, strict=True):
+        total = memory.on_device + memory.on_host
+        assert total == pytest.approx(peak, rel=0.05)
+        assert total - memory.buffers - memory.activations == pytest.approx(kept, rel=0.01)
 
 
 @pytest.mark.parametrize("data", [1, 2, 4, 8])
@@ -129,7 +171,7 @@ def test_what_is_kept_is_what_zero_promises(stage: int, data: int) -> None:
     promised = {1: 4 + 12 / data, 2: 2 + 14 / data, 3: 16 / data}[stage]
     num_parameters = settings(layout).model.num_parameters()
     layer = 2 * (num_parameters - 2 * VOCABULARY * 192) / 16
-    for kept, _ in pool.run(measure_on_rank, data, layout, 0):
+    for kept, _ in pool.run(measure_on_rank, data, "pretrain", layout):
         assert abs(kept - promised * num_parameters) < 0.05 * promised * num_parameters + layer
 
 
@@ -146,7 +188,11 @@ train: {steps: 1}
 
 def memory_command(path: Path, *overrides: str) -> tuple[int, str]:
     path.write_text(CONFIG)
-    result = CliRunner().invoke(app, ["memory", str(path), *overrides])
+    return invoke("memory", str(path), *overrides)
+
+
+def invoke(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, words)
     return result.exit_code, result.stdout + result.stderr
 
 
@@ -154,7 +200,7 @@ def test_a_gpu_keeps_narrow_sums_and_wide_products(tmp_path: Path) -> None:
     """Its reduce-scatter needs no room for all parts; the product that is a weight's gradient is made in fp32."""
     layout = replace(PLAIN, data=4, zero=2, compute="bf16")
     config = config_of(layout)
-    (gpu,), (cpu,) = (memory_of_stages(config, 4, device_type) for device_type in ("cuda", "cpu"))
+    (gpu,), (cpu,) = (plan(config, 4, device_type) for device_type in ("cuda", "cpu"))
     assert gpu.buffers < cpu.buffers
     assert (gpu.parameters, gpu.gradients, gpu.moments) == (cpu.parameters, cpu.gradients, cpu.moments)
 
@@ -180,6 +226,22 @@ def test_the_command_plans_for_ranks_that_are_not_there(tmp_path: Path) -> None:
     assert [float(x) for x in lines["on the device"]] == pytest.approx(total, abs=0.01)
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_the_command_knows_every_stage(stage: str, tmp_path: Path) -> None:
+    given = post_training.settings(write_model(tmp_path / "model"), "unused.jsonl", tmp_path / "run")
+    given |= {stage: {}, "lora": {"rank": 4}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    words = ("precision.compute=bf16", "data.sequence_length=128", "world_size=2", "zero.stage=1")
+    code, shown = invoke("memory", str(tmp_path / "config.yaml"), *words)
+    assert code == 0
+    assert "adapters of rank 4, tensor 1 x pipeline 1 x data 2, zero.stage 1, bf16" in shown
+    model = make_config(given, 1, STAGES[stage]).model
+    num_parameters = model.num_parameters("score" if stage == "reward" else "language")
+    assert shown.startswith(f"{num_parameters:,} parameters, adapters")
+    code, said = invoke("memory", str(tmp_path / "config.yaml"), "--stage", "pretrain")
+    assert code == 2 and f"{stage}: unknown setting" in said
+
+
 KINDS = ("parameters", "gradients", "master weights", "moments", "ZeRO's buffers", "activations")
 
 
@@ -197,17 +259,16 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path, override: str, said: str
 
 
 def test_offloaded_state_is_in_host_memory() -> None:
-    def plan(offload: float, device_type: str = "cpu") -> Memory:
-        config = config_of(replace(PLAIN, offload=offload, compute="bf16"))
-        (memory,) = memory_of_stages(config, 1, device_type)
+    def planned(offload: float, device_type: str = "cpu") -> Memory:
+        (memory,) = plan(config_of(replace(PLAIN, offload=offload, compute="bf16")), 1, device_type)
         return memory
 
-    here, half, there = plan(0.0), plan(0.5), plan(1.0)
+    here, half, there = planned(0.0), planned(0.5), planned(1.0)
     assert (here.on_host, there.master, there.moments) == (0, 0, 0)
     assert there.on_host == here.master + here.moments
     assert 0.4 * there.on_host < half.on_host < 0.6 * there.on_host
     assert half.master + half.moments + half.on_host == there.on_host
     buffers = 4 * 2 * CHUNK_ELEMENTS  # two each for gradients and parameters
-    assert plan(1.0, "cuda").on_host == there.on_host + buffers, (
+    assert planned(1.0, "cuda").on_host == there.on_host + buffers, (
         "what passes between host and GPU has room there"
     )

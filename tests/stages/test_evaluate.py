@@ -8,14 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from llm3d.config import make_config
+from llm3d.config import STAGES, make_config
 from llm3d.models.hugging_face import read_weights
 from llm3d.parallel.mesh import Mesh
+from llm3d.stages.evaluate import check, evaluate_latest
 from llm3d.stages.language_data import ValidationData
 from llm3d.train.checkpoint import save_checkpoint
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
-from tests.stages.common import SEQUENCE_LENGTH, command, evaluate_on_rank, settings, write_corpus
+from tests.stages import post_training
+from tests.stages.common import (
+    SEQUENCE_LENGTH,
+    command,
+    evaluate_on_rank,
+    metrics,
+    settings,
+    silent,
+    write_corpus,
+)
 
 NUM_WINDOWS = 11
 
@@ -135,3 +145,112 @@ def test_the_command_says_what_it_evaluated(
         assert stdout.startswith(f"{source}: loss {loss:.4f}, token_accuracy 0.")
         assert stdout.endswith(f", perplexity {perplexity:.4f} on {count} tokens\n")
     assert sorted(directory.rglob("*")) == before, "an evaluation writes nothing"
+
+
+# ---- stages after pretraining ----
+
+STAGE_CHANGES: dict[str, dict[str, Any]] = {
+    "sft": {"sft": {}, "loss": {"z_loss": 0.1}},
+    "reward": {"reward": {"center": 0.1}},
+    "dpo": {"dpo": {"rpo_alpha": 0.5}},
+    "sft-lora": {"sft": {"neftune_alpha": 5.0}, "lora": {"rank": 4, "dropout": 0.2}},
+    "reward-lora": {"reward": {}, "lora": {"rank": 4}},
+    "dpo-lora": {"dpo": {}, "lora": {"rank": 4}},
+}
+
+
+@pytest.fixture(scope="module", params=STAGE_CHANGES)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a run that is done and that has evaluated its last step."""
+    made = tmp_path_factory.mktemp("trained")
+    stage = request.param.partition("-")[0]
+    rows = post_training.conversations if stage == "sft" else post_training.comparisons
+    train = post_training.write_rows(made / "train.jsonl", rows(20))
+    valid = post_training.write_rows(made / "valid.jsonl", rows(27)[20:])
+    base = post_training.write_model(made / "base")
+    given = post_training.settings(
+        base, train, made / "run", train={"eval_every": 4}, **STAGE_CHANGES[request.param]
+    )
+    given["data"]["valid"] = [valid]
+    pool.run(post_training.train_on_rank, 2, stage, given)
+    return given
+
+
+def stage_of(given: dict[str, Any]) -> str:
+    return next(name for name in given if name in STAGES)
+
+
+def evaluate_stage_on_rank(given: dict[str, Any]) -> tuple[str, dict[str, float], int]:
+    """What `llm3d eval` does under torchrun, in a world that is there already."""
+    opened = check(make_config(given, torch.distributed.get_world_size(), STAGES[stage_of(given)]))
+    layout = opened.config.parallel
+    with silent():
+        source, tally = evaluate_latest(opened, Mesh(layout.tensor, layout.pipeline))
+    return source, tally.report(opened.objective), tally.num_terms
+
+
+def numbers_of_training(given: dict[str, Any]) -> dict[str, float]:
+    last = metrics(given)[-1]
+    return {name.removeprefix("valid_"): last[name] for name in last if name.startswith("valid_")}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, {}), (3, {}), (2, {"pipeline": 2}), (4, {"tensor": 2, "sequence": True, "pipeline": 2})],
+    ids=str,
+)
+def test_a_checkpoint_has_the_numbers_that_training_saw(
+    trained: dict[str, Any], world_size: int, parallel: dict[str, Any]
+) -> None:
+    expected = numbers_of_training(trained)
+    before = files_of(trained)
+    results = pool.run(evaluate_stage_on_rank, world_size, trained | {"parallel": parallel})
+    assert all(result == results[0] for result in results), "every rank has the same"
+    source, numbers, _ = results[0]
+    assert source.endswith(f"{trained['run']['dir']}/checkpoints/step-00000004")
+    assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert files_of(trained) == before, "what training knew of the reference is used again"
+
+
+def files_of(given: dict[str, Any]) -> list[Path]:
+    return sorted(Path(given["run"]["dir"]).rglob("*"))
+
+
+def test_the_command_evaluates_what_the_settings_name(trained: dict[str, Any], tmp_path: Path) -> None:
+    """The latest checkpoint; or, elsewhere, adapters or a whole model; or the model that training started from."""
+    path = Path(trained["run"]["dir"]) / "checkpoints" / "step-00000004"
+    base, elsewhere = trained["model"]["path"], f"run.dir={tmp_path}/elsewhere"
+    if "lora" in trained:
+        ways = [(f"{base} and {path}", ()), (f"{base} and {path}", (f"lora.path={path}", elsewhere))]
+    else:
+        ways = [(str(path), ()), (str(path), (f"checkpoint.resume={path}", elsewhere))]
+    expected = numbers_of_training(trained)
+    for source, words in ways:
+        code, stdout, stderr = command("eval", trained, *words)
+        assert (code, stderr) == (0, "")
+        assert stdout.startswith(f"{source}: loss ")
+        assert float(stdout.partition(": loss ")[2].partition(",")[0]) == pytest.approx(
+            expected["loss"], abs=1e-4
+        )
+        assert ("tokens" if stage_of(trained) == "sft" else " on 7 samples\n") in stdout
+    code, stdout, _ = command("eval", trained, elsewhere)
+    assert code == 0 and stdout.startswith(f"{base}: loss ")
+    if stage_of(trained) == "dpo":
+        assert "rewards/margins 0.0000" in stdout, "the model that training starts from is its reference"
+
+
+def test_only_the_validation_data_is_read(trained: dict[str, Any]) -> None:
+    code, _, _ = command("eval", trained, "data.train=nothing.jsonl")
+    assert code == 0
+    code, _, stderr = command("eval", trained, "data.valid=[]", "train.eval_every=null")
+    assert (code, stderr) == (2, "llm3d: data.valid: empty; name the data to evaluate on\n")
+
+
+def test_adapters_and_whole_models_are_told_apart(trained: dict[str, Any], tmp_path: Path) -> None:
+    rank, said = (
+        ("lora=null", "holds adapters and no whole model")
+        if "lora" in trained
+        else ("lora.rank=4", "holds a whole model and no adapters")
+    )
+    code, _, stderr = command("eval", trained, rank)
+    assert code == 2 and said in stderr and stderr.count("\n") == 1

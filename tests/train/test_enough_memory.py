@@ -14,6 +14,7 @@ from llm3d.train import trainer as trainer_module
 from llm3d.train.trainer import Evaluator, Trainer, host_bytes
 from tests import pool
 from tests.parity.harness import Layout, settings
+from tests.parity.test_post_training import settings as stage_settings
 
 LAYOUTS = [
     Layout(),
@@ -23,26 +24,36 @@ LAYOUTS = [
     Layout(data=4, zero=3, compute="bf16", offload=0.5),
     Layout(tensor=2, pipeline=2, data=2, zero=3),
 ]
+ADAPTERS = [Layout(), Layout(data=2, zero=1, compute="bf16"), Layout(tensor=2, data=2, zero=3, offload=1.0)]
 
 
-def kept_and_foretold(layout: Layout) -> tuple[int, float]:
+def kept_and_foretold(layout: Layout, adapters: bool = False) -> tuple[int, float]:
     mesh = Mesh(layout.tensor, layout.pipeline)
-    config = settings(layout)
+    config = stage_settings("sft-lora", layout) if adapters else settings(layout)
     trainer = Trainer(config, mesh)
-    tensors = [*trainer.flat.parameters, *(unit.whole for unit in trainer.flat.units)]
+    units = [*trainer.flat.units, *trainer.flat.frozen]
+    tensors = [tensor for unit in units for tensor in (unit.parameters, unit.whole)]
     tensors += [
         *trainer.flat.gradients,
         *(g for u in trainer.flat.units if (g := u.whole_gradients) is not None),
     ]
     tensors += [*trainer.optimizer.master, *trainer.optimizer.exp_avg, *trainer.optimizer.exp_avg_sq]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    num_parameters = sum(p.numel() for p in {p for stage in trainer.stages for p in stage.parameters()})
-    return sum(storages.values()), host_bytes(config, mesh, num_parameters, trainable=True)
+    foretold = mock.Mock(side_effect=host_bytes)
+    with mock.patch.object(trainer_module, "host_bytes", foretold):
+        Trainer(config, mesh)
+    return sum(storages.values()), host_bytes(*foretold.call_args.args)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout}-{layout.compute}")
 def test_what_is_asked_for_is_what_is_kept(layout: Layout) -> None:
     for kept, foretold in pool.run(kept_and_foretold, layout.world_size, layout):
+        assert foretold == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", ADAPTERS, ids=lambda layout: f"{layout}-{layout.compute}")
+def test_frozen_weights_ask_for_no_gradients_and_no_state(layout: Layout) -> None:
+    for kept, foretold in pool.run(kept_and_foretold, layout.world_size, layout, True):
         assert foretold == pytest.approx(kept, rel=0.02)
 
 
@@ -69,7 +80,7 @@ def test_too_little_on_one_host_is_said_by_all(trainable: bool) -> None:
 def on_a_gpu(layout: Layout) -> float:
     mesh = Mesh()
     mesh.device = torch.device("cuda")
-    return host_bytes(settings(layout), mesh, 1000, trainable=True)
+    return host_bytes(settings(layout), mesh, num_trained=1000, num_frozen=10**6)
 
 
 def test_a_gpu_takes_of_the_host_what_is_offloaded() -> None:

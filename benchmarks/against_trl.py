@@ -1,0 +1,276 @@
+"""Fine-tuning and DPO beside TRL's trainers, one process each, same model, same samples.
+
+    python benchmarks/against_trl.py sft --model MODEL --data conversations.jsonl [--compute fp32|bf16] [--rounds 5]
+    python benchmarks/against_trl.py dpo --model MODEL --data preferences.jsonl
+
+Figures count real tokens, prompts and replies: what is padding counts for nobody. A step is forward, backward, clipping
+and AdamW on a batch that is ready in memory; of TRL it is `training_step` with what Trainer does around it, without its
+callbacks and logging. TRL's SFTTrainer runs packed (bfd and wrapped) and padded, DPOTrainer with reference
+log-probabilities computed beforehand, as llm3d's are. In bf16 both keep fp32 weights and moments; TRL runs under
+autocast. The contenders take turns, each in a process of its own; a figure is the median over rounds of the ratio
+within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+Step = Callable[[], int]  # trains, and says on how many tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=list(CONTENDERS))
+    parser.add_argument("--model", required=True, help="a Hugging Face directory with a tokenizer")
+    parser.add_argument(
+        "--data", required=True, help="JSON lines: question and answer; prompt, chosen, rejected"
+    )
+    parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument(
+        "--batch", type=int, default=8, help="sequences of that length a step, or half as many pairs"
+    )
+    parser.add_argument("--samples", type=int, default=512, help="of the file's first, that are used")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="a contender's steps in a round")
+    arguments = parser.parse_args()
+    names = CONTENDERS[arguments.stage]
+    contenders = {name: Contender(name, arguments) for name in names}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    for contender in contenders.values():
+        contender.rate(2)  # warm up
+    for _ in range(arguments.rounds):
+        for name, contender in contenders.items():
+            rates[name].append(contender.rate(arguments.steps))
+    for contender in contenders.values():
+        contender.connection.send(None)
+    report(rates, arguments)
+
+
+class Contender:
+    """One side, in a process of its own; it runs when it is told to."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        context.Process(target=contend, args=(name, arguments, theirs), daemon=True).start()
+
+    def rate(self, steps: int) -> float:
+        """Tokens a second, over `steps` steps."""
+        self.connection.send(steps)
+        return self.connection.recv()
+
+
+def contend(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
+    step = CONTENDERS[arguments.stage][name](arguments)
+    while (steps := connection.recv()) is not None:
+        started = time.perf_counter()
+        tokens = sum(step() for _ in range(steps))
+        connection.send(tokens / (time.perf_counter() - started))
+
+
+def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
+    with open(arguments.data, encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, arguments.samples)]
+
+
+# ---- llm3d ----
+
+
+def llm3d_step(arguments: argparse.Namespace) -> Step:
+    from llm3d.config import STAGES, make_config
+    from llm3d.parallel.mesh import Mesh, start_process_group
+    from llm3d.stages import dpo, sft
+    from llm3d.stages.training import load_first_weights
+    from llm3d.train.host_memory import keep_freed_memory
+    from llm3d.train.trainer import Trainer
+
+    keep_freed_memory()  # as the commands do
+    pairs = arguments.stage == "dpo"
+    directory = tempfile.mkdtemp()
+    data = os.path.join(directory, "samples.jsonl")
+    with open(data, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows(arguments))
+    mean = mean_tokens(arguments)
+    settings = {
+        "run": {"dir": directory},
+        "model": {"path": arguments.model},
+        "precision": {"compute": arguments.compute},
+        "data": {"train": [data], "sequence_length": arguments.sequence_length},
+        "batch": {
+            "global": max(1, round(arguments.batch * arguments.sequence_length / mean)),
+            "micro": arguments.batch,
+        },
+        "optim": {"lr": 1e-6},
+        "train": {"steps": 1000},
+    }
+    config = make_config(settings, 1, STAGES[arguments.stage])
+    mesh = Mesh(device=start_process_group())
+    opened: Any = (dpo if pairs else sft).open_stage(config)  # type: ignore[arg-type]
+    trainer = Trainer(opened.config, mesh, opened.objective)
+    opened.prepare(trainer)
+    load_first_weights(trainer)
+    steps = itertools.count(1)
+
+    def step() -> int:
+        batches = opened.data.microbatches(next(steps), mesh)
+        trainer.step(batches, lr=1e-6)
+        return sum(len(batch.tokens) for batch in batches)
+
+    return step
+
+
+def mean_tokens(arguments: argparse.Namespace) -> float:
+    """Of a sample: what fills a step as full as the others' steps are."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = [list(row.values()) for row in rows(arguments)]
+    lengths = [sum(len(tokenizer(text)["input_ids"]) for text in some) for some in texts]
+    if arguments.stage == "dpo":  # both replies come with the prompt
+        lengths = [
+            n + len(tokenizer(row["prompt"])["input_ids"])
+            for n, row in zip(lengths, rows(arguments), strict=True)
+        ]
+    return statistics.mean(lengths)
+
+
+# ---- TRL ----
+
+
+def common_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "max_length": arguments.sequence_length,
+        "learning_rate": 1e-6,
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": arguments.compute == "bf16",
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "optim": "adamw_torch_fused",
+    }
+
+
+def trl_sft_step(arguments: argparse.Namespace, packing: str | None) -> Step:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = tokenizer_with_padding(AutoTokenizer.from_pretrained(arguments.model))
+    examples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows(arguments)]
+    packed = {"packing": True, "packing_strategy": packing} if packing else {}
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+        args=SFTConfig(
+            **common_arguments(arguments), **packed, per_device_train_batch_size=batch_of(arguments, packing)
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+    )
+    return trl_step(trainer)
+
+
+def batch_of(arguments: argparse.Namespace, packing: str | None) -> int:
+    """Packs of the whole length, or as many samples as have as many tokens together."""
+    if packing:
+        return arguments.batch
+    return max(1, round(arguments.batch * arguments.sequence_length / mean_tokens(arguments)))
+
+
+def trl_dpo_step(arguments: argparse.Namespace) -> Step:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
+        args=DPOConfig(
+            **common_arguments(arguments),
+            per_device_train_batch_size=batch_of(arguments, None),
+            precompute_ref_log_probs=True,
+        ),
+        train_dataset=Dataset.from_list(rows(arguments)),
+        processing_class=tokenizer_with_padding(AutoTokenizer.from_pretrained(arguments.model)),
+    )
+    return trl_step(trainer)
+
+
+def tokenizer_with_padding(tokenizer: Any) -> Any:
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.chat_template = None  # the text as it stands
+    return tokenizer
+
+
+def trl_step(trainer: Any) -> Step:
+    batches = endless(trainer)
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # set by the loop that is not run here
+    model = trainer.model
+    model.train()
+
+    def step() -> int:
+        inputs = next(batches)
+        tokens = real_tokens(inputs)
+        trainer.training_step(model, inputs)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return tokens
+
+    return step
+
+
+def endless(trainer: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from trainer.get_train_dataloader()
+
+
+def real_tokens(inputs: dict[str, Any]) -> int:
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+
+
+CONTENDERS: dict[str, dict[str, Callable[[argparse.Namespace], Step]]] = {
+    "sft": {
+        "llm3d": llm3d_step,
+        "TRL, packed (bfd)": lambda arguments: trl_sft_step(arguments, "bfd"),
+        "TRL, packed (wrapped)": lambda arguments: trl_sft_step(arguments, "wrapped"),
+        "TRL, padded": lambda arguments: trl_sft_step(arguments, None),
+    },
+    "dpo": {"llm3d": llm3d_step, "TRL": trl_dpo_step},
+}
+
+
+def report(rates: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+    import transformers
+    import trl
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
+    print(f"{arguments.stage}, {arguments.compute}, {versions}, {torch.get_num_threads()} threads")
+    for name, found in rates.items():
+        line: dict[str, object] = {"name": name, "tokens_per_s": round(statistics.median(found))}
+        if name != "llm3d":
+            ratios = sorted(our / their for our, their in zip(rates["llm3d"], found, strict=True))
+            line["llm3d_is_faster_by"] = round(statistics.median(ratios), 3)
+            line["spread"] = [round(ratios[0], 3), round(ratios[-1], 3)]
+        print(json.dumps(line))
+    print(f"load average {os.getloadavg()[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A checkpoint as a plain Hugging Face directory: its model, or its adapters merged into their base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from llm3d.config import LoRASettings, ModelConfig
+from llm3d.config.explain import validate
+from llm3d.config.presets import hugging_face_shape, peft_settings
+from llm3d.data.atomic import new_directory
+from llm3d.data.tokenizer import SIDE_FILES, load_tokenizer, read_json
+from llm3d.errors import InputError
+from llm3d.models.adapters import scale
+from llm3d.models.hugging_face import config_of_scores
+from llm3d.models.merge import write_merged
+from llm3d.parallel.box_files import BoxWriter
+from llm3d.stages.reward import padding_token
+from llm3d.train import manifest
+from llm3d.train.checkpoint import checked_weights
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+def export(source: Path, output: Path, base: str | None = None, overwrite: bool = False) -> str:
+    """Write `output`, complete or not at all; -> what it is, for people.
+
+    source: a checkpoint, or a PEFT directory.  base: of the adapters, where they do not name it themselves.
+    Raises InputError.
+    """
+    adapter = _adapter(source)
+    if adapter is None and base is not None:
+        raise InputError(f"--base: {source} holds a whole model, which needs none")
+    taken = checked_weights(source, "model") if adapter is None else _base(adapter, base)
+    for used in (taken, source, adapter):
+        if used is not None and output.resolve() == used.resolve():
+            raise InputError(f"--output: {output} is what is exported; name another directory")
+    try:
+        with new_directory(output, overwrite, CONFIG) as partial:
+            if adapter is None:
+                _copy(taken, partial, [path.name for path in taken.iterdir()])
+                return f"{output}: the model of {source}"
+            _merge(taken, adapter, partial)
+            return f"{output}: the adapters of {source} merged into {taken}"
+    except OSError as error:
+        raise InputError(f"{error.filename or output}: {error.strerror or error}") from None
+
+
+def _adapter(source: Path) -> Path | None:
+    """The PEFT directory that the source is or has, if it is undamaged; None for a checkpoint of a whole model."""
+    if (source / manifest.FILE).is_file():
+        return checked_weights(source, "adapter") if (source / "adapter").is_dir() else None
+    if (source / "adapter_config.json").is_file():
+        return source
+    raise InputError(f"{source}: neither a checkpoint nor a PEFT directory; name RUN/checkpoints/step-...")
+
+
+def _base(adapter: Path, given: str | None) -> Path:
+    """The directory with the weights that the adapters are for."""
+    base = given or read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if base is None or not Path(base).is_dir():
+        named = f"{base} is no directory here" if base else f"{adapter} names no model"
+        raise InputError(f"--base: {named}; give the directory of the model that the adapters are for")
+    return checked_weights(Path(base), "model")
+
+
+def _merge(base: Path, adapter: Path, output: Path) -> None:
+    settings = peft_settings(str(adapter))
+    lora = validate(LoRASettings, settings, ("lora",), source=f" (in {adapter})")
+    shape = validate(ModelConfig, hugging_face_shape(base / CONFIG), ("model",))
+    with_tokenizer = next(
+        (at for at in (adapter, base) if any((at / name).is_file() for name in TOKENIZERS)), None
+    )
+    writer = BoxWriter(output)
+    head = write_merged(writer, base, adapter, scale(lora))
+    if head == "language":
+        _copy(base, output, [CONFIG, GENERATION])
+    else:
+        padding = (
+            padding_token(shape, load_tokenizer(with_tokenizer)) if with_tokenizer else shape.pad_token_id
+        )
+        config = config_of_scores(read_json(base / CONFIG), padding)
+        writer.text(CONFIG, json.dumps(config, indent=2) + "\n")
+    if writer.failure is not None:
+        raise InputError(writer.failure)
+    if with_tokenizer is not None:
+        _copy(with_tokenizer, output, [*TOKENIZERS, *SIDE_FILES])
+
+
+def _copy(source: Path, output: Path, names: list[str]) -> None:
+    """Of these files, those that there are."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)

@@ -1,0 +1,253 @@
+"""PEFT as the oracle: adapters that either wrote give the same logits and rewards in the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm3d.config import STAGES, make_config
+from llm3d.errors import InputError
+from tests import pool
+from tests.models.adapted import by_transformers, said_on_rank, trained_and_said_on_rank
+from tests.stages.common import Settings
+from tests.stages.post_training import comparisons, conversations, settings, write_model, write_rows
+
+peft = pytest.importorskip("peft")
+
+IDS = [[5, 60, 7, 200, 8, 9, 10], [281, 3, 3, 77, 150], [280, 12]]
+PADDING = 280
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "all": {"rank": 3, "targets": ALL},
+    "rslora": {"rank": 4, "alpha": 5, "rslora": True, "targets": ["v_proj", "q_proj"]},
+    "mlp": {"rank": 5, "alpha": 1, "targets": ["gate_proj", "down_proj"]},
+    "outputs": {"rank": 2, "rslora": True, "targets": ["o_proj", "up_proj", "k_proj"]},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "pipeline": (4, {"parallel": {"tensor": 2, "pipeline": 2}}),
+    "zero": (2, {"zero": {"stage": 3}}),
+}
+CASES = [
+    ("all", "one process", False),
+    ("all", "pipeline", True),
+    ("rslora", "tensor", False),
+    ("mlp", "zero", True),
+    ("outputs", "pipeline", False),
+    ("outputs", "one process", True),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A model whose embeddings are not tied to its head, and one whose are."""
+    directory = tmp_path_factory.mktemp("bases")
+    return {
+        tied: write_model(directory / str(tied), seed=2, tie_word_embeddings=tied) for tied in (False, True)
+    }
+
+
+def given_settings(stage: str, base: Path, directory: Path, lora: dict[str, Any], **layout: Any) -> Settings:
+    rows = conversations(8) if stage == "sft" else comparisons(8)
+    train = write_rows(directory / f"{stage}.jsonl", rows)
+    return settings(base, train, directory / "run", lora=lora, **layout)
+
+
+def language_model(base: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(base)
+
+
+def scorer(base: Path) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    return LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=PADDING)
+
+
+@pytest.mark.parametrize(("adapter", "layout", "tied"), CASES)
+def test_peft_reads_what_any_layout_trained(
+    adapter: str, layout: str, tied: bool, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    given = given_settings("sft", bases[tied], tmp_path, ADAPTERS[adapter], **changes)
+    ours = pool.run(trained_and_said_on_rank, world_size, "sft", given, IDS)[-1]
+    base = language_model(bases[tied])
+    before = by_transformers(base, IDS)
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "run/checkpoints/step-00000002/adapter")
+    expected = by_transformers(model, IDS)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert (ours - before).abs().max() > 1e-2, "training has changed something"
+
+
+@pytest.mark.parametrize(("adapter", "layout", "tied"), CASES)
+def test_what_peft_wrote_is_read_under_any_layout(
+    adapter: str, layout: str, tied: bool, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    lora = ADAPTERS[adapter]
+    torch.manual_seed(6)
+    how = peft.LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora.get("alpha", 7),
+        use_rslora=lora.get("rslora", False),
+        target_modules=lora["targets"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(language_model(bases[tied]), how).eval()
+    expected = by_transformers(model, IDS)
+    model.save_pretrained(tmp_path / "theirs")
+    world_size, changes = LAYOUTS[layout]
+    given = given_settings("sft", bases[tied], tmp_path, {"path": str(tmp_path / "theirs")}, **changes)
+    ours = pool.run(said_on_rank, world_size, "sft", given, IDS)[-1]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reward_models_adapter_carries_its_score_head(
+    layout: str, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    given = given_settings("reward", bases[False], tmp_path, {"rank": 3}, **changes)
+    ours = pool.run(trained_and_said_on_rank, world_size, "reward", given, IDS)[-1]
+    adapter = tmp_path / "run/checkpoints/step-00000002/adapter"
+    model = peft.PeftModel.from_pretrained(scorer(bases[False]), adapter)
+    width = max(map(len, IDS))
+    padded = torch.tensor([[*ids, *[PADDING] * (width - len(ids))] for ids in IDS])
+    with torch.no_grad():
+        expected = model(padded).logits[:, 0]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    again = given_settings("reward", bases[False], tmp_path, {"path": str(adapter.parent)}, **changes)
+    torch.testing.assert_close(pool.run(said_on_rank, world_size, "reward", again, IDS)[-1], ours)
+
+
+def test_a_score_head_that_peft_wrote_is_read(bases: dict[bool, Path], tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    how = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj"],
+        init_lora_weights=False,
+        task_type="SEQ_CLS",
+        modules_to_save=["score"],
+    )
+    model = peft.get_peft_model(scorer(bases[True]), how).eval()
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([ids])).logits[0, 0] for ids in IDS])
+    model.save_pretrained(tmp_path / "theirs")
+    given = given_settings("reward", bases[True], tmp_path, {"path": str(tmp_path / "theirs")})
+    ours = pool.run(said_on_rank, 1, "reward", given, IDS)[-1]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- adapters that cannot be used ----
+
+
+@pytest.fixture
+def written(bases: dict[bool, Path], tmp_path: Path) -> tuple[Path, Settings]:
+    """A PEFT directory, and settings that start from it."""
+    how = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(language_model(bases[False]), how).save_pretrained(tmp_path / "theirs")
+    lora = {"path": str(tmp_path / "theirs")}
+    return tmp_path / "theirs", given_settings("sft", bases[False], tmp_path, lora)
+
+
+def refusal_on_rank(given: Settings) -> str:
+    with pytest.raises(InputError) as refused:
+        said_on_rank("sft", given, IDS)
+    return str(refused.value)
+
+
+def refusal(given: Settings) -> str:
+    first, second = pool.run(refusal_on_rank, 2, {**given, "parallel": {"tensor": 2}})
+    assert first == second and "\n" not in first
+    return first
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 3}, "lora.rank: 3 is not what lora.path has, 2"),
+        ({"alpha": 9}, "lora.alpha: 9 is not what lora.path has, 4"),
+        ({"targets": ["q_proj"]}, "lora.targets: "),
+        ({"rslora": True}, "lora.rslora: true is not what lora.path has, false"),
+    ],
+)
+def test_settings_that_are_not_the_adapters_are_refused(
+    lora: dict[str, Any], message: str, written: tuple[Path, Settings]
+) -> None:
+    _, given = written
+    with pytest.raises(InputError) as refused:
+        make_config({**given, "lora": given["lora"] | lora}, 1, STAGES["sft"])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_another_base_is_refused(written: tuple[Path, Settings], tmp_path: Path) -> None:
+    directory, given = written
+    shallow = write_model(tmp_path / "shallow", num_hidden_layers=2)
+    assert "has for the model no use for its tensor model.layers.2." in refusal(
+        {**given, "model": {"path": str(shallow)}}
+    )
+    deep = write_model(tmp_path / "deep", num_hidden_layers=5)
+    assert "holds no tensor model.layers.4." in refusal({**given, "model": {"path": str(deep)}})
+    wide = write_model(tmp_path / "wide", hidden_size=32)
+    assert "has shape [2, 24], but the model's settings make it [2, 32]" in refusal(
+        {**given, "model": {"path": str(wide)}}
+    )
+    edit(directory / "adapter_config.json", r=3)
+    assert "has shape [2, 24], but the model's settings make it [3, 24]" in refusal(given)
+    edit(directory / "adapter_config.json", r=2, target_modules=["q_proj", "k_proj"])
+    assert "do lora.path and model.path belong together?" in refusal(given)
+
+
+def test_a_directory_that_holds_no_whole_adapter_is_refused(written: tuple[Path, Settings]) -> None:
+    directory, given = written
+    weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    tensors = load_file(weights)
+    save_file({name: value for name, value in tensors.items() if "layers.1" not in name}, weights)
+    assert "holds no tensor model.layers.1." in refusal(given)
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert "adapter_model.safetensors" in refusal(given) and "damaged" in refusal(given)
+    weights.unlink()
+    assert "adapter_model.safetensors" in refusal(given)
+    for content, message in (("{", "is not JSON"), ("[]", "holds no object"), (None, "no such file")):
+        config.write_text(content) if content else config.unlink()
+        with pytest.raises(InputError) as refused:
+            make_config(given, 1, STAGES["sft"])
+        assert "lora.path: " in str(refused.value) and message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"peft_type": "IA3"},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"layers_to_transform": [0]},
+        {"modules_to_save": ["score", "embed_tokens"]},
+        {"fan_in_fan_out": True},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["lm_head"]},
+        {"r": "two"},
+    ],
+    ids=str,
+)
+def test_what_adapters_here_do_not_have_is_refused(
+    changes: dict[str, Any], written: tuple[Path, Settings]
+) -> None:
+    directory, given = written
+    edit(directory / "adapter_config.json", **changes)
+    with pytest.raises(InputError) as refused:
+        make_config(given, 1, STAGES["sft"])
+    assert "lora." in str(refused.value) and "\n" not in str(refused.value)

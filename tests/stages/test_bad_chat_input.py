@@ -1,0 +1,437 @@
+"""What the user got wrong after pretraining ends with exit code 2 and a line for each thing; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tokenizers
+
+from llm3d.errors import InputError
+from tests import pool
+from tests.stages.common import Settings, command
+from tests.stages.post_training import (
+    Row,
+    comparisons,
+    conversations,
+    rankings,
+    settings,
+    train_on_rank,
+    write_model,
+    write_rows,
+)
+from tests.stages.test_bad_input import snapshot
+
+Spoil = Callable[[Path, Settings], None]  # spoils a directory and the settings of a run in it
+ALL = ("sft", "reward", "dpo")
+COMPARING = ("reward", "dpo")
+SKIP = "data.skip_bad=true leaves out what cannot be used"
+
+
+class Wrong(NamedTuple):
+    name: str
+    stages: tuple[str, ...]
+    spoil: Spoil
+    parts: tuple[str, ...]  # of the message: cause and remedy
+    overrides: tuple[str, ...] = ()
+    lines: int = 1
+
+
+def nothing(directory: Path, given: Settings) -> None:
+    pass
+
+
+def rows(found: Sequence[Row]) -> Spoil:
+    """These are the file's rows."""
+
+    def spoil(directory: Path, given: Settings) -> None:
+        write_rows(directory / "train.jsonl", found)
+
+    return spoil
+
+
+def text(content: str) -> Spoil:
+    def spoil(directory: Path, given: Settings) -> None:
+        (directory / "train.jsonl").write_text(content)
+
+    return spoil
+
+
+def of_the_stage(stage: str) -> list[Row]:
+    return conversations(5) if stage == "sft" else comparisons(5)
+
+
+def turns(*said: tuple[str, str]) -> Row:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def template(source: str) -> Spoil:
+    def spoil(directory: Path, given: Settings) -> None:
+        (directory / "own.jinja").write_text(source)
+        given["data"]["template"] = str(directory / "own.jinja")
+
+    return spoil
+
+
+def no_template(directory: Path, given: Settings) -> None:
+    (directory / "model" / "chat_template.jinja").unlink()
+
+
+def no_end_token(directory: Path, given: Settings) -> None:
+    """The tokenizer knows its end by none of the names that are in use, and no file says what it is."""
+    no_template(directory, given)
+    model = directory / "model"
+    content = json.loads((model / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["content"] = token["content"].replace("end_of_text", "over")
+    content["model"]["vocab"] = {
+        name.replace("end_of_text", "over"): number for name, number in content["model"]["vocab"].items()
+    }
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text("{}")
+    (model / "generation_config.json").unlink(missing_ok=True)
+    edit(model / "config.json", eos_token_id=None)
+
+
+def no_tokenizer(directory: Path, given: Settings) -> None:
+    (directory / "model" / "tokenizer.json").unlink()
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def no_file(directory: Path, given: Settings) -> None:
+    (directory / "train.jsonl").unlink()
+
+
+def no_model(directory: Path, given: Settings) -> None:
+    from tests.stages.post_training import SHAPE
+
+    given["model"] = {name: value for name, value in SHAPE.items() if name != "initializer_range"}
+    given["data"]["tokenizer"] = str(directory / "model")
+
+
+def no_such_model(directory: Path, given: Settings) -> None:
+    given["model"] = {"path": str(directory / "nowhere")}
+
+
+def finished(stage: str, directory: Path, given: Settings, run: str, **changes: Any) -> Path:
+    """The checkpoint of another run."""
+    train = write_rows(directory / f"{run}.jsonl", of_the_stage(stage))
+    data = {**given["data"], "train": [train]}
+    other = {**given, "data": data, "run": {"dir": str(directory / run)}, "train": {"steps": 1}, **changes}
+    assert command(stage, other).code == 0
+    return directory / run / "checkpoints" / "step-00000001"
+
+
+def reward_model(directory: Path, given: Settings) -> None:
+    given["model"] = {"path": str(finished("reward", directory, given, "scores"))}
+
+
+def adapters_as_model(directory: Path, given: Settings) -> None:
+    given["model"] = {"path": str(finished("sft", directory, given, "adapted", lora={"rank": 2}))}
+
+
+def model_as_adapters(directory: Path, given: Settings) -> None:
+    given["lora"] = {"path": str(finished("sft", directory, given, "tuned"))}
+
+
+def adapters_of_another_model(directory: Path, given: Settings) -> None:
+    given["lora"] = {"path": str(finished("sft", directory, given, "adapted", lora={"rank": 2}))}
+    given["model"] = {"path": str(write_model(directory / "other", num_hidden_layers=2))}
+
+
+def adapters_of_another_shape(directory: Path, given: Settings) -> None:
+    given["lora"] = {"path": str(finished("sft", directory, given, "adapted", lora={"rank": 2}))}
+    given["model"] = {"path": str(write_model(directory / "other", hidden_size=32))}
+
+
+def other_adapters(directory: Path, given: Settings) -> None:
+    checkpoint = finished("sft", directory, given, "adapted", lora={"rank": 2, "targets": ["q_proj"]})
+    given["lora"] = {"path": str(checkpoint), "targets": ["v_proj"]}
+
+
+def no_adapters(directory: Path, given: Settings) -> None:
+    given["lora"] = {"path": str(directory / "nowhere")}
+
+
+def trained_without_adapters(stage: str) -> Spoil:
+    def spoil(directory: Path, given: Settings) -> None:
+        finished(stage, directory, given, "run")
+        given["lora"] = {"rank": 2}
+
+    return spoil
+
+
+def trained_with_other_adapters(directory: Path, given: Settings) -> None:
+    finished("sft", directory, given, "run", lora={"rank": 2})
+    given["lora"] = {"rank": 3}
+
+
+def another_stages_checkpoint(directory: Path, given: Settings) -> None:
+    finished("reward", directory, given, "run")
+
+
+def long_lists(directory: Path, given: Settings) -> None:
+    write_rows(directory / "train.jsonl", rankings(5, replies=8))
+    given["data"]["sequence_length"] = 48
+
+
+def file_in_the_way(directory: Path, given: Settings) -> None:
+    (directory / "run").write_text("in the way")
+
+
+LONG = "What? " * 40
+LONG_ROWS = {
+    "sft": {"question": LONG, "answer": "two"},
+    "dpo": {"prompt": LONG, "chosen": "two", "rejected": "six"},
+}
+LONG_REPLY = [{"prompt": "What?", "chosen": "so " * 60, "rejected": "six"}]
+NO_MARKER = (
+    "{% for m in messages %}{{ 'answer: ' if m.role == 'assistant' }}{{ m.content + eos_token }}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{{ 'assistant: ' if add_generation_prompt }}"
+)
+USER, ASSISTANT = ("user", "What?"), ("assistant", "two")
+
+TABLE = [
+    # what the file holds
+    Wrong("empty file", ALL, text(""), ("train.jsonl: holds no sample to use",)),
+    Wrong("no file", ALL, no_file, ("train.jsonl", "no such file")),
+    Wrong("not JSON", ALL, text("{\n"), ("train.jsonl line 1", "not valid JSON", SKIP), lines=2),
+    Wrong("not objects", ALL, text("[1]\n"), ("line 1", "where an object must stand", SKIP), lines=2),
+    Wrong(
+        "mixed formats",
+        ("sft",),
+        rows([*conversations(2), {"question": "What?", "answer": "two"}]),
+        ("line 3: no column 'messages'", "belong in a file of their own", SKIP),
+        lines=2,
+    ),
+    Wrong(
+        "empty reply",
+        ("sft",),
+        rows([turns(USER, ("assistant", ""))]),
+        ("line 1: turn 2 is an empty reply", SKIP),
+        lines=2,
+    ),
+    Wrong(
+        "order of roles",
+        ("sft",),
+        rows([turns(USER, USER, ASSISTANT)]),
+        ("line 1: turn 2 is the user's", SKIP),
+        lines=2,
+    ),
+    Wrong("no reply", ("sft",), rows([turns(USER)]), ("line 1: no reply at the end", SKIP), lines=2),
+    Wrong(
+        "late system",
+        ("sft",),
+        rows([turns(USER, ("system", "Hm."), ASSISTANT)]),
+        ("line 1: a system message", SKIP),
+        lines=2,
+    ),
+    Wrong(
+        "no choice",
+        COMPARING,
+        rows([{"prompt": "What?", "chosen": "two", "rejected": "two"}]),
+        ("line 1: chosen and rejected are the same", SKIP),
+        lines=2,
+    ),
+    Wrong(
+        "empty choice",
+        COMPARING,
+        rows([{"prompt": "What?", "chosen": "", "rejected": "two"}]),
+        ("line 1: turn 2 is an empty reply", SKIP),
+        lines=2,
+    ),
+    Wrong(
+        "comparisons to fine-tune on",
+        ("sft",),
+        rows(comparisons(3)),
+        ("line 1", "hold a comparison (preference), not a conversation"),
+    ),
+    Wrong(
+        "nothing to compare",
+        COMPARING,
+        rows(conversations(3)),
+        ("line 1", "hold a conversation (messages), not a comparison"),
+    ),
+    Wrong(
+        "unknown columns",
+        ALL,
+        rows([{"a": 1, "b": 2}]),
+        ("line 1: the columns a, b fit no format", "columns: {"),
+    ),
+    Wrong(
+        "unknown format",
+        ALL,
+        nothing,
+        ("no format 'messages_of'", "choose one of"),
+        overrides=("data.format=messages_of",),
+    ),
+    Wrong("long lists", COMPARING, long_lists, ("batch.micro: 2", "the least is")),
+    # templates and tokenizers
+    Wrong(
+        "unknown template",
+        ALL,
+        nothing,
+        ("no template 'chatlm'; did you mean chatml?",),
+        overrides=("data.template=chatlm",),
+    ),
+    Wrong(
+        "no marker",
+        ALL,
+        template(NO_MARKER),
+        ("own.jinja", "but not when add_generation_prompt asks for one", "choose another"),
+    ),
+    Wrong(
+        "no end token in the template",
+        ALL,
+        template(NO_END),
+        ("own.jinja", "no end token after a reply", "choose another"),
+    ),
+    Wrong("not Jinja", ALL, template("{% for %}"), ("own.jinja line 1: not Jinja",)),
+    Wrong(
+        "missing marks",
+        ALL,
+        template("<|channel|>{{ messages[0].content }}"),
+        ("own.jinja", "choose another template"),
+    ),
+    Wrong("no end token", ALL, no_end_token, ("template alpaca", "end token", "choose another template")),
+    Wrong("no tokenizer", ALL, no_tokenizer, ("neither tokenizer.json nor tokenizer.model",)),
+    # too long
+    *(
+        Wrong(
+            f"long prompt, {policy}", (stage,), rows([row]), (message,), (f"data.truncation={policy}",), lines
+        )
+        for stage, row in LONG_ROWS.items()
+        for policy, message, lines in (
+            ("drop", "raise data.sequence_length or set data.truncation", 1),
+            ("right", "cut to 96 at the right, hold nothing of a reply", 2),
+        )
+    ),
+    Wrong(
+        "long reply, left",
+        COMPARING,
+        rows(LONG_REPLY),
+        ("line 1", "cut to 96 at the left, hold nothing of a reply", SKIP),
+        ("data.truncation=left",),
+        2,
+    ),
+    # models and adapters
+    Wrong("no model", ALL, no_model, ("model.path: missing; name the model to start from",)),
+    Wrong("no such model", ALL, no_such_model, ("model.path: no directory", "nowhere")),
+    Wrong("a reward model", ("sft", "dpo"), reward_model, ("model.path", "reward model")),
+    Wrong("adapters as model", ALL, adapters_as_model, ("llm3d export",)),
+    Wrong("a model as adapters", ALL, model_as_adapters, ("lora.path", "no such file")),
+    Wrong("no adapters", ALL, no_adapters, ("lora.path", "nowhere", "no such file")),
+    Wrong(
+        "adapters of another model",
+        ALL,
+        adapters_of_another_model,
+        ("do lora.path and model.path belong together?",),
+    ),
+    Wrong(
+        "adapters of another shape", ALL, adapters_of_another_shape, ("has shape [2, 24]", "make it [2, 32]")
+    ),
+    Wrong("other adapters", ("sft",), other_adapters, ("lora.targets", "is not what lora.path has")),
+    Wrong(
+        "adapters of no rank", ALL, nothing, ("lora: set, but lora.rank is 0",), overrides=("lora.alpha=3",)
+    ),
+    Wrong(
+        "adapters late",
+        ("sft",),
+        trained_without_adapters("sft"),
+        ("step-00000001", "of another model", "run.dir"),
+    ),
+    Wrong(
+        "adapters late, compared",
+        ("dpo",),
+        trained_without_adapters("dpo"),
+        ("step-00000001", "of another model", "run.dir"),
+    ),
+    Wrong("another rank", ("sft",), trained_with_other_adapters, ("step-00000001", "[2, ", "run.dir")),
+    Wrong(
+        "another stage's run",
+        ("sft", "dpo"),
+        another_stages_checkpoint,
+        ("step-00000001", "of another model", "run.dir"),
+    ),
+    # settings
+    Wrong(
+        "one reply at a time",
+        COMPARING,
+        nothing,
+        ("batch.micro: 1 holds no two replies",),
+        overrides=("batch.micro=1",),
+    ),
+    Wrong(
+        "no length of the run",
+        ALL,
+        nothing,
+        ("train.steps: missing; give it, or train.epochs",),
+        overrides=("train.steps=0",),
+    ),
+    Wrong("unknown loss", ("dpo",), nothing, ("dpo.loss: 'sigmoidal'",), overrides=("dpo.loss=sigmoidal",)),
+    Wrong(
+        "smooth hinge",
+        ("dpo",),
+        nothing,
+        ("dpo.label_smoothing",),
+        overrides=("dpo.loss=hinge", "dpo.label_smoothing=0.1"),
+    ),
+    Wrong("file in the way", ALL, file_in_the_way, ("run.dir",)),
+]
+CASES = [pytest.param(wrong, stage, id=f"{stage}-{wrong.name}") for wrong in TABLE for stage in wrong.stages]
+
+
+@pytest.fixture
+def run_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    model = write_model(tmp_path / "model")
+    return settings(model, str(tmp_path / "train.jsonl"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("wrong", "stage"), CASES)
+def test_wrong_input_ends_with_a_line_and_changes_nothing(
+    wrong: Wrong, stage: str, tmp_path: Path, run_settings: Settings
+) -> None:
+    write_rows(tmp_path / "train.jsonl", of_the_stage(stage))
+    wrong.spoil(tmp_path, run_settings)
+    before = snapshot(tmp_path)
+    ended = command(stage, run_settings, *wrong.overrides)
+    assert (ended.code, ended.stdout) == (2, ""), ended.stderr
+    assert [line.startswith("llm3d: ") for line in ended.stderr.splitlines()] == [True] * wrong.lines, (
+        ended.stderr
+    )
+    for part in wrong.parts:
+        assert part in ended.stderr
+    after = snapshot(tmp_path)
+    assert sorted(after) == sorted(before), "nothing is left behind"
+    assert after == before, "what was there is as it was"
+
+
+def refusal_on_rank(stage: str, given: Settings) -> str:
+    with pytest.raises(InputError) as refused:
+        train_on_rank(stage, given)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "spoil", [adapters_of_another_shape, reward_model, no_end_token, another_stages_checkpoint]
+)
+def test_every_rank_ends_with_the_same_line(spoil: Spoil, tmp_path: Path, run_settings: Settings) -> None:
+    """None waits for one that has ended."""
+    write_rows(tmp_path / "train.jsonl", comparisons(5))
+    spoil(tmp_path, run_settings)
+    before = snapshot(tmp_path)
+    refusals = pool.run(refusal_on_rank, 4, "dpo", {**run_settings, "parallel": {"tensor": 2}})
+    assert len(set(refusals)) == 1 and "\n" not in refusals[0]
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,168 @@
+"""DPO's reference: the starting model, computed once whatever the layout, and again when anything about it changes."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm3d.stages import dpo
+from tests import pool
+from tests.models.adapted import trained_and_said_on_rank
+from tests.stages.common import Settings, command, metrics
+from tests.stages.post_training import comparisons, rankings, settings, train_on_rank, write_model, write_rows
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {}),
+    "tensor": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "interleaved": (2, {"parallel": {"pipeline": 2, "chunks": 2, "schedule": "interleaved"}}),
+    "all": (4, {"parallel": {"tensor": 2}, "zero": {"stage": 3}}),
+    "all pipelined": (4, {"parallel": {"pipeline": 2}, "zero": {"stage": 2}}),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def given_settings(model: Path, directory: Path, run: str = "run", **changes: Any) -> Settings:
+    """Over two files, one of pairs and one of longer lists, and a third to validate on."""
+    train = write_rows(directory / "train.jsonl", comparisons(6))
+    given = settings(model, train, directory / run, **changes)
+    given["data"]["train"].append(write_rows(directory / "ranked.jsonl", rankings(5)))
+    given["data"]["valid"] = [write_rows(directory / "valid.jsonl", comparisons(3))]
+    given["batch"] = {"global": 4, "micro": 3}
+    return given
+
+
+def stored(given: Settings) -> dict[str, Tensor]:
+    """All that is kept of the reference, by file."""
+    files = Path(given["run"]["dir"]).glob("reference-*.safetensors")
+    return {path.name: torch.cat([*load_file(path).values()]) for path in sorted(files)}
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by an entry for each set of samples of which the reference is computed."""
+    calls: list[int] = []
+    compute = dpo.reference_log_probabilities
+
+    def counted(model: Any, data: Any, number: int) -> Tensor:
+        calls.append(number)
+        return compute(model, data, number)
+
+    monkeypatch.setattr(dpo, "reference_log_probabilities", counted)
+    return calls
+
+
+# ---- what it is ----
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["all weights", "adapters"])
+def test_the_first_loss_is_that_of_a_model_that_is_its_reference(
+    lora: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    references = {}
+    for name, (world_size, layout) in LAYOUTS.items():
+        given = given_settings(model, tmp_path, name, lora=lora, train={"steps": 2}, **layout)
+        pool.run(train_on_rank, world_size, "dpo", given)
+        first, second = metrics(given)
+        assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+        for reward in ("chosen", "rejected", "margins"):
+            assert first[f"rewards/{reward}"] == pytest.approx(0, abs=1e-5)
+        assert second["loss"] != pytest.approx(math.log(2), rel=1e-4), "the model leaves its reference"
+        references[name] = stored(given)
+    expected = references["one process"]
+    assert len(expected) == 3 and len(torch.cat([*expected.values()])) == 2 * 6 + 3 * 5 + 2 * 3
+    for found in references.values():
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_with_adapters_the_reference_is_the_model_without_them(model: Path, tmp_path: Path) -> None:
+    plain = given_settings(model, tmp_path, "plain", train={"steps": 1})
+    pool.run(train_on_rank, 1, "dpo", plain)
+    adapted = given_settings(model, tmp_path, "adapted", lora={"rank": 3})
+    pool.run(trained_and_said_on_rank, 1, "dpo", adapted, [[1, 2]])
+    lora = {"path": str(tmp_path / "adapted" / "checkpoints" / "step-00000002")}
+    again = given_settings(model, tmp_path, "again", lora=lora, train={"steps": 1})
+    pool.run(train_on_rank, 1, "dpo", again)
+    torch.testing.assert_close(stored(again), stored(plain), rtol=0, atol=0)
+    (first,) = metrics(again)
+    assert first["loss"] != pytest.approx(math.log(2), rel=1e-4), "the adapters are at work in the policy"
+
+
+def test_without_a_reference_the_rewards_are_log_probabilities(model: Path, tmp_path: Path) -> None:
+    given = given_settings(model, tmp_path, dpo={"reference": "none", "beta": 0.5}, train={"steps": 1})
+    assert command("dpo", given).code == 0
+    (first,) = metrics(given)
+    for side in ("chosen", "rejected"):
+        assert first[f"rewards/{side}"] == pytest.approx(0.5 * first[f"logps/{side}"], rel=1e-5)
+    assert stored(given) == {}
+
+
+# ---- when it is computed ----
+
+
+def test_it_is_computed_once(model: Path, tmp_path: Path, computed: list[int]) -> None:
+    given = given_settings(model, tmp_path)
+    assert command("dpo", given, "train.stop_after=2").code == 0
+    assert computed == [0, 1, 2]
+    before = stored(given)
+    assert command("dpo", given).code == 0
+    assert computed == [0, 1, 2], "the run that goes on takes what is there"
+    assert stored(given).keys() == before.keys()
+    fresh = given_settings(model, tmp_path, "fresh")
+    assert command("dpo", fresh).code == 0
+    assert [line["loss"] for line in metrics(given)] == [line["loss"] for line in metrics(fresh)]
+
+
+def test_it_is_computed_again_for_other_samples_and_for_those_alone(
+    model: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    given = given_settings(model, tmp_path)
+    assert command("dpo", given, "train.stop_after=1").code == 0
+    before = stored(given)
+    computed.clear()
+    write_rows(tmp_path / "ranked.jsonl", rankings(5)[::-1])
+    assert command("dpo", given, "train.stop_after=2").code == 0
+    assert computed == [1]
+    assert len(stored(given).keys() - before.keys()) == 1
+    computed.clear()
+    assert command("dpo", given, "train.stop_after=3", "data.template=llama3").code == 0
+    assert computed == [0, 1, 2], "another template makes other tokens"
+
+
+@pytest.mark.parametrize("change", ["other weights", "another directory", "other precision", "touched"])
+def test_it_is_computed_again_for_another_model(
+    change: str, model: Path, tmp_path: Path, computed: list[int]
+) -> None:
+    given = given_settings(model, tmp_path, train={"steps": 2, "stop_after": 1})
+    assert command("dpo", given).code == 0
+    before = stored(given)
+    computed.clear()
+    given["train"] = {"steps": 2}
+    if change == "other weights":
+        other = write_model(tmp_path / "other", seed=9)
+        (other / "model.safetensors").replace(model / "model.safetensors")
+    elif change == "another directory":
+        given["model"] = {"path": str(write_model(tmp_path / "other", seed=9))}
+    elif change == "other precision":
+        given["precision"] = {"compute": "bf16"}
+    else:
+        os.utime(model / "model.safetensors", ns=(1, 1))
+    assert command("dpo", given).code == 0
+    assert computed == [0, 1, 2] and len(stored(given).keys() - before.keys()) == 3
+    assert not list((tmp_path / "run").glob("*.partial"))
