@@ -87,9 +87,10 @@ class PreferenceObjective:
         log_p = sequence_log_probabilities(output, batch)
         above_reference = log_p - (0.0 if batch.reference is None else batch.reference)
         lengths = target_counts(batch)
+        compared = above_reference
         if settings.loss == "ipo" or settings.length_normalized:
-            above_reference = above_reference / lengths
-        difference = above_reference[batch.better] - above_reference[batch.worse]
+            compared = above_reference / lengths
+        difference = compared[batch.better] - compared[batch.worse]
         per_sequence = settings.rpo_mean == "sequence"
         length = lengths if per_sequence else batch.step_chosen_targets / batch.step_samples
         nll = -(weights * (log_p / length)[batch.better]).sum()

@@ -144,6 +144,44 @@ def test_the_step_does_not_depend_on_how_samples_are_packed_and_ordered(stage: s
         assert_same(found, alone)
 
 
+# ---- lists ----
+
+
+def pairs_of(sample: Sample) -> list[Sample]:
+    """Each two of its replies that differ in rank, by themselves."""
+    return [
+        Sample((sample.sequences[i], sample.sequences[j]), (0.0, 1.0), sample.margin)
+        for i, rank in enumerate(sample.ranks)
+        for j, other in enumerate(sample.ranks)
+        if rank < other
+    ]
+
+
+def lists_on_rank(stage: str, model: Path) -> list[tuple[Found, list[Found]]]:
+    """A step on each list, and on each of its pairs."""
+    trainer = make_trainer(stage, model)
+
+    def step(sample: Sample) -> Found:
+        batch = replace(collate([sample]), step_samples=1, step_chosen_targets=chosen_targets([sample]))
+        numbers, pieces = found_by(trainer, trainer.step([batch], lr=0.0))
+        return numbers, whole(pieces)
+
+    lists = [sample for sample in random_samples(stage) if len(sample.sequences) > 2]
+    return [(step(sample), [step(pair) for pair in pairs_of(sample)]) for sample in lists]
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo-sequence", "dpo-ipo"])
+def test_a_list_of_replies_is_the_mean_of_its_pairs(stage: str, model: Path) -> None:
+    found = pool.run(lists_on_rank, 1, stage, model)[0]
+    assert any(len(pairs) > 2 for _, pairs in found)
+    for (numbers, gradients), pairs in found:
+        for name in numbers.keys() - {"grad_norm", "max_reward", "min_reward"}:
+            mean = np.mean([of_pair[name] for of_pair, _ in pairs])
+            assert numbers[name] == pytest.approx(mean, rel=1e-5, abs=1e-6), name
+        means = {name: torch.stack([of_pair[name] for _, of_pair in pairs]).mean(0) for name in gradients}
+        assert_same(({}, gradients), ({}, means))
+
+
 # ---- sharing out ----
 
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [

@@ -105,6 +105,14 @@ def test_a_run_that_goes_on_reads_what_an_unbroken_one_would_have_read(model: Pa
         assert resumed.consumed(step) == unbroken.consumed(step)
 
 
+def test_no_two_tokens_of_a_run_draw_by_one_key(model: Path) -> None:
+    """Not even those of one sample, read again in another epoch."""
+    data = ChatData(make(model, lora={"rank": 2, "dropout": 0.1}), [samples(5, 100)], [])
+    keys = [batch.keys for step in range(1, 6) for batch in data.microbatches(step, mesh())]
+    drawn = torch.cat([of_batch for of_batch in keys if of_batch is not None])
+    assert len(drawn) == data.consumed(5).tokens and len(drawn.unique()) == len(drawn)
+
+
 def test_what_was_read_is_counted_in_whole_samples_and_their_tokens(model: Path) -> None:
     data = ChatData(make(model), [samples(13, 100)], [])
     assert data.consumed(0) == Consumed(0, 0)

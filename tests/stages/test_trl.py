@@ -38,8 +38,14 @@ LOSSES: list[tuple[dict[str, Any], dict[str, float]]] = [
     ({"rpo_alpha": 0.7, "rpo_mean": "token"}, {"sigmoid": 1.0, "sft": 0.7}),
     ({"loss": "ipo", "rpo_alpha": 0.7, "rpo_mean": "token"}, {"ipo": 1.0, "sft": 0.7}),
 ]
-PER_REPLY = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-METRICS = (*PER_REPLY, "logps/chosen", "logps/rejected")
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def pairs() -> SampleSet:
@@ -192,9 +198,7 @@ def test_preference_losses_are_those_of_trl(
     inputs = preference_inputs(preference_trainer, [pairs()[i] for i in range(NUM_PAIRS)])
     expected, gradients = theirs(preference_trainer, inputs)
     ours, our_gradients = our_preferences[number]
-    # Of losses per token, ours reports the rewards that are compared, per token; TRL those of whole replies.
-    per_token = choice.get("loss") == "ipo" or choice.get("length_normalized")
-    for name in ("loss", *(METRICS[len(PER_REPLY) :] if per_token else METRICS)):
+    for name in ("loss", *METRICS):
         assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
     assert_same_gradients(our_gradients, gradients)
 
