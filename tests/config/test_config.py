@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from llm3d.config import (
     config_to_yaml,
     json_schema,
+    kind_of,
     load_config,
     make_config,
     with_vocab_size,
 )
+from llm3d.config.presets import PRESETS
 from llm3d.errors import InputError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -500,9 +502,14 @@ def test_shipped_settings_load_on_the_devices_that_they_name(
     devices = re.search(r"Devices: (\d+)", text)
     assert devices
     monkeypatch.chdir(tmp_path)
-    if tokenizer := yaml.safe_load(text)["data"].get("tokenizer"):
+    sections = yaml.safe_load(text)
+    if tokenizer := sections["data"].get("tokenizer"):
         Path(tokenizer).mkdir(parents=True)
-    load_config(path, world_size=int(devices[1]))
+    if model := sections["model"].get("path"):
+        shape = PRESETS["llama-20m"] | {"vocab_size": 1000, "model_type": "llama"}
+        Path(model).mkdir(parents=True)
+        (Path(model) / "config.json").write_text(json.dumps(shape))
+    load_config(path, (), int(devices[1]), kind_of(path))
 
 
 def test_the_schema_names_every_setting_that_loads(settings: Path) -> None:
