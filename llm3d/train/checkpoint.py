@@ -162,12 +162,18 @@ def _write_small_files(
     for name, content in files.items():
         writer.text(f"{weights_folder(trainer)}/{name}", content)
     if tokenizer is not None:
-        folder = writer.directory / weights_folder(trainer)
-        with writer.keeping_failure(folder):
-            before = set(folder.iterdir())
-            tokenizer.save_to(folder)
-            for path in sorted(set(folder.iterdir()) - before):
-                writer.written(path)
+        _write_tokenizer(writer, weights_folder(trainer), tokenizer)
+
+
+def _write_tokenizer(writer: BoxWriter, folder: str, tokenizer: Tokenizer) -> None:
+    """Into a place of its own first: in the folder, other ranks are writing weights meanwhile."""
+    apart = writer.directory / "tokenizer"
+    with writer.keeping_failure(apart):
+        apart.mkdir()
+        tokenizer.save_to(apart)
+        for path in sorted(apart.iterdir()):
+            writer.written(path.rename(writer.directory / folder / path.name))
+        apart.rmdir()
 
 
 def _gather_boxes(writer: BoxWriter, trainer: Trainer) -> list[StoredBox]:

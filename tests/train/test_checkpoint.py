@@ -225,6 +225,37 @@ def test_the_tokenizer_lies_beside_the_weights(kind: str, tmp_path: Path) -> Non
     }
 
 
+class SavedBesideAnotherRank:
+    """A tokenizer during whose saving another rank begins to write weights."""
+
+    def __init__(self, partial: Path) -> None:
+        self.partial = partial
+
+    def save_to(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}")
+        (self.partial / "model" / "model-00009.safetensors").write_bytes(b"half a file")
+
+
+def save_beside_another_rank(directory: Path) -> None:
+    trainer = Trainer(settings(Layout(model=FEW)), Mesh())
+    trainer.initialise()
+    partial = directory / "checkpoints" / ".step-00000001.partial"
+    save_checkpoint(directory, 1, trainer, {}, SavedBesideAnotherRank(partial))
+
+
+def test_weights_that_another_rank_is_writing_are_not_taken_for_the_tokenizers(tmp_path: Path) -> None:
+    pool.run(save_beside_another_rank, 1, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    recorded = read_manifest(checkpoint).files
+    assert "model/tokenizer.json" in recorded and "model/model-00009.safetensors" not in recorded
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "manifest.json",
+        "model",
+        "optimizer",
+        "state.json",
+    }
+
+
 # ---- what is kept, and what is never half there ----
 
 
