@@ -6,6 +6,7 @@ Every command imports what it needs when it runs, so that `llm3d --help` does no
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -302,57 +303,39 @@ def show_config(
 @ends_as_promised
 def pretrain(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Train on tokens from `llm3d data tokenize`, or from Megatron."""
-    from llm3d.config import PretrainConfig
-
-    settings = load_for_this_world(config, overrides, PretrainConfig)
-    from llm3d.stages.pretrain import open_stage
-
-    train_or_check(settings, open_stage, check_only)
+    train("pretrain", config, overrides, check_only)
 
 
 @app.command()
 @ends_as_promised
 def sft(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Fine-tune on conversations: learn the replies."""
-    from llm3d.config import SFTConfig
-
-    settings = load_for_this_world(config, overrides, SFTConfig)
-    from llm3d.stages.sft import open_stage
-
-    train_or_check(settings, open_stage, check_only)
+    train("sft", config, overrides, check_only)
 
 
 @app.command()
 @ends_as_promised
 def reward(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Train a reward model on comparisons of replies."""
-    from llm3d.config import RewardConfig
-
-    settings = load_for_this_world(config, overrides, RewardConfig)
-    from llm3d.stages.reward import open_stage
-
-    train_or_check(settings, open_stage, check_only)
+    train("reward", config, overrides, check_only)
 
 
 @app.command()
 @ends_as_promised
 def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Direct preference optimisation on comparisons of replies."""
-    from llm3d.config import DPOConfig
-
-    settings = load_for_this_world(config, overrides, DPOConfig)
-    from llm3d.stages.dpo import open_stage
-
-    train_or_check(settings, open_stage, check_only)
+    train("dpo", config, overrides, check_only)
 
 
-def train_or_check(settings: C, open_stage: Callable[[C], Any], check_only: bool) -> None:
+def train(stage: str, config: Path, overrides: list[str] | None, check_only: bool) -> None:
+    """Run a stage of training, or only open what its settings name."""
+    from llm3d.config import STAGES
+
+    settings = load_for_this_world(config, overrides, STAGES[stage])
+    open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
     from llm3d.stages.training import check_stage, run_stage
 
-    if check_only:
-        check_stage(settings, open_stage)
-    else:
-        run_stage(settings, open_stage)
+    (check_stage if check_only else run_stage)(settings, open_stage)
 
 
 @app.command("eval")

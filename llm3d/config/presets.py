@@ -110,14 +110,26 @@ _ONLY: Shape = {
 
 def hugging_face_directory(path: str) -> Path:
     """The directory itself, or the one in an llm3d checkpoint."""
-    inside = Path(path) / "model"
-    return inside if (Path(path) / "manifest.json").is_file() else Path(path)
+    return _inside_checkpoint(Path(path), "model")
 
 
 def adapter_directory(path: str) -> Path:
     """The PEFT directory itself, or the one in an llm3d checkpoint."""
-    inside = Path(path) / "adapter"
-    return inside if (Path(path) / "manifest.json").is_file() else Path(path)
+    return _inside_checkpoint(Path(path), "adapter")
+
+
+def _inside_checkpoint(path: Path, folder: str) -> Path:
+    return path / folder if (path / "manifest.json").is_file() else path
+
+
+def _read_json(setting: str, file: Path) -> Any:
+    """A file that a setting leads to. Raises InputError."""
+    try:
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{setting}: {file}: {(error.strerror or 'cannot be read').lower()}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{setting}: {file} is not JSON: {error}") from None
 
 
 # Fields of an adapter_config.json that ask for what is not built, and the values that do not.
@@ -138,12 +150,7 @@ _HEADS = {"score", "classifier"}
 def peft_settings(path: str) -> dict[str, Any]:
     """The fields of LoRASettings in a PEFT directory's adapter_config.json. Raises InputError."""
     file = adapter_directory(path) / "adapter_config.json"
-    try:
-        stored = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"lora.path: {file}: {(error.strerror or 'cannot be read').lower()}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"lora.path: {file} is not JSON: {error}") from None
+    stored = _read_json("lora.path", file)
     if not isinstance(stored, dict):
         raise InputError(f"lora.path: {file} holds no object, as adapter_config.json does")
     for name, supported in _ONLY_LORA.items():
@@ -165,12 +172,7 @@ def hugging_face_shape(file: Path) -> Shape:
             "; the adapters beside it have a base, with which `llm3d export` merges them" if adapters else ""
         )
         raise InputError(f"model.path: no directory {str(file.parent)!r}{hint}")
-    try:
-        stored = json.loads(file.read_bytes())
-    except OSError as error:
-        raise InputError(f"model.path: {file}: {(error.strerror or 'cannot be read').lower()}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"model.path: {file} is not JSON: {error}") from None
+    stored = _read_json("model.path", file)
     if not isinstance(stored, dict) or stored.get("model_type") != "llama":
         kind = stored.get("model_type") if isinstance(stored, dict) else None
         raise InputError(f"model.path: {file} has model_type {kind!r}; only 'llama' is supported")

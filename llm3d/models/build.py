@@ -82,9 +82,7 @@ def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
     if box.name.endswith(".lora_A.weight"):
         std = 1 / math.sqrt(3 * box.shape[1])  # the variance of PEFT's uniform first values
     if box.name == SCORE:
-        std = 1 / math.sqrt(
-            config.hidden_size + 1
-        )  # Huang et al. 2024, "The N+ implementation details of RLHF"
+        std = 1 / math.sqrt(config.hidden_size + 1)  # Huang et al. 2024, N+ implementation details of RLHF
     if box.name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= math.sqrt(2 * config.num_hidden_layers)
     first, last = box.offset[0] // _BLOCK_ROWS, -(-(box.offset[0] + box.size[0]) // _BLOCK_ROWS)

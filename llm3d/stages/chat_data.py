@@ -38,7 +38,6 @@ from llm3d.train.trainer import Evaluator
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
 
-
 C = TypeVar("C", bound=Config)
 
 
