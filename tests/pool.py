@@ -123,8 +123,11 @@ def _work(rank: int, connection: Connection) -> None:
 def _in_a_new_world(rank: int, store: str, world_size: int, function: Callable[..., Any], args: Any) -> Any:
     import torch.distributed as dist
 
+    from llm3d.parallel.mesh import meet
+
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     try:
+        meet()
         return function(*args)
     finally:
         dist.destroy_process_group()

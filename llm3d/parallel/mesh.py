@@ -176,4 +176,14 @@ def start_process_group() -> torch.device:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    meet()
     return device
+
+
+def meet() -> None:
+    """Wait until all ranks have joined the world.
+
+    init_process_group returns when this rank's connections stand. Were it to end at once, as it does on bad
+    input, a rank that is still connecting to it would fail with an error of gloo's, not with this one's.
+    """
+    dist.all_reduce(torch.zeros(1))
