@@ -15,16 +15,12 @@ llm3d tells glibc to keep freed memory (llm3d/train/host_memory.py), which a pla
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 
 import torch
+from contenders import Step, report, take_turns
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import PretrainConfig, make_config
@@ -55,39 +51,9 @@ def main() -> None:
         return
     theirs = [name for name in CONTENDERS if name.startswith(f"transformers {arguments.compute}")]
     names = ["llm3d", "llm3d in plain PyTorch", *theirs]
-    contenders = {name: Contender(name, arguments) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for contender in contenders.values():
-        contender.time(2)  # warm up
-    for _ in range(arguments.rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(contender.time(arguments.steps))
-    for contender in contenders.values():
-        contender.connection.send(None)
-    report(seconds, arguments.batch * arguments.sequence_length, arguments.compute)
-
-
-class Contender:
-    """One side, in a process of its own, with the allocator that its users have; it runs when it is told to."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        context.Process(target=contend, args=(name, arguments, theirs), daemon=True).start()
-
-    def time(self, steps: int) -> float:
-        """Seconds a step, over `steps` steps."""
-        self.connection.send(steps)
-        return self.connection.recv()
-
-
-def contend(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
-    step = CONTENDERS[name](arguments)
-    while (steps := connection.recv()) is not None:
-        started = time.perf_counter()
-        for _ in range(steps):
-            step()
-        connection.send((time.perf_counter() - started) / steps)
+    print(f"{arguments.compute}, {arguments.batch * arguments.sequence_length} tokens a step")
+    contenders = {name: partial(CONTENDERS[name], arguments) for name in names}
+    report(take_turns(contenders, arguments.rounds, arguments.steps))
 
 
 def settings(arguments: argparse.Namespace) -> PretrainConfig:
@@ -111,18 +77,21 @@ def random_tokens(arguments: argparse.Namespace) -> torch.Tensor:
     return torch.randint(0, arguments.vocab_size, shape, generator=generator)
 
 
-def llm3d_step(arguments: argparse.Namespace, kernels: str = "auto") -> Callable[[], float]:
+def llm3d_step(arguments: argparse.Namespace, kernels: str = "auto") -> Step:
     keep_freed_memory()  # as `llm3d pretrain` does
     os.environ["LLM3D_KERNELS"] = kernels
     trainer = Trainer(settings(arguments), Mesh(device=start_process_group()))
     trainer.initialise()
     batch = collate([Sample(row, [0]) for row in random_tokens(arguments)])
-    return lambda: trainer.step([batch], lr=1e-4).loss
+
+    def step() -> int:
+        trainer.step([batch], lr=1e-4)
+        return batch.tokens.numel()
+
+    return step
 
 
-def transformers_step(
-    arguments: argparse.Namespace, dtype: torch.dtype, autocast: bool = False
-) -> Callable[[], float]:
+def transformers_step(arguments: argparse.Namespace, dtype: torch.dtype, autocast: bool = False) -> Step:
     if arguments.same_allocator:
         keep_freed_memory()
     model, tokens = settings(arguments).model, random_tokens(arguments)
@@ -143,19 +112,19 @@ def transformers_step(
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def step() -> float:
+    def step() -> int:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = peer(inputs, labels=inputs, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return inputs.numel()
 
     return step
 
 
-CONTENDERS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
+CONTENDERS: dict[str, Callable[[argparse.Namespace], Step]] = {
     "llm3d": llm3d_step,
     "llm3d in plain PyTorch": partial(llm3d_step, kernels="reference"),
     "transformers fp32": partial(transformers_step, dtype=torch.float32),
@@ -164,21 +133,7 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
 }
 
 
-def report(seconds: dict[str, list[float]], num_tokens: int, compute: str) -> None:
-    print(
-        f"{compute}, {num_tokens} tokens a step, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
-    for name, times in seconds.items():
-        line: dict[str, object] = {"name": name, "tokens_per_s": round(num_tokens / statistics.median(times))}
-        if name != "llm3d":
-            ratios = sorted(peer / our for peer, our in zip(times, seconds["llm3d"], strict=True))
-            line["llm3d_is_faster_by"] = round(statistics.median(ratios), 3)
-            line["spread"] = [round(ratios[0], 3), round(ratios[-1], 3)]
-        print(json.dumps(line))
-    print(f"load average {os.getloadavg()[0]:.2f}")
-
-
-def profile(step: Callable[[], float]) -> None:
+def profile(step: Step) -> None:
     step()
     with torch.profiler.profile() as profiler:
         step()

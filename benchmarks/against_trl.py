@@ -7,7 +7,8 @@ Figures count real tokens, prompts and replies: what is padding counts for nobod
 and AdamW on a batch that is ready in memory; of TRL it is `training_step` with what Trainer does around it, without its
 callbacks and logging. TRL's SFTTrainer runs packed (bfd and wrapped) and padded, DPOTrainer with reference
 log-probabilities computed beforehand, as llm3d's are. In bf16 both keep fp32 weights and moments; TRL runs under
-autocast. The contenders take turns, each in a process of its own; a figure is the median over rounds of the ratio
+autocast. llm3d tells glibc to keep freed memory (llm3d/train/host_memory.py), which a plain PyTorch script does not;
+--same-allocator gives TRL that too. The contenders take turns, each in a process of its own; a figure is the median over rounds of the ratio
 within a round.
 """
 
@@ -16,18 +17,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from contenders import Step, report, take_turns
 
-Step = Callable[[], int]  # trains, and says on how many tokens
+from llm3d.train.host_memory import keep_freed_memory
 
 
 def main() -> None:
@@ -47,40 +48,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512, help="of the file's first, that are used")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="a contender's steps in a round")
+    parser.add_argument("--same-allocator", action="store_true", help="TRL keeps freed memory too")
     arguments = parser.parse_args()
-    names = CONTENDERS[arguments.stage]
-    contenders = {name: Contender(name, arguments) for name in names}
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    for contender in contenders.values():
-        contender.rate(2)  # warm up
-    for _ in range(arguments.rounds):
-        for name, contender in contenders.items():
-            rates[name].append(contender.rate(arguments.steps))
-    for contender in contenders.values():
-        contender.connection.send(None)
-    report(rates, arguments)
-
-
-class Contender:
-    """One side, in a process of its own; it runs when it is told to."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        context.Process(target=contend, args=(name, arguments, theirs), daemon=True).start()
-
-    def rate(self, steps: int) -> float:
-        """Tokens a second, over `steps` steps."""
-        self.connection.send(steps)
-        return self.connection.recv()
-
-
-def contend(name: str, arguments: argparse.Namespace, connection: Connection) -> None:
-    step = CONTENDERS[arguments.stage][name](arguments)
-    while (steps := connection.recv()) is not None:
-        started = time.perf_counter()
-        tokens = sum(step() for _ in range(steps))
-        connection.send(tokens / (time.perf_counter() - started))
+    print(
+        f"{arguments.stage}, {arguments.compute}, transformers {version('transformers')}, TRL {version('trl')}"
+    )
+    contenders = {name: partial(make, arguments) for name, make in CONTENDERS[arguments.stage].items()}
+    report(take_turns(contenders, arguments.rounds, arguments.steps))
 
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
@@ -96,7 +70,6 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
     from llm3d.parallel.mesh import Mesh, start_process_group
     from llm3d.stages import dpo, sft
     from llm3d.stages.training import load_first_weights
-    from llm3d.train.host_memory import keep_freed_memory
     from llm3d.train.trainer import Trainer
 
     keep_freed_memory()  # as the commands do
@@ -153,6 +126,8 @@ def mean_tokens(arguments: argparse.Namespace) -> float:
 
 
 def common_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.same_allocator:
+        keep_freed_memory()
     return {
         "output_dir": tempfile.mkdtemp(),
         "max_length": arguments.sequence_length,
@@ -248,28 +223,12 @@ def real_tokens(inputs: dict[str, Any]) -> int:
 CONTENDERS: dict[str, dict[str, Callable[[argparse.Namespace], Step]]] = {
     "sft": {
         "llm3d": llm3d_step,
-        "TRL, packed (bfd)": lambda arguments: trl_sft_step(arguments, "bfd"),
-        "TRL, packed (wrapped)": lambda arguments: trl_sft_step(arguments, "wrapped"),
-        "TRL, padded": lambda arguments: trl_sft_step(arguments, None),
+        "TRL, packed (bfd)": partial(trl_sft_step, packing="bfd"),
+        "TRL, packed (wrapped)": partial(trl_sft_step, packing="wrapped"),
+        "TRL, padded": partial(trl_sft_step, packing=None),
     },
     "dpo": {"llm3d": llm3d_step, "TRL": trl_dpo_step},
 }
-
-
-def report(rates: dict[str, list[float]], arguments: argparse.Namespace) -> None:
-    import transformers
-    import trl
-
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}"
-    print(f"{arguments.stage}, {arguments.compute}, {versions}, {torch.get_num_threads()} threads")
-    for name, found in rates.items():
-        line: dict[str, object] = {"name": name, "tokens_per_s": round(statistics.median(found))}
-        if name != "llm3d":
-            ratios = sorted(our / their for our, their in zip(rates["llm3d"], found, strict=True))
-            line["llm3d_is_faster_by"] = round(statistics.median(ratios), 3)
-            line["spread"] = [round(ratios[0], 3), round(ratios[-1], 3)]
-        print(json.dumps(line))
-    print(f"load average {os.getloadavg()[0]:.2f}")
 
 
 if __name__ == "__main__":
