@@ -8,8 +8,8 @@ and AdamW on a batch that is ready in memory; of TRL it is `training_step` with 
 callbacks and logging. TRL's SFTTrainer runs packed (bfd and wrapped) and padded, DPOTrainer with reference
 log-probabilities computed beforehand, as llm3d's are. In bf16 both keep fp32 weights and moments; TRL runs under
 autocast. llm3d tells glibc to keep freed memory (llm3d/train/host_memory.py), which a plain PyTorch script does not;
---same-allocator gives TRL that too. The contenders take turns, each in a process of its own; a figure is the median over rounds of the ratio
-within a round.
+--same-allocator gives TRL that too. The contenders take turns, each in a process of its own; a figure is the median
+over rounds of the ratio within a round.
 """
 
 from __future__ import annotations

@@ -398,10 +398,11 @@ def memory(
     settings = load_config(config, others, world_size, kind_of_settings(config, stage))
     from llm3d.plan.memory import Work, memory_of_stages, table
     from llm3d.stages.by_settings import largest_microbatch, objective_of
+    from llm3d.stages.dpo import needs_second_model
     from llm3d.stages.tokenizer import open_tokenizer
 
     settings, _ = open_tokenizer(settings)
-    work = Work(objective_of(settings), largest_microbatch(settings))
+    work = Work(objective_of(settings), largest_microbatch(settings), needs_second_model(settings))
     print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
 
 

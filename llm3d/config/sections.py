@@ -333,8 +333,10 @@ class DPOSettings(Section):
     """Times the negative log-likelihood of the chosen replies, per token, which is added."""
     rpo_mean: Literal["sequence", "token"] = "sequence"
     """sequence: each reply counts alike (Pang et al. 2024); token: each token of the step (TRL)."""
-    reference: Literal["cached", "none"] = "cached"
-    """cached: log-probabilities of the starting model are computed once and kept in run.dir; none: taken as equal."""
+    reference: Literal["cached", "live", "none"] = "cached"
+    """Where log-probabilities of the starting model come from. cached: computed once, before the first step, and kept
+    in run.dir; live: computed at each step, by a second copy of the model (with adapters, by the one there is, without
+    them); none: all taken as equal."""
 
 
 class LoRASettings(Section):

@@ -26,7 +26,7 @@ from llm3d.models.llama import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.objective import Objective
-from llm3d.train.trainer import Trainer
+from llm3d.train.trainer import Evaluator, Trainer
 
 META = torch.device("meta")
 
@@ -60,6 +60,7 @@ class Work(NamedTuple):
 
     objective: Objective
     microbatch: SampleBatch  # the largest that there can be; its content does not matter
+    second_model: bool = False  # one that is not trained stands beside the trained one
 
 
 def memory_of_stages(config: Config, work: Work, world_size: int, device_type: str = "cuda") -> list[Memory]:
@@ -76,6 +77,7 @@ def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> M
     with _world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
         trainer = Trainer(config, mesh, work.objective)
+        models = [trainer, *([Evaluator(config, mesh, work.objective)] if work.second_model else [])]
         microbatch = work.microbatch.to(META)
         batches = [microbatch] * _enough_microbatches(config, world_size, work.microbatch.num_samples)
         counter = _Counter(trainer.flat)
@@ -83,7 +85,7 @@ def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> M
             trainer.flat.begin_step(len(batches))
             trainer.pipeline.run(trainer.part(len(batches)), batches, trainer.objective)
             trainer.flat.finish_gradients()
-        return _summed_up(trainer, counter)
+        return _summed_up(trainer, counter, sum(_bytes_of_parameters(model.flat) for model in models))
 
 
 def _enough_microbatches(config: Config, world_size: int, samples_in_each: int) -> int:
@@ -143,7 +145,12 @@ class _Counter(TorchDispatchMode):
         self.live -= size
 
 
-def _summed_up(trainer: Trainer, counter: _Counter) -> Memory:
+def _bytes_of_parameters(flat: FlatParameters) -> int:
+    """Without what comes and goes."""
+    return _bytes([unit.parameters if unit.frees else unit.whole for unit in (*flat.units, *flat.frozen)])
+
+
+def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
     flat, optimizer = trainer.flat, trainer.optimizer
     separate = [
         None if master is parameters else master
@@ -153,7 +160,7 @@ def _summed_up(trainer: Trainer, counter: _Counter) -> Memory:
     here = [state for i, state in enumerate(states) if i not in optimizer.on_host]
     there = [tensor for i in optimizer.on_host for tensor in states[i]]
     return Memory(
-        parameters=_bytes([unit.parameters if unit.frees else unit.whole for unit in counter.units]),
+        parameters=parameters,
         gradients=_bytes(
             [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
         ),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,37 @@ def open_stage(config: DPOConfig) -> OpenedChat:
     opened = OpenedChat(config, tokenizer, data, PreferenceObjective(config.dpo))
     if config.dpo.reference == "none":
         return opened
-    return opened._replace(prepare=partial(know_reference, data=data))
+    live = config.dpo.reference == "live"
+    return opened._replace(prepare=ask_reference if live else partial(know_reference, data=data))
+
+
+# ---- the reference, asked at each step ----
+
+
+def needs_second_model(config: Config) -> bool:
+    """Whether the reference is a model of its own, beside the one that is trained."""
+    return isinstance(config, DPOConfig) and config.dpo.reference == "live" and not config.lora.rank
+
+
+def ask_reference(model: Evaluator) -> None:
+    """Have the starting model complete the microbatches that the model is going to see."""
+    reference = model
+    if needs_second_model(model.config):
+        reference = Evaluator(model.config, model.mesh, model.objective)
+        load_first_weights(reference)
+    model.completed = partial(with_reference, reference)
+
+
+def with_reference(reference: Evaluator, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+    """With the log-probabilities, on the last pipeline stage, where they are needed; others' stay as they are."""
+    with adapters_off(reference.stages):
+        found = reference.outputs(microbatches, sequence_log_probabilities)
+    if found is None:
+        return microbatches
+    return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
+
+
+# ---- the reference, known beforehand ----
 
 
 def know_reference(model: Evaluator, data: ChatData) -> None:

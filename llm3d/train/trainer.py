@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,12 @@ class StepResult(NamedTuple):
 
 
 class Evaluator:
-    """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time."""
+    """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time.
+
+    completed: adds to microbatches what only another model can tell, before they are trained or evaluated on.
+    """
+
+    completed: Callable[[Sequence[Batch]], Sequence[Batch]] = staticmethod(lambda microbatches: microbatches)
 
     def __init__(
         self, config: Config, mesh: Mesh, objective: Objective | None = None, trainable: bool = False
@@ -92,7 +97,8 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
         """The objective's numbers over all ranks' microbatches, on every rank."""
-        return self._tally(self.outputs(microbatches, self.objective), self._count(microbatches))
+        outputs = self.outputs(self.completed(microbatches), self.objective)
+        return self._tally(outputs, self._count(microbatches))
 
     @torch.no_grad()
     def outputs(self, microbatches: Sequence[Batch], objective: heads.Objective) -> list[Tensor] | None:
@@ -174,6 +180,7 @@ class Trainer(Evaluator):
         Where the loss or the gradient is not finite, the weights stay as they are; see the result. All ranks get the
         same one.
         """
+        microbatches = self.completed(microbatches)
         scale = self.loss_scale.value if self.loss_scale else None
         num_terms = self._count(microbatches)
         per_term = (scale or 1.0) / max(1, num_terms)

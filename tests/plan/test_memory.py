@@ -26,6 +26,7 @@ from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
 from llm3d.plan.memory import Memory, Work, memory_of_stages
 from llm3d.stages.by_settings import largest_microbatch, objective_of
 from llm3d.stages.chat_data import ChatData
+from llm3d.stages.dpo import needs_second_model
 from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer
 from tests import pool
@@ -69,7 +70,7 @@ def as_planned(config: C, layout: Layout) -> C:
 
 
 def plan(config: Config, world_size: int, device_type: str) -> list[Memory]:
-    work = Work(objective_of(config), largest_microbatch(config))
+    work = Work(objective_of(config), largest_microbatch(config), needs_second_model(config))
     return memory_of_stages(config, work, world_size, device_type)
 
 
@@ -240,6 +241,17 @@ def test_the_command_knows_every_stage(stage: str, tmp_path: Path) -> None:
     assert shown.startswith(f"{num_parameters:,} parameters, adapters")
     code, said = invoke("memory", str(tmp_path / "config.yaml"), "--stage", "pretrain")
     assert code == 2 and f"{stage}: unknown setting" in said
+
+
+@pytest.mark.parametrize(("rank", "copies"), [(0, 2), (4, 1)])
+def test_a_reference_that_is_asked_at_each_step_has_its_place(rank: int, copies: int, tmp_path: Path) -> None:
+    given = post_training.settings(write_model(tmp_path / "model"), "unused.jsonl", tmp_path / "run")
+    config = {
+        how: make_config(given | {"dpo": {"reference": how}, "lora": {"rank": rank}}, 1, STAGES["dpo"])
+        for how in ("cached", "live")
+    }
+    (cached,), (live,) = (plan(config[how], 1, "cpu") for how in config)
+    assert live == replace(cached, parameters=copies * cached.parameters)
 
 
 KINDS = ("parameters", "gradients", "master weights", "moments", "ZeRO's buffers", "activations")

@@ -1,4 +1,6 @@
-"""DPO's reference: the starting model, computed once whatever the layout, and again when anything about it changes."""
+"""DPO's reference: the starting model, computed once whatever the layout, and again when anything about it changes; or
+asked at each step.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +113,40 @@ def test_without_a_reference_the_rewards_are_log_probabilities(model: Path, tmp_
     for side in ("chosen", "rejected"):
         assert first[f"rewards/{side}"] == pytest.approx(0.5 * first[f"logps/{side}"], rel=1e-5)
     assert stored(given) == {}
+
+
+# ---- asked at each step ----
+
+
+def numbers(given: Settings) -> list[dict[str, float]]:
+    """Of each step, what the objective says, in training and in evaluations, and the gradient's norm."""
+    ours = ("loss", "grad_norm", "rewards/", "logps/", "nll_loss", "valid_")
+    return [{key: line[key] for key in line if key.startswith(ours)} for line in metrics(given)]
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 3, "dropout": 0.3}], ids=["all weights", "adapters"])
+def test_asked_at_each_step_it_says_what_it_would_have_said_beforehand(
+    lora: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    changes = {"lora": lora, "train": {"steps": 3, "eval_every": 2}}
+    cached = given_settings(model, tmp_path, "cached", **changes)
+    pool.run(train_on_rank, 1, "dpo", cached)
+    for name, (world_size, layout) in LAYOUTS.items():
+        given = given_settings(model, tmp_path, name, dpo={"reference": "live"}, **changes, **layout)
+        pool.run(train_on_rank, world_size, "dpo", given)
+        for line, expected in zip(numbers(given), numbers(cached), strict=True):
+            assert line == pytest.approx(expected, rel=2e-5, abs=1e-6)
+        assert stored(given) == {}
+
+
+def test_a_run_that_asks_goes_on_as_if_it_had_not_stopped(model: Path, tmp_path: Path) -> None:
+    given, whole = (given_settings(model, tmp_path, n, dpo={"reference": "live"}) for n in ("run", "whole"))
+    assert command("dpo", given, "train.stop_after=2").code == command("dpo", given).code == 0
+    assert command("dpo", whole).code == 0
+    assert numbers(given) == numbers(whole)
+    assert (
+        command("eval", given).stdout.partition(": ")[2] == command("eval", whole).stdout.partition(": ")[2]
+    )
 
 
 # ---- when it is computed ----
