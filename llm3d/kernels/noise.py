@@ -26,6 +26,14 @@ def symmetric_noise(keys: Tensor, stream: int, num_columns: int) -> Tensor:
     return _bits(keys, stream, 0, num_columns).float().mul_(2 / (_MASK + 1)).sub_(1)
 
 
+def uniform_number(*parts: Tensor) -> Tensor:
+    """fp64 multiples of 2^-32 in [0, 1): one for each tuple of whole numbers, int64 tensors of one shape."""
+    key = torch.zeros_like(parts[0])
+    for part in parts:
+        key = _mix64(key ^ _mix64(part))
+    return (key >> 32 & 0xFFFFFFFF).double() / 2**32
+
+
 def _bits(keys: Tensor, stream: int, first_column: int, num_columns: int) -> Tensor:
     """int32 [tokens, num_columns], uniform in [0, 2^31)."""
     columns = torch.arange(first_column, first_column + num_columns, device=keys.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,14 +55,32 @@ class Batch(Protocol):
     def to(self, device: torch.device | str) -> Batch: ...
 
 
+class Attend(Protocol):
+    """What each token sees of which others."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim] -> as q. layer: of the whole model."""
+
+
+@dataclass(frozen=True)
+class WithinSequences:
+    """Itself and the tokens before it in its own sequence."""
+
+    cu_seqlens: Tensor  # int32 [sequences + 1]
+    max_seqlen: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+
+
 class Context(NamedTuple):
     """What attention needs beside the activations; the same for every layer."""
 
-    cos: Tensor  # fp32 [max_seqlen, head_dim / 2]
+    cos: Tensor  # fp32 [positions, head_dim / 2]
     sin: Tensor
-    cu_seqlens: Tensor
-    max_seqlen: int
-    keys: Tensor | None  # int64 [tokens], of the tokens' random numbers; None: nothing is random
+    starts: Tensor  # int32 [n + 1]: where positions start from 0 again, and the number of tokens
+    attend: Attend
+    keys: Tensor | None = None  # int64 [tokens], of the tokens' random numbers; None: nothing is random
 
 
 class LlamaStage(nn.Module):
@@ -89,6 +108,9 @@ class LlamaStage(nn.Module):
         super().__init__()
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
         self.config, self.tensor_rank, lora = config, mesh.tensor_rank, lora or LoRASettings()
+        self.tokens_a_row = mesh.tensor_size if sequence_parallel else 1
+        self.numbers = layers
+        self.kv_shape = key_value_heads(config, mesh), config.head_dim  # of a token in a layer
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         shared = mesh.embedding if config.tie_word_embeddings and head == "language" else None
         self.embedding: VocabParallelEmbedding | None = None
@@ -156,7 +178,11 @@ class LlamaStage(nn.Module):
         assert hidden is not None, "stages after the first get an input"
         assert isinstance(self.rope_frequencies, Tensor)
         tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
-        context = Context(*tables, batch.cu_seqlens, batch.max_seqlen, batch.keys)
+        attend = WithinSequences(batch.cu_seqlens, batch.max_seqlen)
+        return self.through_layers(hidden, Context(*tables, batch.cu_seqlens, attend, batch.keys))
+
+    def through_layers(self, hidden: Tensor, context: Context) -> Tensor:
+        """The layers, and the final norm where this stage has it."""
         for layer in self.layers.values():
             hidden = layer(hidden, context)
         return self.norm(hidden) if self.head is not None else hidden
@@ -187,7 +213,7 @@ class LlamaLayer(nn.Module):
         super().__init__()
         prefix = f"model.layers.{index}"
         self.attention_norm = _norm(f"{prefix}.input_layernorm.weight", config, mesh, sequence_parallel)
-        self.attention = Attention(config, mesh, f"{prefix}.self_attn", kv_replicas, sequence_parallel, lora)
+        self.attention = Attention(config, mesh, index, kv_replicas, sequence_parallel, lora)
         self.mlp_norm = _norm(f"{prefix}.post_attention_layernorm.weight", config, mesh, sequence_parallel)
         self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel, lora)
         self.recompute = recompute
@@ -214,15 +240,16 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         mesh: Mesh,
-        prefix: str,
+        layer: int,
         kv_replicas: ProcessGroup | None,
         sequence_parallel: bool,
         lora: LoRASettings,
     ) -> None:
         super().__init__()
+        self.layer, prefix = layer, f"model.layers.{layer}.self_attn"
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads // mesh.tensor_size
-        self.num_kv_heads = max(1, config.num_key_value_heads // mesh.tensor_size)
+        self.num_kv_heads = key_value_heads(config, mesh)
         pieces = _qkv_pieces(config, mesh, prefix, kv_replicas)
         self.qkv = _column_parallel(pieces, mesh, sequence_parallel, lora)
         output = Box.whole(
@@ -233,12 +260,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         rotated = self.num_heads + self.num_kv_heads
         qkv = rope(
-            self.qkv(x, context.keys), self.head_dim, context.cos, context.sin, context.cu_seqlens, rotated
+            self.qkv(x, context.keys), self.head_dim, context.cos, context.sin, context.starts, rotated
         )
         qkv = qkv.unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        attended = attention(q, k, v, context.cu_seqlens, context.max_seqlen).flatten(1)
-        return self.output(attended, context.keys)
+        return self.output(context.attend(self.layer, q, k, v).flatten(1), context.keys)
 
 
 class MLP(nn.Module):
@@ -287,6 +313,11 @@ def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def key_value_heads(config: ModelConfig, mesh: Mesh) -> int:
+    """On each tensor rank."""
+    return max(1, config.num_key_value_heads // mesh.tensor_size)
+
+
 def key_value_replicas(config: ModelConfig, mesh: Mesh) -> ProcessGroup | None:
     """The tensor ranks that hold the same key/value head as this one, where there are fewer heads than ranks."""
     if mesh.tensor_size <= config.num_key_value_heads:
@@ -302,7 +333,7 @@ def _qkv_pieces(
     q = Box.whole(f"{prefix}.q_proj.weight", (heads * head_dim, config.hidden_size))
     queries = split_evenly(heads * head_dim, mesh.tensor)
     pieces = [Piece(q.rows(queries.start, len(queries)))]
-    count = max(1, kv_heads // mesh.tensor_size)
+    count = key_value_heads(config, mesh)
     first = mesh.tensor_rank * kv_heads // mesh.tensor_size
     owned = kv_replicas is None or kv_replicas.rank() == 0
     for name in ("k_proj", "v_proj"):

@@ -1,0 +1,202 @@
+"""Replies to many prompts at once, under tensor and pipeline parallelism.
+
+A rank does one piece of work after the other: reading prompts, or a token more for each running reply. Pipeline stages
+work on different groups of replies at a time, as many as there are stages. What the last stage has chosen goes to the
+first, and from stage to stage with the activations, so that every rank knows what all ranks do next.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llm3d.config import ModelConfig
+from llm3d.errors import InputError
+from llm3d.generate.cache import BLOCK_SIZE, Cache, Inputs, inputs_of
+from llm3d.generate.sampling import choose
+from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
+from llm3d.kernels.noise import uniform_number
+from llm3d.kernels.rope import rope_tables
+from llm3d.models.heads import LanguageModelHead
+from llm3d.models.llama import Context, LlamaStage
+from llm3d.parallel.collectives import all_reduce_max
+from llm3d.parallel.mesh import Mesh
+
+_MAX_PREFILL_TOKENS = 8192
+
+OnToken = Callable[[int, int, int], None]  # request, reply, token
+
+
+class Reply(NamedTuple):
+    """tokens: the token that ended it, if any, is the last.  log_probabilities: of the tokens, at the temperature."""
+
+    tokens: list[int]
+    log_probabilities: list[float]
+    reason: Reason
+
+
+class Generator:
+    """A model that writes. All ranks of a model's replica hold one and call it with the same requests."""
+
+    def __init__(self, config: ModelConfig, stage: LlamaStage, mesh: Mesh, dtype: torch.dtype) -> None:
+        """stage: this rank's only one, with a language head where it is the last."""
+        self.config, self.stage, self.mesh, self.dtype = config, stage, mesh, dtype
+        assert isinstance(stage.rope_frequencies, Tensor)
+        self.tables = rope_tables(config.max_position_embeddings, stage.rope_frequencies)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: Sequence[Request],
+        max_sequences: int,
+        cache_bytes: int | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[list[Reply]]:
+        """The replies to each request.
+
+        max_sequences: that this replica works on at a time.  cache_bytes: that a rank's keys and values may take;
+        None: as many as max_sequences of the longest take.  on_token: told of each token as it is known.
+        """
+        limits = self._limits(requests, max_sequences, cache_bytes)
+        run = _Run(self, Scheduler(requests, self.mesh.pipeline_size, limits), on_token)
+        replies: list[dict[int, Reply]] = [{} for _ in requests]
+        for running in run.to_the_end():
+            assert running.reason is not None
+            reply = Reply(running.tokens, running.log_probabilities, running.reason)
+            replies[running.number][running.reply] = reply
+        return [[found[i] for i in range(len(found))] for found in replies]
+
+    def _limits(self, requests: Sequence[Request], max_sequences: int, cache_bytes: int | None) -> Limits:
+        num_groups = self.mesh.pipeline_size
+        most_replies = max((request.num_replies for request in requests), default=1)
+        limits = Limits(
+            num_blocks=0,
+            block_size=BLOCK_SIZE,
+            max_sequences=max(most_replies, -(-max_sequences // num_groups)),
+            max_prefill_tokens=_MAX_PREFILL_TOKENS,
+            max_length=self.config.max_position_embeddings,
+        )
+        needed = [limits.needed(request) for request in requests]
+        longest = max((limits.blocks(limits.longest(request)) for request in requests), default=0)
+        num_blocks = min(sum(needed), limits.max_sequences * num_groups * longest)
+        if cache_bytes is not None:
+            affordable = cache_bytes // self._bytes_a_block()
+            if affordable < max(needed, default=0):
+                raise InputError(
+                    f"the keys and values of the longest prompt and its replies take {max(needed)} blocks of "
+                    f"{self._bytes_a_block() / 2**20:.2f} MiB, more than {cache_bytes / 2**30:.2f} GiB"
+                )
+            num_blocks = min(num_blocks, affordable)
+        return replace(limits, num_blocks=num_blocks)
+
+    def _bytes_a_block(self) -> int:
+        """On the stage with most layers."""
+        heads, head_dim = self.stage.kv_shape
+        num_layers = torch.tensor(len(self.stage.numbers), device=self.mesh.device)
+        all_reduce_max(num_layers, self.mesh.pipeline)
+        return int(num_layers) * 2 * BLOCK_SIZE * heads * head_dim * self.dtype.itemsize
+
+
+class _Run:
+    """One call of `generate`, on one rank."""
+
+    def __init__(self, generator: Generator, scheduler: Scheduler, on_token: OnToken | None) -> None:
+        self.generator, self.scheduler, self.on_token = generator, scheduler, on_token
+        self.mesh, self.stage = generator.mesh, generator.stage
+        device, num_blocks = self.mesh.device, scheduler.limits.num_blocks
+        self.cache = Cache(self.stage, num_blocks, generator.dtype, device)
+        self.under_way: list[Work | None] = [None] * self.mesh.pipeline_size  # of each group
+        self.chosen: list[Tensor] = [torch.empty(0)] * self.mesh.pipeline_size  # on the last stage
+        self.sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def to_the_end(self) -> Iterator[Running]:
+        """Each reply when it is done."""
+        for turn in count():
+            group = turn % self.mesh.pipeline_size
+            work = self.under_way[group]
+            if work is not None:
+                yield from self._advance(group, work)
+            if self.scheduler.finished:
+                break
+            work = self.under_way[group] = self.scheduler.next(group)
+            if work is not None:
+                self._do(group, work)
+        for sending, _ in self.sent:
+            sending.wait()
+
+    def _advance(self, group: int, work: Work) -> list[Running]:
+        tokens, log_probabilities = self._what_was_chosen(group, len(work.sequences)).tolist()
+        chosen = [int(token) for token in tokens]
+        if self.on_token:
+            for running, token in zip(work.sequences, chosen, strict=True):
+                self.on_token(running.number, running.reply, token)
+        return self.scheduler.advance(group, work, chosen, log_probabilities)
+
+    def _what_was_chosen(self, group: int, num_sequences: int) -> Tensor:
+        """fp64 [2, sequences], tokens and log-probabilities, told from stage to stage."""
+        if self.mesh.is_last_stage:
+            return self.chosen[group]
+        chosen = self._receive((2, num_sequences), torch.float64)
+        if self.mesh.pipeline_rank < self.mesh.pipeline_size - 2:
+            self._send(chosen)
+        return chosen
+
+    def _do(self, group: int, work: Work) -> None:
+        """This stage's part of the work."""
+        stage, mesh = self.stage, self.mesh
+        inputs = inputs_of(work, stage.tokens_a_row).to(mesh.device)
+        if stage.embedding is not None:
+            hidden = stage.embedding(inputs.tokens)
+        else:
+            rows = len(inputs.tokens) // stage.tokens_a_row
+            hidden = self._receive((rows, self.generator.config.hidden_size), self.generator.dtype)
+        cos, sin = (table[inputs.positions] for table in self.generator.tables)
+        context = Context(cos, sin, inputs.starts, self.cache.attention(inputs))
+        hidden = stage.through_layers(hidden, context)
+        self.cache.copy(inputs.copies)
+        if stage.head is None:
+            self._send(hidden)
+            return
+        self.chosen[group] = self._choose(hidden, inputs, work.sequences)
+        if mesh.pipeline_size > 1:
+            self._send(self.chosen[group])
+
+    def _choose(self, hidden: Tensor, inputs: Inputs, sequences: Sequence[Running]) -> Tensor:
+        """fp64 [2, sequences]: each one's next token and its log-probability."""
+        head = self.stage.head
+        assert isinstance(head, LanguageModelHead)
+        whole = self.stage.tokens_a_row == 1  # else this rank has a share of the rows
+        logits = head.logits(hidden[inputs.rows]) if whole else head.logits(hidden)[inputs.rows]
+        samplings = [running.request.sampling for running in sequences]
+        penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
+        seen = [running.seen if penalised else [] for running in sequences]
+        places = torch.tensor([(r.request.seed, r.reply, len(r.tokens)) for r in sequences])
+        numbers = uniform_number(*places.t())
+        choice = choose(logits, head.vocabulary.start, self.mesh.tensor, samplings, numbers, seen)
+        return torch.stack([choice.tokens.double(), choice.log_probabilities.double()])
+
+    def _send(self, tensor: Tensor) -> None:
+        """To the next stage; from the last to the first."""
+        mesh = self.mesh
+        following = (mesh.pipeline_rank + 1) % mesh.pipeline_size
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, group=mesh.channels["forward", mesh.is_last_stage], group_dst=following)
+        assert work is not None, "this rank is in its pipeline group"
+        self.sent.append((work, tensor))
+        while len(self.sent) > 4 * mesh.pipeline_size:  # long since received
+            self.sent.popleft()[0].wait()
+
+    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """From the stage before; on the first from the last."""
+        mesh = self.mesh
+        buffer = torch.empty(shape, dtype=dtype, device=mesh.device)
+        before = (mesh.pipeline_rank - 1) % mesh.pipeline_size
+        dist.recv(buffer, group=mesh.channels["forward", mesh.is_first_stage], group_src=before)
+        return buffer

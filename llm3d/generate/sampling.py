@@ -1,0 +1,195 @@
+"""The next token of each sequence, chosen from logits whose vocabulary is spread over the tensor group.
+
+A token is drawn by inverting the distribution's cumulative sum, in the order of the vocabulary, at a number that is a
+function of the request's seed and the token's place alone: the same under every layout and in every batch. A rank
+sends a few numbers a sequence; only for top-k and top-p it sends its likeliest logits, never all that it can avoid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, gather_rows
+
+_FIRST_CANDIDATES = 64  # of each rank, for top-p; four times as many until they hold what is asked
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0: the likeliest token, always.
+
+    The others leave tokens out, in this order, each of what is left: all but the top_k likeliest (0: none); all but
+    the fewest likeliest that together have top_p of the probability (Holtzman et al. 2020); those below min_p times
+    the likeliest one's probability (Nguyen et al. 2024).
+    repetition_penalty: of tokens that were there before, positive logits are divided and negative ones multiplied by
+    it. Keskar et al. 2019.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class Choice(NamedTuple):
+    """The same on all ranks of the tensor group."""
+
+    tokens: Tensor  # int64 [sequences]
+    log_probabilities: (
+        Tensor  # fp32 [sequences], of the model at the temperature, before anything is left out
+    )
+
+
+class _Settings(NamedTuple):
+    """Of each row of logits, [rows, 1] on their device."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    penalty: Tensor
+
+
+def choose(
+    logits: Tensor,
+    first_id: int,
+    group: ProcessGroup,
+    samplings: Sequence[Sampling],
+    numbers: Tensor,
+    seen: Sequence[Sequence[int]],
+) -> Choice:
+    """logits: [rows, vocabulary part], of the token ids from first_id on.
+
+    numbers: fp64 [rows], in [0, 1 - 2^-32], which decide.  seen: of each row, the tokens that count as repeated.
+    """
+    settings = _settings(samplings, logits.device)
+    if not logits.shape[1]:  # a rank beyond a small vocabulary
+        logits = logits.new_full((len(logits), 1), -math.inf)
+    scores = logits.float() / settings.temperature.where(settings.temperature > 0, 1.0)
+    maxima, totals = _softmax(scores, group)
+    penalised = scores
+    if any(s.repetition_penalty != 1 for s in samplings):
+        penalised = _penalise(scores, first_id, settings.penalty, seen)
+    allowed = _allowed(penalised, settings, samplings, group)
+    tokens = _likeliest(penalised, first_id, group)
+    if any(s.temperature for s in samplings):
+        drawn = _draw(penalised, allowed, first_id, group, numbers)
+        tokens = torch.where(settings.temperature[:, 0] > 0, drawn, tokens)
+    local = (tokens - first_id)[:, None]
+    mine = (local >= 0) & (local < scores.shape[1])
+    score = scores.gather(1, local.clamp(0, scores.shape[1] - 1)).where(mine, 0.0)
+    score = all_reduce_sum(score, group)
+    return Choice(tokens, (score - maxima - totals.log())[:, 0])
+
+
+def _settings(samplings: Sequence[Sampling], device: torch.device) -> _Settings:
+    rows = [(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty) for s in samplings]
+    columns = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
+    return _Settings(*columns.t()[:, :, None].unbind())
+
+
+def _softmax(scores: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Of whole rows: the maximum, and the sum of exponentials above it; fp32 [rows, 1]."""
+    maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
+    return maxima, all_reduce_sum((scores - maxima).exp_().sum(1, keepdim=True), group)
+
+
+def _penalise(scores: Tensor, first_id: int, penalty: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
+    repeated = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, tokens in zip(repeated, seen, strict=True):
+        local = torch.tensor(tokens, dtype=torch.int64) - first_id
+        row[local[(local >= 0) & (local < len(row))]] = True
+    changed = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return torch.where(repeated.to(scores.device), changed, scores)
+
+
+def _likeliest(scores: Tensor, first_id: int, group: ProcessGroup) -> Tensor:
+    """int64 [rows]; of equals the one with the lowest id."""
+    at = scores.argmax(1, keepdim=True)
+    best = torch.stack([scores.gather(1, at)[:, 0].double(), (at[:, 0] + first_id).double()])
+    scores_of_ranks, ids = gather_rows(best[None], group)[0].unbind(1) if group.size() > 1 else best[:, None]
+    return ids.gather(0, scores_of_ranks.argmax(0, keepdim=True))[0].long()
+
+
+# ---- what is left out ----
+
+
+def _allowed(
+    scores: Tensor, settings: _Settings, samplings: Sequence[Sampling], group: ProcessGroup
+) -> Tensor | None:
+    """The least score that is not left out, [rows, 1]; None where nothing is."""
+    cuts = []
+    if any(s.top_k or s.top_p < 1 for s in samplings):
+        cuts.append(_least_candidates(scores, settings, max(s.top_k for s in samplings), group))
+    if any(s.min_p for s in samplings):
+        maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
+        cuts.append(maxima + settings.min_p.log())
+    return torch.stack(cuts).amax(0) if cuts else None
+
+
+def _least_candidates(scores: Tensor, settings: _Settings, top_k: int, group: ProcessGroup) -> Tensor:
+    """The least score within top_k and top_p; -inf in rows that ask for neither."""
+    maxima, totals = _softmax(scores, group)
+    k = settings.top_k.where(settings.top_k > 0, math.inf)
+    width = _widest(scores, group)
+    count = max(top_k + 1, _FIRST_CANDIDATES if bool((settings.top_p < 1).any()) else 0)
+    while True:
+        count = min(count, width)
+        found, complete = _best_of_ranks(scores, count, group)
+        within_k = torch.arange(found.shape[1], device=found.device) < k
+        mass = (found - maxima).exp().masked_fill(~within_k, 0.0)
+        of_all = mass.sum(1, keepdim=True).where(settings.top_k > 0, totals)
+        above = mass.cumsum(1) - mass  # of the likelier ones
+        kept = within_k & ((above < settings.top_p * of_all) | (settings.top_p >= 1))
+        least = found.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+        unlimited = (settings.top_k == 0) & (settings.top_p >= 1)
+        if count == width or bool(((least > complete) | unlimited).all()):
+            return least.masked_fill(unlimited, -math.inf)
+        count *= 4
+
+
+def _best_of_ranks(scores: Tensor, count: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The largest `count` scores of each rank, [rows, n * count], largest first; and above what none is missing."""
+    best = scores.topk(min(count, scores.shape[1]), dim=1).values
+    last = best[:, -1:] if best.shape[1] < scores.shape[1] else torch.full_like(best[:, -1:], -math.inf)
+    best = torch.nn.functional.pad(best, (0, count - best.shape[1]), value=-math.inf)
+    if group.size() > 1:
+        best = gather_rows(best[None], group)[0].transpose(0, 1).flatten(1).sort(1, descending=True).values
+    return best, all_reduce_max(last.clone(), group)
+
+
+def _widest(scores: Tensor, group: ProcessGroup) -> int:
+    width = torch.tensor(scores.shape[1], device=scores.device)
+    return int(all_reduce_max(width, group))
+
+
+# ---- the draw ----
+
+
+def _draw(
+    scores: Tensor, allowed: Tensor | None, first_id: int, group: ProcessGroup, numbers: Tensor
+) -> Tensor:
+    """int64 [rows]: the token at whose interval of the cumulative sum the row's number falls."""
+    maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
+    weights = (scores - maxima).exp()
+    if allowed is not None:
+        weights = weights.masked_fill(scores < allowed, 0.0)
+    sums = weights.cumsum(1, dtype=torch.float64)
+    mine = sums[:, -1]
+    totals = gather_rows(mine[None], group)[0] if group.size() > 1 else mine[None]  # [n, rows]
+    bounds = totals.cumsum(0)
+    wanted = numbers.to(scores.device) * bounds[-1]
+    owner = (bounds <= wanted).sum(0)
+    if group.size() > 1:
+        before = torch.where(owner > 0, bounds.gather(0, (owner - 1).clamp(min=0)[None])[0], 0.0)
+        wanted = (wanted - before).minimum(mine.nextafter(torch.zeros_like(mine)))
+    at = torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
+    return all_reduce_sum(torch.where(owner == group.rank(), at + first_id, 0), group)

@@ -1,0 +1,276 @@
+"""Every layout writes what transformers writes, and draws what one process draws."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from llm3d.config import STAGES, make_config
+from llm3d.data.pretraining import Sample, collate
+from llm3d.generate.cache import BLOCK_SIZE
+from llm3d.generate.engine import Generator, Reply
+from llm3d.generate.sampling import Sampling
+from llm3d.generate.scheduler import Request
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.training import load_first_weights
+from llm3d.train.objective import NextToken
+from llm3d.train.trainer import Evaluator
+from tests import pool
+
+NEW_TOKENS = 14
+ENDS = list(range(0, 131, 9))  # tokens that end a reply, of which any model says some
+SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-1": {"num_key_value_heads": 8},
+    "llama-2": {"num_key_value_heads": 2},
+    "llama-3": {
+        "num_key_value_heads": 4,
+        "rope_theta": 500000.0,
+        "rope_scaling": LLAMA3,
+        "tie_word_embeddings": True,
+        "vocab_size": 149,
+    },
+}
+
+
+class Layout(NamedTuple):
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tensor=2),
+    Layout(tensor=4, sequence=True),
+    Layout(pipeline=2),
+    Layout(pipeline=4),
+    Layout(tensor=2, pipeline=2, sequence=True),
+    Layout(tensor=4, pipeline=2),
+    Layout(tensor=2, pipeline=4),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    paths = {}
+    for name, changes in MODELS.items():
+        torch.manual_seed(0)
+        paths[name] = tmp_path_factory.mktemp(name)
+        LlamaForCausalLM(LlamaConfig(**(SHAPE | changes))).save_pretrained(paths[name])
+    return paths
+
+
+def prompts(count: int = 32) -> list[list[int]]:
+    """Of mixed lengths, among them whole numbers of the cache's blocks and one more or less."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE]
+    lengths += torch.randint(1, 60, (32,), generator=generator).tolist()
+    return [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths[:count]]
+
+
+def evaluator(path: Path, layout: Layout) -> Evaluator:
+    parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": layout.sequence}
+    given = {
+        "run": {"dir": "unused"},
+        "model": {"path": str(path)},
+        "parallel": parallel,
+        "data": {"train": ["unused"], "sequence_length": 64},
+        "batch": {"global": 1},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1},
+    }
+    config = make_config(given, layout.world_size, STAGES["pretrain"])
+    model = Evaluator(config, Mesh(layout.tensor, layout.pipeline))
+    load_first_weights(model)
+    return model
+
+
+def write_on_rank(
+    path: Path,
+    layout: Layout,
+    requests: Sequence[Request],
+    max_sequences: int,
+    cache_bytes: int | None = None,
+) -> list[list[Reply]]:
+    model = evaluator(path, layout)
+    generator = Generator(model.config.model, model.stages[0], model.mesh, model.dtype)
+    told: dict[tuple[int, int], list[int]] = {}
+    replies = generator.generate(
+        requests,
+        max_sequences,
+        cache_bytes,
+        lambda request, reply, token: told.setdefault((request, reply), []).append(token),
+    )
+    for number, several in enumerate(replies):
+        for reply, found in enumerate(several):
+            assert told[number, reply] == found.tokens, "each token is told once, in order"
+    return replies
+
+
+def write(path: Path, layout: Layout, *arguments: Any) -> list[list[Reply]]:
+    """What every rank knows in the end."""
+    first, *others = pool.run(write_on_rank, layout.world_size, path, layout, *arguments)
+    for other in others:
+        for several, expected in zip(other, first, strict=True):
+            assert several == expected
+    return first
+
+
+def ends(tokens: Sequence[int]) -> bool:
+    return tokens[-1] in ENDS
+
+
+def never_ends(tokens: Sequence[int]) -> bool:
+    return False
+
+
+@functools.cache
+def of_transformers(path: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(path)
+
+
+def by_transformers(path: Path, prompt: list[int], **changes: Any) -> list[int]:
+    ids = torch.tensor([prompt])
+    wanted: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "eos_token_id": ENDS,
+        "pad_token_id": 0,
+    }
+    out = of_transformers(path).generate(ids, attention_mask=torch.ones_like(ids), **(wanted | changes))
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_replies_are_those_of_transformers(name: str, models: dict[str, Path]) -> None:
+    path = models[name]
+    expected = [by_transformers(path, prompt) for prompt in prompts()]
+    assert any(len(reply) < NEW_TOKENS for reply in expected), "some end early, and make room"
+    requests = [Request(prompt, NEW_TOKENS, ends, Sampling(temperature=0)) for prompt in prompts()]
+    for layout in LAYOUTS if name == "llama-2" else LAYOUTS[::3]:
+        for count, max_sequences in ((32, 6), (9, 32)):
+            replies = write(path, layout, requests[:count], max_sequences)
+            assert [reply.tokens for (reply,) in replies] == expected[:count], (layout, max_sequences)
+            for (reply,) in replies:
+                assert reply.reason == ("stop" if reply.tokens[-1] in ENDS else "length")
+
+
+def drawn(count: int = 12, num_replies: int = 1) -> list[Request]:
+    """Requests that differ in all that they ask for."""
+    samplings = [
+        Sampling(),
+        Sampling(temperature=0.7, top_k=20),
+        Sampling(top_p=0.9, repetition_penalty=1.2),
+        Sampling(temperature=1.3, min_p=0.1),
+        Sampling(temperature=0),
+    ]
+    return [
+        Request(prompt, 5 + i % 9, ends, samplings[i % 5], num_replies, seed=i)
+        for i, prompt in enumerate(prompts(count))
+    ]
+
+
+def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, Path]) -> None:
+    path = models["llama-2"]
+    expected = [write(path, Layout(), [request], 1)[0] for request in drawn()]
+    assert len({tuple(reply.tokens) for (reply,) in expected}) == len(expected)
+    for layout in LAYOUTS:
+        for replies, wanted in zip(write(path, layout, drawn(), 5), expected, strict=True):
+            assert replies[0].tokens == wanted[0].tokens
+            assert replies[0].log_probabilities == pytest.approx(wanted[0].log_probabilities, abs=1e-4)
+
+
+def test_several_replies_to_a_prompt_are_as_if_drawn_apart(models: dict[str, Path]) -> None:
+    """They share what the cache holds of the prompt; the first is that of a request for one."""
+    path = models["llama-2"]
+    alone = [write(path, Layout(), [request], 1)[0][0] for request in drawn(8)]
+    together = write(path, Layout(), drawn(8, num_replies=3), 4)
+    for layout in (Layout(tensor=2), Layout(pipeline=2)):
+        assert [
+            [r.tokens for r in several] for several in write(path, layout, drawn(8, num_replies=3), 7)
+        ] == [[r.tokens for r in several] for several in together]
+    assert [several[0].tokens for several in together] == [reply.tokens for reply in alone]
+    some = [
+        several for several, request in zip(together, drawn(8), strict=True) if request.sampling.temperature
+    ]
+    assert all(several[0].tokens != several[1].tokens for several in some), "each has its own numbers"
+
+
+def forward_on_rank(path: Path, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
+    """Log-probabilities of replies by the forward pass of training."""
+    model = evaluator(path, Layout())
+    assert isinstance(model.objective, NextToken)
+    found = []
+    for prompt, reply in sequences:
+        batch = collate([Sample(torch.tensor([*prompt, *reply]), [0])])
+        (terms,) = model.outputs([batch], lambda output, _: output.log_probabilities) or []
+        found.append(terms[len(prompt) - 1 :].tolist())
+    return found
+
+
+def test_log_probabilities_are_those_of_the_training_forward(models: dict[str, Path]) -> None:
+    path = models["llama-3"]
+    requests = [Request(prompt, NEW_TOKENS, ends, Sampling(top_k=9), seed=3) for prompt in prompts(20)]
+    for layout in (Layout(), Layout(tensor=2, pipeline=2)):
+        replies = [reply for (reply,) in write(path, layout, requests, 8)]
+        pairs = [
+            (list(request.prompt), reply.tokens) for request, reply in zip(requests, replies, strict=True)
+        ]
+        (expected,) = pool.run(forward_on_rank, 1, path, pairs)
+        for reply, wanted in zip(replies, expected, strict=True):
+            assert reply.log_probabilities == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_small_cache_gives_the_same_in_more_turns(models: dict[str, Path]) -> None:
+    path = models["llama-1"]
+    block = 4 * 2 * BLOCK_SIZE * 8 * 4 * 4  # layers, keys and values, tokens, heads, head_dim, bytes
+    expected = write(path, Layout(), drawn(), 12)
+    most = max(-(-(len(request.prompt) + request.max_new_tokens) // BLOCK_SIZE) for request in drawn())
+    small = write(path, Layout(), drawn(), 12, most * block)
+    assert [reply.tokens for (reply,) in small] == [reply.tokens for (reply,) in expected]
+    with pytest.raises(pool.WorkerFailed, match=f"take {most} blocks"):
+        write(path, Layout(), drawn(), 12, most * block - 1)
+
+
+def test_a_reply_ends_where_the_models_positions_do(models: dict[str, Path]) -> None:
+    path = models["llama-1"]
+    prompt = prompts()[-1]
+    request = Request(prompt, 1000, never_ends, Sampling(temperature=0))
+    ((reply,),) = write(path, Layout(), [request], 1)
+    assert len(prompt) + len(reply.tokens) == SHAPE["max_position_embeddings"] and reply.reason == "length"
+    room = SHAPE["max_position_embeddings"] - len(prompt)
+    assert reply.tokens == by_transformers(path, prompt, max_new_tokens=room, eos_token_id=None)
+
+
+def test_nothing_asked_is_nothing_written(models: dict[str, Path]) -> None:
+    for layout in (Layout(), Layout(pipeline=2)):
+        assert write(models["llama-1"], layout, [], 4) == []
