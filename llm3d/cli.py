@@ -358,6 +358,39 @@ def evaluate(
 
 @app.command()
 @ends_as_promised
+def generate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="A text to reply to, or to continue.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="A file of prompts, .jsonl, .json or .parquet, by their columns.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk with the model.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue texts as they stand, without a template.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the replies to --prompts here. [default: standard output]", show_default=False
+        ),
+    ] = None,
+    check_only: CheckOnly = False,
+    stage: StageOption = None,
+) -> None:
+    """Write text: from a run's latest checkpoint, or the model that the settings name; see `generate` among them."""
+    settings = load_for_this_world(config, overrides, kind_of_settings(config, stage))
+    from llm3d.stages.generate import Wanted, check, run
+
+    wanted = Wanted(prompt, prompts, chat, raw, output)
+    if check_only:
+        check(settings, wanted)
+    else:
+        run(settings, wanted)
+
+
+@app.command()
+@ends_as_promised
 def export(
     checkpoint: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT", help="Or a PEFT directory.", show_default=False)

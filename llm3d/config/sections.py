@@ -356,6 +356,31 @@ class LoRASettings(Section):
     """A PEFT directory, or a checkpoint, whose adapters are the start."""
 
 
+class GenerateSettings(Section):
+    """How text is written."""
+
+    max_new_tokens: Positive = 256
+    """Of a reply, at most."""
+    temperature: float = Field(1.0, ge=0)
+    """What logits are divided by; 0: always the likeliest token."""
+    top_k: Whole = 0
+    """Draw from the likeliest tokens only, so many of them. 0: from all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Draw from the fewest likeliest tokens that together have this probability."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Draw from tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Above 1: tokens that were there before become less likely."""
+    stop: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
+    """Strings at which a reply ends, beside the model's end token."""
+    num_replies: Positive = 1
+    """To each prompt."""
+    max_sequences: Positive = 64
+    """Replies that a data rank works on at a time."""
+    cache_gib: float | None = Field(None, gt=0)
+    """Memory for keys and values on a rank. Null: what max_sequences of the longest take."""
+
+
 class Config(Section):
     """What the settings of every stage have in common."""
 
@@ -370,6 +395,7 @@ class Config(Section):
     lora: LoRASettings
     optim: OptimConfig
     kernels: KernelsConfig
+    generate: GenerateSettings
     train: TrainConfig
     checkpoint: CheckpointConfig
     log: LogConfig

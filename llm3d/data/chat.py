@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llm3d.config import ChatDataConfig
 from llm3d.data.documents import BadRecord
-from llm3d.data.formats import Comparison, Conversation, Kind, Reader, reader_for
+from llm3d.data.formats import Comparison, Conversation, Item, Kind, Message, Prompt, Reader, reader_for
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
 from llm3d.data.templates import Template, Turns, sides, turns
 from llm3d.errors import InputError
 
 _AT_ONCE = 1024  # records that go through the tokenizer together
-_NAMED = 5  # bad records that are told one by one
+_MOST_NAMED = 5  # bad records that are told one by one
 
 
 @dataclass
@@ -46,7 +47,7 @@ def read_samples(
     Raises InputError where nothing can be used, and, without settings.skip_bad, for what cannot.
     """
     counts, samples = Counts(), list[Sample]()
-    rows = _rows(path, kind, settings, counts)
+    rows = _rows(path, kind, settings.format, settings.columns, counts)
     while some := list(islice(rows, _AT_ONCE)):
         for where, sample in _encoded(some, template, settings, counts):
             try:
@@ -66,9 +67,35 @@ def read_samples(
     return SampleSet.of(samples), counts
 
 
+class PromptRecord(NamedTuple):
+    """A prompt, its place, and all columns of its row."""
+
+    where: str
+    messages: tuple[Message, ...]
+    row: dict[str, Any]
+
+
+def read_prompts(path: str) -> list[PromptRecord]:
+    """The prompts in a file, the files of a directory or those that fit a pattern, in order; by their columns.
+
+    Raises InputError for those that cannot be used, and where there are none.
+    """
+    counts = Counts()
+    found = [
+        PromptRecord(record.where, item.messages, record.row)
+        for record, item in _rows(path, "prompt", "auto", {}, counts)
+        if isinstance(item, Prompt)
+    ]
+    if counts.bad:
+        raise InputError("\n".join(_named(path, counts)))
+    if not found:
+        raise InputError(f"{path}: holds no prompt")
+    return found
+
+
 def _rows(
-    path: str, kind: Kind, settings: ChatDataConfig, counts: Counts
-) -> Iterator[tuple[str, Conversation | Comparison]]:
+    path: str, kind: Kind, form: str, columns: Mapping[str, str], counts: Counts
+) -> Iterator[tuple[Record, Item]]:
     """The place and meaning of each usable record."""
     for file in find_record_files([path]):
         reader: Reader | None = None
@@ -76,32 +103,32 @@ def _rows(
             if isinstance(record, BadRecord):
                 counts.bad.append(record)
                 continue
-            reader = reader or _reader(record, kind, settings)
+            reader = reader or _reader(record, kind, form, columns)
             try:
-                yield record.where, reader(record.row)
+                yield record, reader(record.row)
             except ValueError as error:
                 counts.bad.append(BadRecord(record.where, str(error)))
 
 
-def _reader(first: Record, kind: Kind, settings: ChatDataConfig) -> Reader:
+def _reader(first: Record, kind: Kind, form: str, columns: Mapping[str, str]) -> Reader:
     try:
-        return reader_for(list(first.row), kind, settings.format, settings.columns)
+        return reader_for(list(first.row), kind, form, columns)
     except InputError as error:
         raise InputError(f"{first.where}: {error}") from None
 
 
 def _encoded(
-    rows: Sequence[tuple[str, Conversation | Comparison]],
+    rows: Sequence[tuple[Record, Item]],
     template: Template,
     settings: ChatDataConfig,
     counts: Counts,
 ) -> Iterator[tuple[str, Sample]]:
     """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
-    wanted: list[tuple[str, Conversation | Comparison, list[Turns]]] = []
-    for where, item in rows:
+    wanted: list[tuple[str, Item, list[Turns]]] = []
+    for (where, _), item in rows:
         if isinstance(item, Comparison):
             wanted.append((where, item, sides(item)))
-        else:
+        elif isinstance(item, Conversation):
             wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
     encoded = _sequences([these for _, _, these in wanted], template)
     for (where, item, _), sequences in zip(wanted, encoded, strict=True):
@@ -129,12 +156,17 @@ def _all_learned(sample: Sample) -> Sample:
     return sample._replace(sequences=tuple(learned))
 
 
+def _named(path: str, counts: Counts) -> list[str]:
+    """A line for each of the first records that cannot be used, and one for how many more there are."""
+    lines = [str(bad) for bad in counts.bad[:_MOST_NAMED]]
+    more = len(counts.bad) - len(lines)
+    return [*lines, *([f"{path}: {more:,} more like these"] if more else [])]
+
+
 def _check(path: str, counts: Counts, settings: ChatDataConfig) -> None:
     if counts.bad and not settings.skip_bad:
-        lines = [str(bad) for bad in counts.bad[:_NAMED]]
-        more = len(counts.bad) - len(lines)
-        lines += [f"{path}: {more:,} more like these"] if more else []
-        raise InputError("\n".join([*lines, f"{path}: data.skip_bad=true leaves out what cannot be used"]))
+        hint = f"{path}: data.skip_bad=true leaves out what cannot be used"
+        raise InputError("\n".join([*_named(path, counts), hint]))
     if not counts.samples:
         left = f": {counts}" if counts.too_long or counts.bad else ""
         hint = "; raise data.sequence_length or set data.truncation" if counts.too_long else ""

@@ -1,4 +1,4 @@
-"""What the columns of post-training data mean: rows to conversations, and to comparisons of replies.
+"""What the columns of post-training data mean: rows to conversations, comparisons of replies, and prompts.
 
     conversation   alpaca              instruction, output; maybe input, system, history
                    sharegpt            conversations (of from, value); maybe system
@@ -7,6 +7,8 @@
                    prompt_response     prompt, response or completion; maybe system, history
     comparison     preference          chosen, rejected; maybe prompt, input, system, history, margin
                    ranked              responses and their ranks or scores; a prompt as for preference
+    prompt         prompt              prompt, question or instruction; maybe input, system, history
+                   prompt_messages     messages, of which a reply at the end is left out; maybe system
 
 A prompt or a reply is a string or a list of messages. history: earlier turns, pairs of [user, assistant].
 """
@@ -21,7 +23,7 @@ from llm3d.data.documents import HALF_A_PAIR, has_half_a_pair, json_kind
 from llm3d.errors import InputError
 
 Role = Literal["system", "user", "assistant"]
-Kind = Literal["conversation", "comparison"]
+Kind = Literal["conversation", "comparison", "prompt"]
 
 
 class Message(NamedTuple):
@@ -50,7 +52,15 @@ class Comparison:
     margin: float | None = None
 
 
-Reader = Callable[[Mapping[str, Any]], Conversation | Comparison]
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be replied to: as a conversation's messages, up to a user's."""
+
+    messages: tuple[Message, ...]
+
+
+Item = Conversation | Comparison | Prompt
+Reader = Callable[[Mapping[str, Any]], Item]
 Values = dict[str, Any]  # of a row, by the format's field; None where the row has none
 
 INPUT_HEADING = "\n\n### Input:\n"  # between an instruction and its input: Taori et al. 2023, Stanford Alpaca
@@ -81,7 +91,7 @@ def reader_for(
     places = {field: _place(form, field, columns, mapping) for field in form.fields}
     needed = {field: places[field] for field in form.needs}
 
-    def read(row: Mapping[str, Any]) -> Conversation | Comparison:
+    def read(row: Mapping[str, Any]) -> Item:
         for column in needed.values():
             if column not in row:
                 raise ValueError(
@@ -101,7 +111,7 @@ class _Form:
 
     name: str
     kind: Kind
-    read: Callable[[Values], Conversation | Comparison]
+    read: Callable[[Values], Item]
     needs: dict[str, tuple[str, ...]]
     allows: dict[str, tuple[str, ...]]
 
@@ -124,6 +134,17 @@ def _pair(question: str, answer: str) -> Callable[[Values], Conversation]:
         return Conversation(_checked(messages, ends="assistant"))
 
     return read
+
+
+def _read_prompt(values: Values) -> Prompt:
+    return Prompt(_checked(_prompt(values, "prompt"), ends="user"))
+
+
+def _read_prompt_of_turns(values: Values) -> Prompt:
+    messages = [*_system(values), *_messages(values["messages"], "messages")]
+    if messages and messages[-1].role == "assistant":
+        messages.pop()
+    return Prompt(_checked(messages, ends="user"))
 
 
 def _read_preference(values: Values) -> Comparison:
@@ -329,6 +350,20 @@ _FORMS = (
         needs={"responses": ("responses",)},
         allows={"ranks": ("ranks",), "scores": ("scores", "rewards"), **_PROMPT},
     ),
+    _Form(
+        "prompt",
+        "prompt",
+        _read_prompt,
+        needs={"prompt": _PROMPT["prompt"]},
+        allows={name: columns for name, columns in _PROMPT.items() if name != "prompt"},
+    ),
+    _Form(
+        "prompt_messages",
+        "prompt",
+        _read_prompt_of_turns,
+        needs={"messages": ("messages",)},
+        allows=_SYSTEM,
+    ),
 )
 
 
@@ -382,7 +417,9 @@ def _missing(form: _Form, columns: Sequence[str], mapping: Mapping[str, str]) ->
 def _why_none_fits(
     forms: Sequence[_Form], columns: Sequence[str], kind: Kind, mapping: Mapping[str, str]
 ) -> str:
-    other = [form for form in _FORMS if form.kind != kind and not _missing(form, columns, {})]
+    # A prompt is part of all the others.
+    whole = [form for form in _FORMS if form.kind not in (kind, "prompt")]
+    other = [form for form in whole if not _missing(form, columns, {})]
     if other:
         return f"the columns {_listed(columns)} hold a {other[0].kind} ({other[0].name}), not a {kind}"
     needs = "; ".join(f"{form.name} needs {_spelled(form.needs)}" for form in forms)

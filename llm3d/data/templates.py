@@ -139,6 +139,13 @@ class Template:
         spellings = (re.escape(str(tokenizer.token(index))) for index in self._reserved)
         self._spelled = re.compile(f"(?={'|'.join(spellings)})")  # looks ahead, to find those that overlap
 
+    @property
+    def end_id(self) -> int:
+        """The token that ends a reply."""
+        reply = [part for part in self._parts.of(("user", "assistant")) if part.reply != NO_REPLY]
+        assert isinstance(reply[-1].what, int), "a template without one is refused"
+        return reply[-1].what
+
     def encode(self, messages: Sequence[Message], targets_from: int = 0) -> Encoded:
         """Tokens of a conversation; targets are its replies from message `targets_from` on and their end tokens.
 

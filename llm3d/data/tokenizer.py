@@ -95,6 +95,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str: ...
 
+    def decode_next(self, ids: Iterable[int]) -> str:
+        """Text of token ids that continue another text: no tokenizer leaves out the space that it starts with."""
+        newline = self.newline.tolist()
+        return self.decode([*newline, *ids])[len(self.decode(newline)) :]
+
     @property
     @abstractmethod
     def special_tokens(self) -> dict[str, int]:
@@ -120,6 +125,11 @@ class Tokenizer(ABC):
     def _spelling(self, special: str) -> str:
         """A pattern for a special token in a text, with the spaces that it takes up."""
         return re.escape(special)
+
+    @property
+    @abstractmethod
+    def adds_bos(self) -> bool:
+        """Whether transformers puts bos_id before a text that stands alone."""
 
     @abstractmethod
     def token(self, index: int) -> str | None:
@@ -255,6 +265,12 @@ class SentencePieceTokenizer(Tokenizer):
         special = (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
         return {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type in special}
 
+    @property
+    def adds_bos(self) -> bool:
+        config = self.directory / "tokenizer_config.json" if self.directory else None
+        stored = read_json(config) if config is not None and config.is_file() else {}
+        return bool(stored.get("add_bos_token", True))
+
     def token(self, index: int) -> str:
         return self._model.id_to_piece(index)
 
@@ -324,6 +340,10 @@ class JsonTokenizer(Tokenizer):
         added = {token.content: i for i, token in self._model.get_added_tokens_decoder().items()}
         ends = {self.token(i): i for i in (self.bos_id, self.eos_id) if i is not None}
         return {text: i for text, i in ends.items() if text is not None} | added
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        return self._model.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     def token(self, index: int) -> str | None:
         return self._model.id_to_token(index)

@@ -59,20 +59,31 @@ def check(config: Config) -> Validation:
 
 def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
     """Where the weights came from, and their numbers; the same on every rank."""
-    config = opened.config
+    model, source = latest_model(opened.config, mesh, opened.objective, opened.prepare)
+    return source, evaluate(model, opened.data)
+
+
+def latest_model(
+    config: Config,
+    mesh: Mesh,
+    objective: Objective,
+    prepare: Callable[[Evaluator], None] = lambda model: None,
+) -> tuple[Evaluator, str]:
+    """A run's model with the weights of its latest checkpoint, else those it starts from; and where they came from.
+
+    prepare: called before they are loaded.
+    """
     checkpoint = checkpoint_to_resume(config, Path(config.run.dir), mesh)
     if checkpoint is None and config.model.path is None:
         raise InputError(
-            f"run.dir: {config.run.dir} has no checkpoint to evaluate; train first, or name one with "
+            f"run.dir: {config.run.dir} has no checkpoint; train first, or name one with "
             "checkpoint.resume=PATH or model.path=PATH"
         )
     if checkpoint is not None and config.lora.rank:
         config = config.model_copy(update={"lora": config.lora.model_copy(update={"path": str(checkpoint)})})
-    model = Evaluator(config, mesh, opened.objective)
-    opened.prepare(model)
+    model = Evaluator(config, mesh, objective)
+    prepare(model)
     if checkpoint is None or config.lora.rank:
-        source = load_first_weights(model)
-    else:
-        load_weights(checkpoint, model)
-        source = str(checkpoint)
-    return source, evaluate(model, opened.data)
+        return model, load_first_weights(model)
+    load_weights(checkpoint, model)
+    return model, str(checkpoint)

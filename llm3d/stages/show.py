@@ -101,16 +101,13 @@ def spelling(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[str, bo
     line's end has a sign before it.
     """
     special = set(tokenizer.special_tokens.values())
-    newline = (
-        tokenizer.newline.tolist()
-    )  # so that no token is the first, whose space some tokenizers leave out
-    before, waiting = len(tokenizer.decode(newline)), list[int]()
+    waiting = list[int]()
     for i, index in enumerate(ids):
         if index in special:
             yield _visible(str(tokenizer.token(index))), True
             continue
         waiting.append(index)
-        text = tokenizer.decode([*newline, *waiting])[before:]
+        text = tokenizer.decode_next(waiting)
         ends = i + 1 == len(ids) or ids[i + 1] in special
         if text.endswith("\ufffd") and not ends:
             yield "", False

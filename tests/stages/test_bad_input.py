@@ -260,7 +260,7 @@ TABLE = [
         "data.valid",
         overrides=("train.eval_every=2", "data.valid=[]"),
     ),
-    Wrong("nothing to evaluate", nothing, ("no checkpoint to evaluate",), "train first", ("eval",)),
+    Wrong("nothing to evaluate", nothing, ("has no checkpoint",), "train first", ("eval",)),
     Wrong(
         "unknown setting",
         nothing,
