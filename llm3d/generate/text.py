@@ -40,10 +40,12 @@ class Replies:
 
     def settled(self, tokens: Sequence[int]) -> str:
         """Of the text of a reply in the making, what later tokens do not change."""
-        text = self.text(tokens)
+        text = self._decoded(tokens).rstrip(_NO_CHARACTER)
+        if (end := self._stop_in(text)) is not None:
+            return text[:end]
         most = min(self.reach, len(text))
         held = next((n for n in range(most, 0, -1) if self._may_become_stop(text[-n:])), 0)
-        return text[: len(text) - held].rstrip(_NO_CHARACTER)
+        return text[: len(text) - held]
 
     def _may_become_stop(self, ending: str) -> bool:
         return any(len(ending) < len(stop) and stop.startswith(ending) for stop in self.stop)

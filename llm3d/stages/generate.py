@@ -184,6 +184,8 @@ def check(config: Config, wanted: Wanted) -> tuple[Writer, list[list[int]], list
         raise InputError("give one of --prompt, --prompts and --chat")
     if wanted.output is not None and wanted.prompts is None:
         raise InputError("--output is for the replies to --prompts")
+    if wanted.output is not None and (wanted.output.is_dir() or not wanted.output.parent.is_dir()):
+        raise InputError(f"--output: {wanted.output}: name a file in a directory that exists")
     writer = Writer(config, wanted.raw)
     if wanted.chat and writer.template is None:
         raise InputError(

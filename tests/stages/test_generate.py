@@ -1,0 +1,234 @@
+"""The command writes what transformers would, in every way of asking, and under every layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from typer.testing import CliRunner
+
+from llm3d.cli import app
+from llm3d.config import STAGES, make_config
+from llm3d.data.tokenizer import load_tokenizer
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.generate import Wanted, Writer, Written, check
+from tests import pool
+from tests.stages.common import Ended, Settings
+from tests.stages.post_training import settings, write_model, write_rows
+from tests.stages.test_bad_input import snapshot
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large first weights, so that replies differ."""
+    return write_model(tmp_path_factory.mktemp("model") / "model", initializer_range=0.4)
+
+
+@pytest.fixture
+def given(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    generate = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
+    return settings(model, "unused.jsonl", tmp_path / "run", sft={}, generate=generate)
+
+
+def generate(given: Settings, directory: Path, *words: str, typed: str = "") -> Ended:
+    (directory / "config.yaml").write_text(yaml.safe_dump(given))
+    result = CliRunner().invoke(app, ["generate", str(directory / "config.yaml"), *words], input=typed)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+def by_transformers(model: Path, messages: list[dict[str, str]] | str) -> tuple[str, str]:
+    """The reply to messages, or the continuation of a text; and why it ended."""
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    tokenizer, network = AutoTokenizer.from_pretrained(model), LlamaForCausalLM.from_pretrained(model)
+    if isinstance(messages, str):
+        ids, ends = tokenizer(messages, return_tensors="pt")["input_ids"], [tokenizer.eos_token_id]
+    else:
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        ids = torch.tensor([asked["input_ids"]])
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    out = network.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
+    tokens = out[0, ids.shape[1] :].tolist()
+    ours = load_tokenizer(model)
+    special = set(ours.special_tokens.values())
+    text = ours.decode_next([token for token in tokens if token not in special])
+    return text, "stop" if tokens[-1] in ends else "length"
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+QUESTIONS = ["What comes after one?", "And after two?", "Why?", "What is it, of course?", "one one one"]
+
+
+def test_a_prompt_is_replied_to(given: Settings, model: Path, tmp_path: Path) -> None:
+    for question in QUESTIONS[:2]:
+        ended = generate(given, tmp_path, "--prompt", question)
+        assert ended == (0, by_transformers(model, user(question))[0] + "\n", f"{model}\n")
+
+
+def test_a_file_of_prompts_gives_a_line_of_json_each(given: Settings, model: Path, tmp_path: Path) -> None:
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        *user("One?"),
+        {"role": "assistant", "content": "Two."},
+        *user("And?"),
+    ]
+    files = {
+        "texts.jsonl": [{"question": question, "id": 7} for question in QUESTIONS],
+        "turns.parquet": [{"messages": conversation}],
+        "answered.jsonl": [{"messages": [*conversation, {"role": "assistant", "content": "left out"}]}],
+    }
+    for name, rows in files.items():
+        output = tmp_path / f"{name}.out"
+        ended = generate(
+            given, tmp_path, "--prompts", write_rows(tmp_path / name, rows), "--output", str(output)
+        )
+        assert (ended.code, ended.stdout) == (0, "") and f"{len(rows)} replies, " in ended.stderr
+        prompts = [user(question) for question in QUESTIONS] if name == "texts.jsonl" else [conversation]
+        for line, prompt in zip(output.read_text().splitlines(), prompts, strict=True):
+            found = json.loads(line)
+            assert found["prompt"] == (prompt[0]["content"] if len(prompt) == 1 else prompt)
+            assert (found["reply"], found["reason"]) == by_transformers(model, prompt)
+            assert found["log_probability"] < 0 < found["tokens"] <= NEW_TOKENS
+
+
+def test_a_conversation_remembers_what_was_said(given: Settings, model: Path, tmp_path: Path) -> None:
+    typed = [QUESTIONS[0], "", QUESTIONS[1]]
+    ended = generate(given, tmp_path, "--chat", typed="".join(f"{line}\n" for line in typed))
+    first, _ = by_transformers(model, user(QUESTIONS[0]))
+    so_far = [*user(QUESTIONS[0]), {"role": "assistant", "content": first}, *user(QUESTIONS[1])]
+    second, _ = by_transformers(model, so_far)
+    assert (ended.code, ended.stdout) == (0, f"{first}\n{second}\n")
+
+
+def test_text_can_be_continued_as_it_stands(given: Settings, model: Path, tmp_path: Path) -> None:
+    expected, _ = by_transformers(model, QUESTIONS[0])
+    assert generate(given, tmp_path, "--raw", "--prompt", QUESTIONS[0]).stdout == expected + "\n"
+    pretraining = {name: section for name, section in given.items() if name != "sft"}
+    pretraining["data"] = {"train": ["unused"], "sequence_length": 8, "tokenizer": str(model)}
+    assert generate(pretraining, tmp_path, "--prompt", QUESTIONS[0]).stdout == expected + "\n"
+
+
+def test_stop_strings_end_a_reply_and_are_not_shown(given: Settings, model: Path, tmp_path: Path) -> None:
+    whole, _ = by_transformers(model, user(QUESTIONS[0]))
+    stop = whole[3:5]
+    ended = generate(
+        given | {"generate": given["generate"] | {"stop": [stop, "never"]}},
+        tmp_path,
+        "--prompt",
+        QUESTIONS[0],
+    )
+    assert ended.stdout == whole[: whole.find(stop)] + "\n"
+
+
+def test_several_replies_are_told_apart(given: Settings, tmp_path: Path) -> None:
+    words = ("generate.num_replies=3", "generate.temperature=1", "--prompt", QUESTIONS[0])
+    first, again = (generate(given, tmp_path, *words) for _ in range(2))
+    assert first.code == 0 and first.stdout.count("--- reply ") == 3
+    assert first == again, "the same seed draws the same"
+    assert generate(given, tmp_path, *words, "run.seed=6").stdout != first.stdout
+
+
+def write_on_rank(given: Settings, wanted: Wanted) -> list[Written]:
+    config = make_config(given, dist.get_world_size(), STAGES["sft"])
+    writer, prompts, _ = check(config, wanted)
+    assert isinstance(writer, Writer)
+    writer.load(Mesh(config.parallel.tensor, config.parallel.pipeline))
+    return writer.write(prompts)
+
+
+def test_every_layout_writes_the_same(given: Settings, tmp_path: Path) -> None:
+    """Drawn, under layouts whose settings for training text is not written with."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": question} for question in QUESTIONS])
+    given["generate"] |= {"temperature": 0.9, "top_p": 0.95, "num_replies": 2, "max_sequences": 4}
+    layouts: list[tuple[int, dict[str, Any]]] = [
+        (1, {}),
+        (2, {"parallel": {"tensor": 2, "sequence": True}, "recompute": "full"}),
+        (4, {"parallel": {"pipeline": 2, "chunks": 2, "schedule": "interleaved"}, "zero": {"stage": 2}}),
+        (3, {"zero": {"stage": 3}}),
+        (8, {"parallel": {"tensor": 2, "pipeline": 2}}),
+    ]
+    results = [
+        result
+        for world_size, changes in layouts
+        for result in pool.run(write_on_rank, world_size, given | changes, Wanted(prompts=prompts))
+    ]
+    rounded = [[replace_log(written) for written in result] for result in results]
+    assert len(rounded[0]) == 2 * len(QUESTIONS)
+    assert all(result == rounded[0] for result in rounded)
+
+
+def replace_log(written: Written) -> Written:
+    return written._replace(log_probability=round(written.log_probability, 2))
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing asked": ((), "give one of --prompt, --prompts and --chat"),
+    "two things": (("--prompt", "x", "--chat"), "give one of --prompt, --prompts and --chat"),
+    "no file": (("--prompts", "nowhere.jsonl"), "nowhere.jsonl"),
+    "no prompt in it": (("--prompts", "{dir}/empty.jsonl"), "holds no prompt"),
+    "a row without": (("--prompts", "{dir}/bad.jsonl"), "bad.jsonl line 2: "),
+    "other columns": (
+        ("--prompts", "{dir}/other.jsonl"),
+        "line 1: the columns colour fit no format for a prompt",
+    ),
+    "too long": (("--prompts", "{dir}/long.jsonl"), "long.jsonl line 1: a prompt of "),
+    "output of one": (("--prompt", "x", "--output", "{dir}/o"), "--output is for the replies to --prompts"),
+    "no such directory": (
+        ("--prompts", "{dir}/good.jsonl", "--output", "{dir}/no/o"),
+        "in a directory that exists",
+    ),
+    "no weights": (("--prompt", "x", "model.path=nowhere"), "model.path"),
+    "no chat template": (("--chat", "--raw"), "--chat needs a chat template"),
+    "a cold top_p": (("--prompt", "x", "generate.top_p=0"), "generate.top_p: "),
+    "a small cache": (("--prompt", "x", "generate.cache_gib=1e-6"), "MiB, more than 0.00 GiB"),
+    "misspelled": (("--prompt", "x", "generate.topp=1"), "generate.topp: unknown setting"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_ends_with_one_line(name: str, given: Settings, tmp_path: Path) -> None:
+    rows = {
+        "empty": [],
+        "good": [{"prompt": "x"}],
+        "bad": [{"prompt": "x"}, {"prompt": 3}],
+        "other": [{"colour": "red"}],
+        "long": [{"prompt": "x" * 500}],
+    }
+    for file, some in rows.items():
+        write_rows(tmp_path / f"{file}.jsonl", some)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(given))
+    words, said = WRONG[name]
+    before = snapshot(tmp_path)
+    ended = generate(given, tmp_path, *(word.format(dir=tmp_path) for word in words))
+    assert (ended.code, ended.stdout) == (2, "")
+    assert said in ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if line != given["model"]["path"]]
+    assert len(lines) == 1 and lines[0].startswith("llm3d: ")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_reward_model_writes_nothing(given: Settings, tmp_path: Path) -> None:
+    reward = {name: section for name, section in given.items() if name != "sft"} | {"reward": {}}
+    ended = generate(reward, tmp_path, "--prompt", "x")
+    assert ended.code == 2 and "scores replies and writes none" in ended.stderr
