@@ -307,6 +307,8 @@ class SFTSettings(Section):
     """Learn the prompts, too, not only the replies."""
     neftune_alpha: float = Field(0.0, ge=0)
     """Noise on the embeddings in training, up to alpha / sqrt(length x hidden_size). Jain et al. 2023."""
+    sample_tokens: Whole = 64
+    """Of a reply to the first validation prompt, shown after each evaluation. 0, or with prompt_loss: none is."""
 
 
 class RewardSettings(Section):

@@ -1,4 +1,4 @@
-"""The keys and values of a stage's layers, in blocks of tokens, and how attention finds them. Kwon et al. 2023."""
+"""The keys and values of layers, in blocks of tokens, and how attention finds them. Kwon et al. 2023."""
 
 from __future__ import annotations
 
@@ -116,12 +116,15 @@ def _decode(work: Decode, multiple_of: int) -> Inputs:
 
 
 class Cache:
-    """Keys and values of a stage's layers, [blocks, BLOCK_SIZE, kv_heads, head_dim] each."""
+    """Keys and values of a rank's layers, [blocks, BLOCK_SIZE, kv_heads, head_dim] each."""
 
-    def __init__(self, stage: LlamaStage, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (num_blocks, BLOCK_SIZE, *stage.kv_shape)
+    def __init__(
+        self, stages: Sequence[LlamaStage], num_blocks: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_blocks, BLOCK_SIZE, *stages[0].kv_shape)
         self.tensors = {
             layer: tuple(torch.empty(shape, dtype=dtype, device=device) for _ in ("keys", "values"))
+            for stage in stages
             for layer in stage.numbers
         }
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
@@ -24,7 +24,7 @@ from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
 from llm3d.kernels.noise import uniform_number
 from llm3d.kernels.rope import rope_tables
-from llm3d.models.heads import LanguageModelHead
+from llm3d.models.heads import LanguageModelHead, OfLogits
 from llm3d.models.llama import Context, LlamaStage
 from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
@@ -45,11 +45,15 @@ class Reply(NamedTuple):
 class Generator:
     """A model that writes. All ranks of a model's replica hold one and call it with the same requests."""
 
-    def __init__(self, config: ModelConfig, stage: LlamaStage, mesh: Mesh, dtype: torch.dtype) -> None:
-        """stage: this rank's only one, with a language head where it is the last."""
-        self.config, self.stage, self.mesh, self.dtype = config, stage, mesh, dtype
-        assert isinstance(stage.rope_frequencies, Tensor)
-        self.tables = rope_tables(config.max_position_embeddings, stage.rope_frequencies)
+    def __init__(
+        self, config: ModelConfig, stages: Sequence[LlamaStage], mesh: Mesh, dtype: torch.dtype
+    ) -> None:
+        """stages: this rank's, as training has them; where they are several, only one group is under way."""
+        self.config, self.stages, self.mesh, self.dtype = config, list(stages), mesh, dtype
+        self.num_groups = mesh.pipeline_size if len(self.stages) == 1 else 1
+        frequencies = self.stages[0].rope_frequencies
+        assert isinstance(frequencies, Tensor)
+        self.tables = rope_tables(config.max_position_embeddings, frequencies)
 
     @torch.no_grad()
     def generate(
@@ -65,7 +69,7 @@ class Generator:
         None: as many as max_sequences of the longest take.  on_token: told of each token as it is known.
         """
         limits = self._limits(requests, max_sequences, cache_bytes)
-        run = _Run(self, Scheduler(requests, self.mesh.pipeline_size, limits), on_token)
+        run = _Run(self, Scheduler(requests, self.num_groups, limits), on_token)
         replies: list[dict[int, Reply]] = [{} for _ in requests]
         for running in run.to_the_end():
             assert running.reason is not None
@@ -74,18 +78,17 @@ class Generator:
         return [[found[i] for i in range(len(found))] for found in replies]
 
     def _limits(self, requests: Sequence[Request], max_sequences: int, cache_bytes: int | None) -> Limits:
-        num_groups = self.mesh.pipeline_size
         most_replies = max((request.num_replies for request in requests), default=1)
         limits = Limits(
             num_blocks=0,
             block_size=BLOCK_SIZE,
-            max_sequences=max(most_replies, -(-max_sequences // num_groups)),
+            max_sequences=max(most_replies, -(-max_sequences // self.num_groups)),
             max_prefill_tokens=_MAX_PREFILL_TOKENS,
             max_length=self.config.max_position_embeddings,
         )
         needed = [limits.needed(request) for request in requests]
         longest = max((limits.blocks(limits.longest(request)) for request in requests), default=0)
-        num_blocks = min(sum(needed), limits.max_sequences * num_groups * longest)
+        num_blocks = min(sum(needed), limits.max_sequences * self.num_groups * longest)
         if cache_bytes is not None:
             affordable = cache_bytes // self._bytes_a_block()
             if affordable < max(needed, default=0):
@@ -97,9 +100,9 @@ class Generator:
         return replace(limits, num_blocks=num_blocks)
 
     def _bytes_a_block(self) -> int:
-        """On the stage with most layers."""
-        heads, head_dim = self.stage.kv_shape
-        num_layers = torch.tensor(len(self.stage.numbers), device=self.mesh.device)
+        """On the rank with most layers."""
+        heads, head_dim = self.stages[0].kv_shape
+        num_layers = torch.tensor(sum(len(stage.numbers) for stage in self.stages), device=self.mesh.device)
         all_reduce_max(num_layers, self.mesh.pipeline)
         return int(num_layers) * 2 * BLOCK_SIZE * heads * head_dim * self.dtype.itemsize
 
@@ -109,17 +112,16 @@ class _Run:
 
     def __init__(self, generator: Generator, scheduler: Scheduler, on_token: OnToken | None) -> None:
         self.generator, self.scheduler, self.on_token = generator, scheduler, on_token
-        self.mesh, self.stage = generator.mesh, generator.stage
-        device, num_blocks = self.mesh.device, scheduler.limits.num_blocks
-        self.cache = Cache(self.stage, num_blocks, generator.dtype, device)
-        self.under_way: list[Work | None] = [None] * self.mesh.pipeline_size  # of each group
-        self.chosen: list[Tensor] = [torch.empty(0)] * self.mesh.pipeline_size  # on the last stage
+        self.mesh, self.tables = generator.mesh, generator.tables
+        self.cache = Cache(generator.stages, scheduler.limits.num_blocks, generator.dtype, self.mesh.device)
+        self.under_way: list[Work | None] = [None] * generator.num_groups  # of each group
+        self.chosen: list[Tensor] = [torch.empty(0)] * generator.num_groups  # on the last stage
         self.sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     def to_the_end(self) -> Iterator[Running]:
         """Each reply when it is done."""
         for turn in count():
-            group = turn % self.mesh.pipeline_size
+            group = turn % len(self.under_way)
             work = self.under_way[group]
             if work is not None:
                 yield from self._advance(group, work)
@@ -149,38 +151,46 @@ class _Run:
         return chosen
 
     def _do(self, group: int, work: Work) -> None:
-        """This stage's part of the work."""
-        stage, mesh = self.stage, self.mesh
-        inputs = inputs_of(work, stage.tokens_a_row).to(mesh.device)
-        if stage.embedding is not None:
-            hidden = stage.embedding(inputs.tokens)
-        else:
-            rows = len(inputs.tokens) // stage.tokens_a_row
-            hidden = self._receive((rows, self.generator.config.hidden_size), self.generator.dtype)
-        cos, sin = (table[inputs.positions] for table in self.generator.tables)
+        """This rank's part of the work."""
+        multiple_of = self.generator.stages[0].tokens_a_row
+        inputs = inputs_of(work, multiple_of).to(self.mesh.device)
+        cos, sin = (table[inputs.positions] for table in self.tables)
         context = Context(cos, sin, inputs.starts, self.cache.attention(inputs))
-        hidden = stage.through_layers(hidden, context)
+        for stage in self.generator.stages:
+            if stage.embedding is not None:
+                hidden = stage.embedding(inputs.tokens)
+            else:
+                shape = (len(inputs.tokens) // multiple_of, self.generator.config.hidden_size)
+                hidden = self._receive(shape, self.generator.dtype)
+            hidden = stage.through_layers(hidden, context)
+            if stage.head is None:
+                self._send(hidden)
+                continue
+            self.chosen[group] = self._choose(stage.head, hidden, inputs, work.sequences)
+            if self.mesh.pipeline_size > 1:
+                self._send(self.chosen[group])
         self.cache.copy(inputs.copies)
-        if stage.head is None:
-            self._send(hidden)
-            return
-        self.chosen[group] = self._choose(hidden, inputs, work.sequences)
-        if mesh.pipeline_size > 1:
-            self._send(self.chosen[group])
 
-    def _choose(self, hidden: Tensor, inputs: Inputs, sequences: Sequence[Running]) -> Tensor:
+    def _choose(
+        self, head: nn.Module, hidden: Tensor, inputs: Inputs, sequences: Sequence[Running]
+    ) -> Tensor:
         """fp64 [2, sequences]: each one's next token and its log-probability."""
-        head = self.stage.head
         assert isinstance(head, LanguageModelHead)
-        whole = self.stage.tokens_a_row == 1  # else this rank has a share of the rows
-        logits = head.logits(hidden[inputs.rows]) if whole else head.logits(hidden)[inputs.rows]
+        share = (
+            head.sequence_parallel
+        )  # this rank has only some of the rows, until the head has gathered them
         samplings = [running.request.sampling for running in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
         seen = [running.seen if penalised else [] for running in sequences]
         places = torch.tensor([(r.request.seed, r.reply, len(r.tokens)) for r in sequences])
         numbers = uniform_number(*places.t())
-        choice = choose(logits, head.vocabulary.start, self.mesh.tensor, samplings, numbers, seen)
-        return torch.stack([choice.tokens.double(), choice.log_probabilities.double()])
+
+        def choice(logits: Tensor) -> Tensor:
+            rows = logits[inputs.rows] if share else logits
+            chosen = choose(rows, head.vocabulary.start, head.group, samplings, numbers, seen)
+            return torch.stack([chosen.tokens.double(), chosen.log_probabilities.double()])
+
+        return head(hidden if share else hidden[inputs.rows], None, OfLogits(choice))
 
     def _send(self, tensor: Tensor) -> None:
         """To the next stage; from the last to the first."""

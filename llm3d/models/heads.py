@@ -5,6 +5,7 @@ A head does not know what it is trained for: it gives its output to an `Objectiv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -30,6 +31,14 @@ class Objective(Protocol):
 
         -> fp32 [numbers], the first of which is differentiated; the same on all ranks of the tensor group.
         """
+
+
+class OfLogits:
+    """What is made of the logits themselves, where none is differentiated: a token, for instance."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        """function: of [tokens, this rank's part of the vocabulary]."""
+        self.function = function
 
 
 class LanguageModelHead(nn.Module):
@@ -72,8 +81,10 @@ class LanguageModelHead(nn.Module):
             )
         return token_terms(self.logits(hidden), targets, first_id, self.group)
 
-    def forward(self, hidden: Tensor, batch: Any, objective: Objective) -> Tensor:
-        """What the objective makes of the targets' log-probabilities."""
+    def forward(self, hidden: Tensor, batch: Any, objective: Objective | OfLogits) -> Tensor:
+        """What the objective makes of the targets' log-probabilities, or of the logits."""
+        if isinstance(objective, OfLogits):
+            return objective.function(self.logits(hidden))
         return objective(self.token_terms(hidden, batch.targets), batch)
 
 

@@ -69,6 +69,7 @@ class OpenedChat(NamedTuple):
     data: ChatData
     objective: Objective
     prepare: Callable[[Evaluator], None] = lambda model: None
+    remarks: Callable[[Evaluator], Sequence[str]] = lambda model: ()
 
 
 def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:

@@ -119,8 +119,7 @@ class Writer:
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "the tokenizer has told it"
         model, source = latest_model(self.config, mesh, NextToken(vocab_size))
-        (stage,) = model.stages
-        self.mesh, self.generator = mesh, Generator(model.config.model, stage, mesh, model.dtype)
+        self.mesh, self.generator = mesh, Generator(model.config.model, model.stages, mesh, model.dtype)
         return source
 
     def write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llm3d.config import PretrainConfig
@@ -9,7 +10,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.stages.language_data import LanguageData
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.objective import NextToken
-from llm3d.train.trainer import Trainer, next_token
+from llm3d.train.trainer import Evaluator, Trainer, next_token
 
 
 class Pretraining(NamedTuple):
@@ -20,6 +21,9 @@ class Pretraining(NamedTuple):
 
     def prepare(self, trainer: Trainer) -> None:
         pass
+
+    def remarks(self, model: Evaluator) -> Sequence[str]:
+        return ()
 
 
 def open_stage(config: PretrainConfig) -> Pretraining:

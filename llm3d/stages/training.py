@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -63,6 +64,9 @@ class Opened(Protocol):
     def prepare(self, trainer: Trainer) -> None:
         """Do what must be done before training; `load_first_weights` may be used for it."""
 
+    def remarks(self, model: Evaluator) -> Sequence[str]:
+        """What is to be said after an evaluation; called on all ranks."""
+
 
 def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
     """Train to train.steps, going on from the run directory's latest checkpoint if there is one."""
@@ -111,7 +115,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
             report.say(f"step {step}: saved {path}")
             return path
 
-        train(trainer, data, report, start_step, save)
+        train(trainer, data, report, start_step, save, partial(opened.remarks, trainer))
 
 
 def first_state(trainer: Trainer, checkpoint: Path | None) -> tuple[dict[str, Any], str]:

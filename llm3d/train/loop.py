@@ -53,12 +53,14 @@ def train(
     report: Report,
     start_step: int,
     save: Callable[[int], Path],
+    remarks: Callable[[], Sequence[str]] = tuple,
 ) -> None:
     """Train from start_step + 1 to train.steps, or to train.stop_after.
 
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
     signal asks to stop (then Interrupted is raised) and, where that loses steps, before TrainingAborted or
     InputError is raised.
+    remarks(): what else to say after an evaluation; called on all ranks.
     """
     config, mesh, steps = trainer.config, trainer.mesh, trainer.config.train.steps
     last_step = min(steps, config.train.stop_after or steps)
@@ -88,6 +90,8 @@ def train(
                 metrics |= {f"valid_{name}": value for name, value in numbers.items()}
                 said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
                 report.say(f"step {step}: validation {said}")
+                for remark in remarks():
+                    report.say(f"step {step}: {remark}")
             report.step(metrics, log=step in (last_step, evaluated) or step % config.log.every == 0)
             stop = signals.agreed(mesh.everyone)
             if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):

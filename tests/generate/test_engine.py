@@ -57,10 +57,13 @@ class Layout(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
+    chunks: int = 1
+    data: int = 1
+    zero: int = 0
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.data
 
 
 LAYOUTS = [
@@ -72,6 +75,8 @@ LAYOUTS = [
     Layout(tensor=2, pipeline=2, sequence=True),
     Layout(tensor=4, pipeline=2),
     Layout(tensor=2, pipeline=4),
+    Layout(tensor=2, pipeline=2, chunks=2, sequence=True),
+    Layout(data=2, zero=3, pipeline=2),
 ]
 
 
@@ -96,13 +101,16 @@ def prompts(count: int = 32) -> list[list[int]]:
 
 
 def evaluator(path: Path, layout: Layout) -> Evaluator:
-    parallel = {"tensor": layout.tensor, "pipeline": layout.pipeline, "sequence": layout.sequence}
+    names = ("tensor", "pipeline", "sequence", "chunks")
+    parallel: dict[str, Any] = {name: getattr(layout, name) for name in names}
+    parallel["schedule"] = "interleaved" if layout.chunks > 1 else "1f1b"
     given = {
         "run": {"dir": "unused"},
         "model": {"path": str(path)},
         "parallel": parallel,
+        "zero": {"stage": layout.zero},
         "data": {"train": ["unused"], "sequence_length": 64},
-        "batch": {"global": 1},
+        "batch": {"global": 4},
         "optim": {"lr": 1e-3},
         "train": {"steps": 1},
     }
@@ -120,7 +128,7 @@ def write_on_rank(
     cache_bytes: int | None = None,
 ) -> list[list[Reply]]:
     model = evaluator(path, layout)
-    generator = Generator(model.config.model, model.stages[0], model.mesh, model.dtype)
+    generator = Generator(model.config.model, model.stages, model.mesh, model.dtype)
     told: dict[tuple[int, int], list[int]] = {}
     replies = generator.generate(
         requests,
