@@ -20,6 +20,7 @@ from pathlib import Path
 from demo import DEMO, HERE, RUN, docstrings, run, say
 
 HELD_OUT = 200  # questions that no model sees in training
+ASKED = 3  # of them, at the end
 COMMON = "batch.global=32 batch.micro=16 data.sequence_length=256 optim.warmup_steps=5 log.every=10"
 
 
@@ -56,6 +57,12 @@ def main() -> None:
     )
     say("5. The adapters merged into a plain Hugging Face directory")
     run(f"llm3d export {latest(DEMO / 'dpo')} --output {DEMO}/answers --overwrite")
+    say("6. What it has learned to say")
+    model = f"model.path={DEMO}/answers run.dir={DEMO}/answers"
+    run(
+        f"llm3d generate configs/stages/sft.yaml {model} --prompts {DEMO}/asked.jsonl generate.temperature=0 "
+        "generate.max_new_tokens=60"
+    )
     print(f"\nDone in {time.monotonic() - started:.0f} s. {DEMO}/answers is a model that transformers loads.")
 
 
@@ -81,6 +88,9 @@ def write_questions() -> None:
             path = DEMO / f"{kind}{suffix}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             print(f"  {path}: {len(rows):,} {kind}")
+
+    asked = [json.dumps({"prompt": f"What is {name}?"}) + "\n" for name in names[:ASKED]]
+    (DEMO / "asked.jsonl").write_text("".join(asked), encoding="utf-8")
 
 
 def in_disorder(answer: str) -> str:

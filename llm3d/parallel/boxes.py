@@ -75,6 +75,25 @@ class Box:
             self.name, self.shape, start, tuple(last - first for first, last in zip(start, stop, strict=True))
         )
 
+    def without(self, other: Box) -> list[Box]:
+        """Boxes that together are what this box has and the other has not."""
+        shared = self.intersect(other)
+        if shared is None:
+            return [self]
+        rest, offset, size = [], list(self.offset), list(self.size)
+        for i, (start, extent) in enumerate(zip(shared.offset, shared.size, strict=True)):
+            for first, last in ((offset[i], start), (start + extent, offset[i] + size[i])):
+                if first < last:
+                    part = Box(
+                        self.name,
+                        self.shape,
+                        (*offset[:i], first, *offset[i + 1 :]),
+                        (*size[:i], last - first, *size[i + 1 :]),
+                    )
+                    rest.append(part)
+            offset[i], size[i] = start, extent
+        return rest
+
     def slices_within(self, outer: Box) -> tuple[slice, ...]:
         """Where this box lies in a local array that holds `outer`."""
         return tuple(

@@ -31,21 +31,43 @@ class Mesh:
     All ranks construct their meshes in the same order: each rank takes part in making every group.
     """
 
-    def __init__(self, tensor: int = 1, pipeline: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        tensor: int = 1,
+        pipeline: int = 1,
+        device: torch.device | str = "cpu",
+        ranks: np.ndarray | None = None,
+    ) -> None:
+        """ranks: [pipeline, data, tensor], another order of the world's ranks, rising along each axis."""
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         assert self.size % (tensor * pipeline) == 0, "configuration guarantees a world size that fits"
         self.device = torch.device(device)
         self.tensor_size, self.pipeline_size = tensor, pipeline
         self.data_size = self.size // (tensor * pipeline)
-        self.tensor_rank = self.rank % tensor
-        self.data_rank = self.rank // tensor % self.data_size
-        self.pipeline_rank = self.rank // (tensor * self.data_size)
+        order = np.arange(self.size) if ranks is None else ranks
+        self.ranks = order.reshape(pipeline, self.data_size, tensor)
+        assert all((np.diff(self.ranks, axis=axis) > 0).all() for axis in range(3))
+        self.pipeline_rank, self.data_rank, self.tensor_rank = (
+            int(i[0]) for i in np.nonzero(self.ranks == self.rank)
+        )
         self._groups: dict[tuple[int, ...], ProcessGroup] = {}
         self._make_groups()
         self._connect()
 
+    def narrowed(self, tensor: int, pipeline: int) -> Mesh:
+        """A mesh of fewer tensor and pipeline ranks, which divide this one's, and more data ranks.
+
+        Each rank is where its part of the model lies in the part that it then has: of tensor ranks that share a part,
+        neighbours become data ranks. Sheng et al. 2024 (HybridFlow), section 5.3. Called by all ranks.
+        """
+        assert self.tensor_size % tensor == 0 and self.pipeline_size % pipeline == 0
+        fewer_stages, fewer_parts = self.pipeline_size // pipeline, self.tensor_size // tensor
+        ranks = self.ranks.reshape(pipeline, fewer_stages, self.data_size, tensor, fewer_parts)
+        ranks = ranks.transpose(0, 1, 2, 4, 3).reshape(pipeline, -1, tensor)
+        return Mesh(tensor, pipeline, self.device, ranks)
+
     def _make_groups(self) -> None:
-        ranks = np.arange(self.size).reshape(self.pipeline_size, self.data_size, self.tensor_size)
+        ranks = self.ranks
         self.everyone = self._mine(ranks.reshape(1, -1))
         self.tensor = self._mine(ranks.reshape(-1, self.tensor_size))
         self.data = self._mine(ranks.transpose(0, 2, 1).reshape(-1, self.data_size))
@@ -79,7 +101,7 @@ class Mesh:
 
     def tensor_blocks(self, size: int) -> ProcessGroup:
         """This rank's block, where tensor groups are cut into blocks of `size` neighbours. Called by all ranks."""
-        block = self._mine(np.arange(self.size).reshape(-1, size))
+        block = self._mine(self.ranks.reshape(-1, size))
         dist.all_reduce(self._token(), group=block)
         return block
 

@@ -27,6 +27,7 @@ from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.stages.evaluate import latest_model
 from llm3d.stages.tokenizer import open_tokenizer
+from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
 
 
@@ -208,6 +209,8 @@ def _shown(messages: Sequence[Message]) -> Any:
 def run(config: Config, wanted: Wanted) -> None:
     """Write what is wanted, from the run's latest checkpoint or the model that the settings name."""
     with process_group() as device:
+        if device.type == "cpu":
+            keep_freed_memory()
         with input_errors_on_all(whole_world()):
             writer, prompts, shown = check(config, wanted)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)

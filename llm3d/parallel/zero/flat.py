@@ -249,6 +249,16 @@ class FlatParameters:
         for unit in (*self.units, *self.frozen):
             yield from unit.pieces(unit.parameters)
 
+    def held(self) -> Iterator[tuple[Piece, Tensor]]:
+        """All weights whose values this rank knows, in the compute dtype; no rank changes them meanwhile."""
+        self.settle()
+        for unit in (*self.units, *self.frozen):
+            if unit.frees:
+                yield from unit.pieces(unit.parameters)
+            else:
+                for parameter, _ in unit.placed.values():
+                    yield from ((piece, piece.view(parameter.data)) for piece in parameter.pieces)
+
     @property
     def replica(self) -> ProcessGroup:
         """The ranks whose shards together are one copy of this pipeline stage."""

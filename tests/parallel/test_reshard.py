@@ -1,0 +1,246 @@
+"""After a hand-over every rank has what it wants, each element sent once, and none that it had already."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm3d.config import STAGES, make_config
+from llm3d.parallel.boxes import Box, Piece
+from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.reshard import HandOver, Transfer, in_buckets, plan_transfers
+from llm3d.stages.training import load_first_weights
+from llm3d.train.host_memory import PeakAllocated
+from llm3d.train.trainer import Evaluator, Trainer
+from tests import pool
+
+SHAPES = {"a.weight": (7, 5), "b.weight": (6,), "c.weight": (1, 9)}
+
+
+# ---- boxes ----
+
+
+@st.composite
+def boxes(draw: st.DrawFn, name: str) -> Box:
+    shape = SHAPES[name]
+    ends = [sorted(draw(st.sets(st.integers(0, n), min_size=2, max_size=2))) for n in shape]
+    return Box(name, shape, tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
+
+
+def marked(box: Box) -> np.ndarray:
+    """Which elements of the global tensor are in the box."""
+    mask = np.zeros(box.shape, dtype=int)
+    mask[box.slices_within(Box.whole(box.name, box.shape))] = 1
+    return mask
+
+
+@given(st.sampled_from(sorted(SHAPES)).flatmap(lambda name: st.tuples(boxes(name), boxes(name))))
+def test_what_a_box_has_without_another(pair: tuple[Box, Box]) -> None:
+    one, other = pair
+    expected = marked(one) * (1 - marked(other))
+    np.testing.assert_array_equal(sum([marked(part) for part in one.without(other)], 0 * expected), expected)
+
+
+# ---- plans ----
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[list[list[Box]], list[list[Box]]]:
+    """What some ranks hold, each element at least once and perhaps twice, and what they want."""
+    num_ranks = draw(st.integers(1, 5))
+    held: list[list[Box]] = [[] for _ in range(num_ranks)]
+    for name, shape in SHAPES.items():
+        for _ in range(draw(st.integers(1, 2))):
+            cuts = [0, *sorted(draw(st.sets(st.integers(1, max(1, shape[0] - 1)), max_size=3))), shape[0]]
+            for first, last in itertools.pairwise(cuts):
+                box = Box.whole(name, shape).rows(first, last - first)
+                if box.numel:
+                    held[draw(st.integers(0, num_ranks - 1))].append(box)
+    names = st.sampled_from(sorted(SHAPES))
+    wanted = [draw(st.lists(names.flatmap(boxes), max_size=4)) for _ in range(num_ranks)]
+    return held, wanted
+
+
+@given(situations())
+def test_every_element_that_is_wanted_comes_once(situation: tuple[list[list[Box]], list[list[Box]]]) -> None:
+    held, wanted = situation
+    transfers = plan_transfers(held, wanted)
+    for target, some in enumerate(wanted):
+        for name, shape in SHAPES.items():
+            asked = sum([marked(box) for box in some if box.name == name], np.zeros(shape, dtype=int))
+            arrived = [t for t in transfers if t.target == target and t.box.name == name]
+            np.testing.assert_array_equal(
+                sum([marked(t.box) for t in arrived], np.zeros(shape, dtype=int)), asked
+            )
+            here = sum([marked(box) for box in held[target] if box.name == name], np.zeros(shape, dtype=int))
+            for transfer in arrived:
+                if transfer.source != target:
+                    assert not (marked(transfer.box) * here).any(), "what is here does not travel"
+    for box, source, _ in transfers:
+        assert any(box.intersect(other) == box for other in held[source])
+
+
+@given(situations(), st.integers(1, 12))
+def test_buckets_hold_all_and_no_more_than_they_may(
+    situation: tuple[list[list[Box]], list[list[Box]]], elements: int
+) -> None:
+    transfers = plan_transfers(*situation)
+    buckets = in_buckets(transfers, elements)
+    for bucket in buckets:
+        for rank in range(len(situation[0])):
+            for end in (1, 2):
+                assert sum(t.box.numel for t in bucket if t[end] == rank) <= elements
+
+    def elements_of(some: list[Transfer]) -> list[Any]:
+        return sorted(
+            (t.source, t.target, t.box.name, tuple(place))
+            for t in some
+            for place in np.argwhere(marked(t.box)).tolist()
+        )
+
+    assert elements_of([t for bucket in buckets for t in bucket]) == elements_of(transfers)
+
+
+# ---- models ----
+
+
+class Layout(NamedTuple):
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 0
+    chunks: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+SHAPE = {
+    "vocab_size": 1031,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+BUCKET = 2**18
+OBJECTS = 2**18  # bytes of what is no tensor; the model has 20 times as many
+HAND_OVERS = [
+    (Layout(tensor=4, pipeline=2), (2, 1)),
+    (Layout(tensor=4, pipeline=2), (1, 2)),
+    (Layout(tensor=2, pipeline=2, data=2, zero=3), (1, 1)),
+    (Layout(tensor=8), (2, 1)),
+    (Layout(tensor=2, pipeline=2, chunks=2), (2, 1)),
+    (Layout(data=3, zero=2), (1, 1)),
+]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["two tables", "tied"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=request.param)).save_pretrained(path)
+    return path
+
+
+def config_for(path: Path, layout: Layout) -> Any:
+    parallel: dict[str, Any] = {"tensor": layout.tensor, "pipeline": layout.pipeline, "chunks": layout.chunks}
+    parallel["schedule"] = "interleaved" if layout.chunks > 1 else "1f1b"
+    given = {
+        "run": {"dir": "unused"},
+        "model": {"path": str(path)},
+        "parallel": parallel,
+        "zero": {"stage": layout.zero},
+        "data": {"train": ["unused"], "sequence_length": 64},
+        "batch": {"global": 24},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 1},
+    }
+    return make_config(given, layout.world_size, STAGES["pretrain"])
+
+
+def hand_over_on_rank(path: Path, layout: Layout, narrow: tuple[int, int]) -> tuple[int, int, int]:
+    """Bytes that came, that had to come, and that were allocated on the way."""
+    mesh = Mesh(layout.tensor, layout.pipeline)
+    trainer = Trainer(config_for(path, layout), mesh)
+    load_first_weights(trainer)
+    inside = mesh.narrowed(*narrow)
+    config = config_for(path, Layout(*narrow, layout.world_size // (narrow[0] * narrow[1])))
+    generating, expected = Evaluator(config, inside), Evaluator(config, inside)
+    load_first_weights(expected)
+    held = [piece.box for piece, _ in trainer.flat.held()]
+    wanted = [piece.box for piece, _ in generating.flat.weights()]
+    hand_over = HandOver(held, wanted, mesh.everyone, BUCKET)
+    for _, view in generating.flat.weights():
+        view.fill_(torch.nan)
+    moved = hand_over.run(trainer.flat.held(), generating.flat.weights())
+    for (piece, mine), (_, theirs) in zip(generating.weights(), expected.weights(), strict=True):
+        assert torch.equal(mine, theirs), piece.box
+    missing = 0
+    for box in wanted:
+        holes = [box]
+        for other in held:
+            holes = [rest for hole in holes for rest in hole.without(other)]
+        missing += 4 * sum(hole.numel for hole in holes)
+    for _ in range(2):  # the first time things are made that stay
+        with PeakAllocated() as allocated:
+            again = hand_over.run(trainer.flat.held(), generating.flat.weights())
+    assert again[:2] == moved[:2]
+    return moved.received_bytes, missing, allocated.peak
+
+
+@pytest.mark.parametrize(("layout", "narrow"), HAND_OVERS, ids=str)
+def test_generation_gets_the_weights_of_training(
+    layout: Layout, narrow: tuple[int, int], model: Path
+) -> None:
+    """As a checkpoint would give them; only what is not there travels, and it needs little room on the way."""
+    for received, missing, allocated in pool.run(hand_over_on_rank, layout.world_size, model, layout, narrow):
+        assert received == missing
+        assert allocated < 2 * BUCKET + OBJECTS
+
+
+def ranks_on_rank(layout: Layout, narrow: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    mesh = Mesh(layout.tensor, layout.pipeline)
+    inside = mesh.narrowed(*narrow)
+    return (
+        (mesh.pipeline_rank, mesh.data_rank, mesh.tensor_rank),
+        (inside.pipeline_rank, inside.data_rank, inside.tensor_rank),
+    )
+
+
+@pytest.mark.parametrize(("layout", "narrow"), HAND_OVERS, ids=str)
+def test_a_rank_stays_where_its_part_of_the_model_is(layout: Layout, narrow: tuple[int, int]) -> None:
+    """The training shard lies inside of the generation shard, and all generation shards are there."""
+    tensor, pipeline = narrow
+    places = pool.run(ranks_on_rank, layout.world_size, layout, narrow)
+    for (p, _, t), (gp, _, gt) in places:
+        assert (gp, gt) == (p * pipeline // layout.pipeline, t * tensor // layout.tensor)
+    found = {inside for _, inside in places}
+    assert len(found) == layout.world_size
+
+
+def test_a_piece_of_memory_may_hold_several_boxes() -> None:
+    """Views are found by what they hold, whatever they are part of."""
+    box = Box.whole("a.weight", (4, 3))
+    local = torch.arange(12.0).view(4, 3)
+    pieces = [(Piece(box.rows(i, 2)), local[i : i + 2]) for i in (0, 2)]
+    target = torch.zeros(4, 3)
+    pool.run(_copied_on_rank, 1, pieces, target)
+
+
+def _copied_on_rank(pieces: list[tuple[Piece, torch.Tensor]], target: torch.Tensor) -> None:
+    box = Box.whole("a.weight", (4, 3))
+    hand_over = HandOver([piece.box for piece, _ in pieces], [box], Mesh().everyone)
+    moved = hand_over.run(pieces, [(Piece(box), target)])
+    assert torch.equal(target, torch.arange(12.0).view(4, 3)) and moved.received_bytes == 0
