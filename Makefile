@@ -3,9 +3,11 @@
 #   make demo-chat   that model learns to answer questions: fine-tuning, a reward model, DPO
 #   make test     every test
 #   make parity-all   the many layouts that make test leaves out; ten minutes
-#   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch
+#   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch; of which
+#                 KERNELS=reference and PARITY=tests/parity/test_parity.py are a part
 PYTHON ?= python3
 KERNELS ?= native reference
+PARITY ?= tests/parity
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
@@ -40,7 +42,7 @@ test: install
 
 parity: install
 	for kernels in $(KERNELS); do \
-	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/parity || exit 1; done
+	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARITY) || exit 1; done
 
 parity-all: install
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m all_layouts tests/parity

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from llm3d.generate.sampling import Choice, Sampling, choose
 from llm3d.kernels.noise import uniform_number
@@ -14,7 +16,7 @@ from llm3d.parallel.layers import vocabulary_range
 from llm3d.parallel.mesh import Mesh
 from tests import pool
 
-NUMBERS = 500  # at which a row is drawn
+NUMBERS = (torch.arange(500, dtype=torch.float64) + 0.5) / 500  # at which a row is drawn
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,14 @@ CASES = {
 }
 
 
-def choose_on_rank(case: Case, numbers: Tensor) -> Choice:
-    logits, count = case.logits(), len(numbers)
+def choose_on_rank(numbers: Tensor) -> dict[str, Choice]:
+    """Of each case, each row at each number."""
     group = Mesh(tensor=torch.distributed.get_world_size()).tensor
+    return {name: drawn(case, numbers, group) for name, case in CASES.items()}
+
+
+def drawn(case: Case, numbers: Tensor, group: ProcessGroup) -> Choice:
+    logits, count = case.logits(), len(numbers)
     part = vocabulary_range(case.vocab_size, group)
     rows = logits[:, part.start : part.stop].repeat_interleave(count, 0)
     seen = [tokens for tokens in SEEN for _ in range(count)]
@@ -72,19 +79,24 @@ def of_transformers(case: Case) -> Tensor:
     return scores.double().softmax(-1)
 
 
+@functools.cache
+def drawn_by_all() -> list[dict[str, Choice]]:
+    """By every rank of every layout."""
+    return [result for n in (1, 2, 4) for result in pool.run(choose_on_rank, n, NUMBERS)]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_come_as_often_as_they_are_likely(name: str) -> None:
     """At evenly spread numbers, each token as often as its probability says, to within one."""
-    case = CASES[name]
-    numbers = (torch.arange(NUMBERS, dtype=torch.float64) + 0.5) / NUMBERS
+    case, count = CASES[name], len(NUMBERS)
     expected = of_transformers(case)
-    results = [result for n in (1, 2, 4) for result in pool.run(choose_on_rank, n, case, numbers)]
+    results = [result[name] for result in drawn_by_all()]
     for tokens, log_probabilities in results:
-        for row, drawn in enumerate(tokens.reshape(-1, NUMBERS)):
-            shares = drawn.bincount(minlength=case.vocab_size) / NUMBERS
-            assert (shares - expected[row]).abs().max() < 1.001 / NUMBERS
+        for row, drawn in enumerate(tokens.reshape(-1, count)):
+            shares = drawn.bincount(minlength=case.vocab_size) / count
+            assert (shares - expected[row]).abs().max() < 1.001 / count
             assert not shares[expected[row] == 0].any()
-        of_model = (case.logits() / case.sampling.temperature).log_softmax(-1).repeat_interleave(NUMBERS, 0)
+        of_model = (case.logits() / case.sampling.temperature).log_softmax(-1).repeat_interleave(count, 0)
         torch.testing.assert_close(log_probabilities, of_model.gather(1, tokens[:, None])[:, 0])
         assert torch.equal(tokens, results[0].tokens), "every rank of every layout draws the same"
 
