@@ -120,21 +120,24 @@ def evaluator(path: Path, layout: Layout) -> Evaluator:
     return model
 
 
-def write_on_rank(
-    path: Path,
-    layout: Layout,
-    requests: Sequence[Request],
-    max_sequences: int,
-    cache_bytes: int | None = None,
-) -> list[list[Reply]]:
+class Call(NamedTuple):
+    """Of Generator.generate."""
+
+    requests: Sequence[Request]
+    max_sequences: int
+    cache_bytes: int | None = None
+
+
+def write_on_rank(path: Path, layout: Layout, calls: Sequence[Call]) -> list[list[list[Reply]]]:
     model = evaluator(path, layout)
     generator = Generator(model.config.model, model.stages, model.mesh, model.dtype)
+    return [told_as_written(generator, call) for call in calls]
+
+
+def told_as_written(generator: Generator, call: Call) -> list[list[Reply]]:
     told: dict[tuple[int, int], list[int]] = {}
     replies = generator.generate(
-        requests,
-        max_sequences,
-        cache_bytes,
-        lambda request, reply, token: told.setdefault((request, reply), []).append(token),
+        *call, lambda request, reply, token: told.setdefault((request, reply), []).append(token)
     )
     for number, several in enumerate(replies):
         for reply, found in enumerate(several):
@@ -142,13 +145,16 @@ def write_on_rank(
     return replies
 
 
-def write(path: Path, layout: Layout, *arguments: Any) -> list[list[Reply]]:
-    """What every rank knows in the end."""
-    first, *others = pool.run(write_on_rank, layout.world_size, path, layout, *arguments)
-    for other in others:
-        for several, expected in zip(other, first, strict=True):
-            assert several == expected
+def write_all(path: Path, layout: Layout, *calls: Call) -> list[list[list[Reply]]]:
+    """What every rank knows in the end, for each call."""
+    first, *others = pool.run(write_on_rank, layout.world_size, path, layout, calls)
+    assert all(other == first for other in others)
     return first
+
+
+def write(path: Path, layout: Layout, *arguments: Any) -> list[list[Reply]]:
+    (replies,) = write_all(path, layout, Call(*arguments))
+    return replies
 
 
 def ends(tokens: Sequence[int]) -> bool:
@@ -185,9 +191,10 @@ def test_greedy_replies_are_those_of_transformers(name: str, models: dict[str, P
     assert any(len(reply) < NEW_TOKENS for reply in expected), "some end early, and make room"
     requests = [Request(prompt, NEW_TOKENS, ends, Sampling(temperature=0)) for prompt in prompts()]
     for layout in LAYOUTS if name == "llama-2" else LAYOUTS[::3]:
-        for count, max_sequences in ((32, 32), (9, 4), (1, 1)):
-            replies = write(path, layout, requests[:count], max_sequences)
-            assert [reply.tokens for (reply,) in replies] == expected[:count], (layout, max_sequences)
+        calls = [Call(requests, 32), Call(requests[:9], 4), Call(requests[:1], 1)]
+        for call, replies in zip(calls, write_all(path, layout, *calls), strict=True):
+            wanted = expected[: len(call.requests)]
+            assert [reply.tokens for (reply,) in replies] == wanted, (layout, call.max_sequences)
             for (reply,) in replies:
                 assert reply.reason == ("stop" if reply.tokens[-1] in ENDS else "length")
 
@@ -209,7 +216,7 @@ def drawn(count: int = 12, num_replies: int = 1) -> list[Request]:
 
 def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, Path]) -> None:
     path = models["llama-2"]
-    expected = [write(path, Layout(), [request], 1)[0] for request in drawn()]
+    expected = [reply for (reply,) in write_all(path, Layout(), *(Call([request], 1) for request in drawn()))]
     assert len({tuple(reply.tokens) for (reply,) in expected}) == len(expected)
     for layout in LAYOUTS:
         for replies, wanted in zip(write(path, layout, drawn(), 5), expected, strict=True):
@@ -220,7 +227,9 @@ def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, P
 def test_several_replies_to_a_prompt_are_as_if_drawn_apart(models: dict[str, Path]) -> None:
     """They share what the cache holds of the prompt; the first is that of a request for one."""
     path = models["llama-2"]
-    alone = [write(path, Layout(), [request], 1)[0][0] for request in drawn(8)]
+    alone = [
+        reply for ((reply,),) in write_all(path, Layout(), *(Call([request], 1) for request in drawn(8)))
+    ]
     together = write(path, Layout(), drawn(8, num_replies=3), 4)
     for layout in (Layout(tensor=2), Layout(pipeline=2)):
         assert [
