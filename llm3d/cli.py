@@ -375,6 +375,7 @@ def generate(
             help="Write the replies to --prompts here. [default: standard output]", show_default=False
         ),
     ] = None,
+    overwrite: Overwrite = False,
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
@@ -382,7 +383,7 @@ def generate(
     settings = load_for_this_world(config, overrides, kind_of_settings(config, stage))
     from llm3d.stages.generate import Wanted, check, run
 
-    wanted = Wanted(prompt, prompts, chat, raw, output)
+    wanted = Wanted(prompt, prompts, chat, raw, output, overwrite)
     if check_only:
         check(settings, wanted)
     else:

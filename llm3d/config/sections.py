@@ -378,9 +378,9 @@ class GenerateSettings(Section):
     num_replies: Positive = 1
     """To each prompt."""
     max_sequences: Positive = 64
-    """Replies that a data rank works on at a time."""
+    """Replies that a data rank works on at a time; at least all to one prompt."""
     cache_gib: float | None = Field(None, gt=0)
-    """Memory for keys and values on a rank. Null: what max_sequences of the longest take."""
+    """Memory for keys and values on a rank. Null: what max_sequences of the longest take, of a GPU what it has left."""
 
 
 class Config(Section):

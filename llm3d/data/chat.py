@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from llm3d.config import ChatDataConfig
 from llm3d.data.documents import BadRecord
-from llm3d.data.formats import Comparison, Conversation, Item, Kind, Message, Prompt, Reader, reader_for
+from llm3d.data.formats import (
+    PROMPT_FIELDS,
+    Comparison,
+    Conversation,
+    Item,
+    Kind,
+    Message,
+    Prompt,
+    Reader,
+    reader_for,
+)
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
 from llm3d.data.templates import Template, Turns, sides, turns
@@ -67,23 +77,22 @@ def read_samples(
     return SampleSet.of(samples), counts
 
 
-class PromptRecord(NamedTuple):
-    """A prompt, its place, and all columns of its row."""
-
+class PlacedPrompt(NamedTuple):
     where: str
     messages: tuple[Message, ...]
-    row: dict[str, Any]
 
 
-def read_prompts(path: str) -> list[PromptRecord]:
-    """The prompts in a file, the files of a directory or those that fit a pattern, in order; by their columns.
+def read_prompts(path: str, columns: Mapping[str, str]) -> list[PlacedPrompt]:
+    """The prompts in a file, the files of a directory or those that fit a pattern, in order.
 
+    columns: for fields of a prompt, the columns that hold them; those of other fields do not matter.
     Raises InputError for those that cannot be used, and where there are none.
     """
     counts = Counts()
+    mapping = {field: column for field, column in columns.items() if field in PROMPT_FIELDS}
     found = [
-        PromptRecord(record.where, item.messages, record.row)
-        for record, item in _rows(path, "prompt", "auto", {}, counts)
+        PlacedPrompt(record.where, item.messages)
+        for record, item in _rows(path, "prompt", "auto", mapping, counts)
         if isinstance(item, Prompt)
     ]
     if counts.bad:

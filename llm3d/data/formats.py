@@ -8,7 +8,7 @@
     comparison     preference          chosen, rejected; maybe prompt, input, system, history, margin
                    ranked              responses and their ranks or scores; a prompt as for preference
     prompt         prompt              prompt, question or instruction; maybe input, system, history
-                   prompt_messages     messages, of which a reply at the end is left out; maybe system
+                   prompt_messages     messages, or conversations, without a reply at their end; maybe system
 
 A prompt or a reply is a string or a list of messages. history: earlier turns, pairs of [user, assistant].
 """
@@ -300,6 +300,7 @@ _PROMPT: dict[str, tuple[str, ...]] = {
     "input": ("input",),
     **_OPENING,
 }
+PROMPT_FIELDS = frozenset(_PROMPT)
 _FORMS = (
     _Form(
         "alpaca",
@@ -361,7 +362,7 @@ _FORMS = (
         "prompt_messages",
         "prompt",
         _read_prompt_of_turns,
-        needs={"messages": ("messages",)},
+        needs={"messages": ("messages", "conversations", "conversation")},
         allows=_SYSTEM,
     ),
 )
@@ -376,6 +377,8 @@ def _format(columns: Sequence[str], kind: Kind, name: str, mapping: Mapping[str,
                 f"there are: {_listed(columns)}"
             )
     fitting = [form for form in forms if not _missing(form, columns, mapping)]
+    if kind == "prompt":
+        fitting = fitting[-1:]  # messages hold more than the prompt that may stand beside them
     if len(fitting) > 1:
         raise InputError(
             f"the columns {_listed(columns)} fit more than one format: "

@@ -105,6 +105,11 @@ class Tokenizer(ABC):
     def special_tokens(self) -> dict[str, int]:
         """Ids of the tokens that stand for themselves, not for text that was learned, by how they are spelled."""
 
+    @property
+    @abstractmethod
+    def control_ids(self) -> frozenset[int]:
+        """Of the special tokens those that are no text to a reader: ends, roles, padding."""
+
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is spelled so."""
         return self.special_tokens.get(text)
@@ -130,6 +135,12 @@ class Tokenizer(ABC):
     @abstractmethod
     def adds_bos(self) -> bool:
         """Whether transformers puts bos_id before a text that stands alone."""
+
+    def _asked_to_add_bos(self) -> bool | None:
+        """What tokenizer_config.json says; None where it does not."""
+        file = self.directory / "tokenizer_config.json" if self.directory else None
+        asked = read_json(file).get("add_bos_token") if file is not None and file.is_file() else None
+        return None if asked is None else bool(asked)
 
     @abstractmethod
     def token(self, index: int) -> str | None:
@@ -265,11 +276,15 @@ class SentencePieceTokenizer(Tokenizer):
         special = (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
         return {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type in special}
 
-    @property
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        model = self._model
+        return frozenset(i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i))
+
+    @cached_property
     def adds_bos(self) -> bool:
-        config = self.directory / "tokenizer_config.json" if self.directory else None
-        stored = read_json(config) if config is not None and config.is_file() else {}
-        return bool(stored.get("add_bos_token", True))
+        asked = self._asked_to_add_bos()
+        return True if asked is None else asked
 
     def token(self, index: int) -> str:
         return self._model.id_to_piece(index)
@@ -342,7 +357,17 @@ class JsonTokenizer(Tokenizer):
         return {text: i for text, i in ends.items() if text is not None} | added
 
     @cached_property
+    def control_ids(self) -> frozenset[int]:
+        added = self._model.get_added_tokens_decoder().items()
+        ends = (i for i in (self.bos_id, self.eos_id) if i is not None)
+        return frozenset(i for i, token in added if token.special).union(ends)
+
+    @cached_property
     def adds_bos(self) -> bool:
+        asked = self._asked_to_add_bos()
+        return asked if asked is not None else self._bos_is_put_before()
+
+    def _bos_is_put_before(self) -> bool:
         return self._model.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     def token(self, index: int) -> str | None:

@@ -7,6 +7,7 @@ first, and from stage to stage with the activations, so that every rank knows wh
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
 
 _MAX_PREFILL_TOKENS = 8192
+_SHARE_OF_FREE_MEMORY = 0.8  # of a GPU, that the cache may take; activations need some
 
 OnToken = Callable[[int, int, int], None]  # request, reply, token
 
@@ -43,7 +45,10 @@ class Reply(NamedTuple):
 
 
 class Generator:
-    """A model that writes. All ranks of a model's replica hold one and call it with the same requests."""
+    """A model that writes. All ranks of a model's replica hold one and call it with the same requests.
+
+    Under ZeRO stage 3, where a layer is gathered from all data ranks, so do all of those.
+    """
 
     def __init__(
         self, config: ModelConfig, stages: Sequence[LlamaStage], mesh: Mesh, dtype: torch.dtype
@@ -63,12 +68,15 @@ class Generator:
         cache_bytes: int | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Reply]]:
-        """The replies to each request.
+        """The replies to each request. Raises InputError where the cache or the model is not fit for them.
 
         max_sequences: that this replica works on at a time.  cache_bytes: that a rank's keys and values may take;
         None: as many as max_sequences of the longest take.  on_token: told of each token as it is known.
         """
-        limits = self._limits(requests, max_sequences, cache_bytes)
+        self.check(requests, cache_bytes)
+        limits, affordable = self._limits(requests, max_sequences), self._affordable_blocks(cache_bytes)
+        if affordable is not None:
+            limits = replace(limits, num_blocks=min(limits.num_blocks, affordable))
         run = _Run(self, Scheduler(requests, self.num_groups, limits), on_token)
         replies: list[dict[int, Reply]] = [{} for _ in requests]
         for running in run.to_the_end():
@@ -77,7 +85,19 @@ class Generator:
             replies[running.number][running.reply] = reply
         return [[found[i] for i in range(len(found))] for found in replies]
 
-    def _limits(self, requests: Sequence[Request], max_sequences: int, cache_bytes: int | None) -> Limits:
+    def check(self, requests: Sequence[Request], cache_bytes: int | None) -> None:
+        """Raise InputError where one of the requests does not fit the cache. Called by all ranks of a replica."""
+        limits, affordable = self._limits(requests, 1), self._affordable_blocks(cache_bytes)
+        needed = max(map(limits.needed, requests), default=0)
+        if affordable is not None and needed > affordable:
+            raise InputError(
+                f"generate.cache_gib: keys and values of the longest prompt and its replies take {needed} blocks of "
+                f"{BLOCK_SIZE} tokens, and {affordable} have room; raise it, or lower generate.max_new_tokens or "
+                "generate.num_replies"
+            )
+
+    def _limits(self, requests: Sequence[Request], max_sequences: int) -> Limits:
+        """With a cache for as many sequences, the longest ones."""
         most_replies = max((request.num_replies for request in requests), default=1)
         limits = Limits(
             num_blocks=0,
@@ -86,18 +106,17 @@ class Generator:
             max_prefill_tokens=_MAX_PREFILL_TOKENS,
             max_length=self.config.max_position_embeddings,
         )
-        needed = [limits.needed(request) for request in requests]
-        longest = max((limits.blocks(limits.longest(request)) for request in requests), default=0)
-        num_blocks = min(sum(needed), limits.max_sequences * self.num_groups * longest)
-        if cache_bytes is not None:
-            affordable = cache_bytes // self._bytes_a_block()
-            if affordable < max(needed, default=0):
-                raise InputError(
-                    f"the keys and values of the longest prompt and its replies take {max(needed)} blocks of "
-                    f"{self._bytes_a_block() / 2**20:.2f} MiB, more than {cache_bytes / 2**30:.2f} GiB"
-                )
-            num_blocks = min(num_blocks, affordable)
-        return replace(limits, num_blocks=num_blocks)
+        largest = sorted(map(limits.needed, requests), reverse=True)
+        return replace(limits, num_blocks=sum(largest[: limits.max_sequences * self.num_groups]))
+
+    def _affordable_blocks(self, cache_bytes: int | None) -> int | None:
+        """That the least of the replica's ranks has room for; None: no limit is known."""
+        if cache_bytes is None:
+            if self.mesh.device.type != "cuda":
+                return None
+            cache_bytes = int(_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.mesh.device)[0])
+        blocks = torch.tensor(-(cache_bytes // self._bytes_a_block()), device=self.mesh.device)
+        return -int(all_reduce_max(blocks, self.mesh.model))
 
     def _bytes_a_block(self) -> int:
         """On the rank with most layers."""
@@ -135,6 +154,10 @@ class _Run:
 
     def _advance(self, group: int, work: Work) -> list[Running]:
         tokens, log_probabilities = self._what_was_chosen(group, len(work.sequences)).tolist()
+        if not all(map(math.isfinite, log_probabilities)):
+            raise InputError(
+                "the model's logits are not finite: its weights are damaged, or precision.compute is too narrow"
+            )
         chosen = [int(token) for token in tokens]
         if self.on_token:
             for running, token in zip(work.sequences, chosen, strict=True):
@@ -176,9 +199,7 @@ class _Run:
     ) -> Tensor:
         """fp64 [2, sequences]: each one's next token and its log-probability."""
         assert isinstance(head, LanguageModelHead)
-        share = (
-            head.sequence_parallel
-        )  # this rank has only some of the rows, until the head has gathered them
+        share = head.sequence_parallel  # of the rows is here, until the head has gathered them
         samplings = [running.request.sampling for running in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
         seen = [running.seen if penalised else [] for running in sequences]

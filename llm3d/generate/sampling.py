@@ -43,9 +43,8 @@ class Choice(NamedTuple):
     """The same on all ranks of the tensor group."""
 
     tokens: Tensor  # int64 [sequences]
-    log_probabilities: (
-        Tensor  # fp32 [sequences], of the model at the temperature, before anything is left out
-    )
+    # fp32 [sequences], of the model at the temperature, before anything is left out
+    log_probabilities: Tensor
 
 
 class _Settings(NamedTuple):

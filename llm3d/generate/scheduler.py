@@ -99,6 +99,8 @@ class Limits:
 
 
 class Scheduler:
+    """The replies of every group, the prompts that wait, and the blocks of the cache that are free."""
+
     def __init__(self, requests: Sequence[Request], num_groups: int, limits: Limits) -> None:
         self.limits = limits
         self.waiting = deque(enumerate(requests))

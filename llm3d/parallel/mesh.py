@@ -55,7 +55,7 @@ class Mesh:
         self._connect()
 
     def narrowed(self, tensor: int, pipeline: int) -> Mesh:
-        """A mesh of fewer tensor and pipeline ranks, which divide this one's, and more data ranks.
+        """Of a mesh in the world's own order: one of fewer tensor and pipeline ranks, divisors, and more data ranks.
 
         Each rank is where its part of the model lies in the part that it then has: of tensor ranks that share a part,
         neighbours become data ranks. Sheng et al. 2024 (HybridFlow), section 5.3. Called by all ranks.

@@ -13,6 +13,7 @@ from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.generate.text import Replies
 from llm3d.stages.chat_data import ChatData, ChatTokenizer, OpenedChat, open_chat
+from llm3d.stages.tokenizer import end_ids
 from llm3d.train.trainer import Evaluator, next_token
 
 
@@ -30,7 +31,7 @@ def sample_reply(
     prompt = first_prompt(data)
     if not config.sft.sample_tokens or not len(prompt):
         return ()
-    replies = Replies(tokenizer.tokenizer, [tokenizer.template.end_id])
+    replies = Replies(tokenizer.tokenizer, end_ids(config, tokenizer.tokenizer, tokenizer.template))
     request = Request(prompt, config.sft.sample_tokens, replies.ends, Sampling(temperature=0))
     writer = Generator(config.model, model.stages, model.mesh, model.dtype)
     ((reply,),) = writer.generate([request], max_sequences=1)

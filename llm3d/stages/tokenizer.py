@@ -1,4 +1,4 @@
-"""The tokenizer that a run's settings name."""
+"""The tokenizer that a run's settings name, and its tokens that end a reply."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from typing import TypeVar
 
 from llm3d.config import ChatDataConfig, Config, with_vocab_size
 from llm3d.config.presets import hugging_face_directory
+from llm3d.data.templates import Template
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 
 C = TypeVar("C", bound=Config)
+
+
+def end_ids(config: Config, tokenizer: Tokenizer, template: Template | None) -> set[int]:
+    """Tokens that end a reply: the model's, the tokenizer's, and the template's."""
+    of_model = config.model.eos_token_id
+    several = of_model if isinstance(of_model, tuple) else (of_model,)
+    known = (*several, tokenizer.eos_id, template.end_id if template else None)
+    return {token for token in known if token is not None}
 
 
 def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:

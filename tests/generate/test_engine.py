@@ -274,7 +274,9 @@ def test_a_small_cache_gives_the_same_in_more_turns(models: dict[str, Path]) -> 
     most = max(-(-(len(request.prompt) + request.max_new_tokens) // BLOCK_SIZE) for request in drawn())
     small = write(path, Layout(), drawn(), 12, most * block)
     assert [reply.tokens for (reply,) in small] == [reply.tokens for (reply,) in expected]
-    with pytest.raises(pool.WorkerFailed, match=f"take {most} blocks"):
+    with pytest.raises(
+        pool.WorkerFailed, match=f"take {most} blocks of {BLOCK_SIZE} tokens, and {most - 1} have room"
+    ):
         write(path, Layout(), drawn(), 12, most * block - 1)
 
 

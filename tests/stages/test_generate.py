@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from typer.testing import CliRunner
 
 from llm3d.cli import app
 from llm3d.config import STAGES, make_config
-from llm3d.data.tokenizer import load_tokenizer
+from llm3d.data.formats import Message
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.generate import Wanted, Writer, Written, check
+from llm3d.stages.generate import Language, Wanted, Writer, Written, check
 from tests import pool
 from tests.stages.common import Ended, Settings
-from tests.stages.post_training import settings, write_model, write_rows
+from tests.stages.post_training import SHAPE, settings, write_model, write_rows
 from tests.stages.test_bad_input import snapshot
 
 NEW_TOKENS = 12
@@ -67,9 +68,7 @@ def by_transformers(model: Path, messages: list[dict[str, str]] | str) -> tuple[
         pad_token_id=0,
     )
     tokens = out[0, ids.shape[1] :].tolist()
-    ours = load_tokenizer(model)
-    special = set(ours.special_tokens.values())
-    text = ours.decode_next([token for token in tokens if token not in special])
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
     return text, "stop" if tokens[-1] in ends else "length"
 
 
@@ -151,10 +150,9 @@ def test_several_replies_are_told_apart(given: Settings, tmp_path: Path) -> None
 
 def write_on_rank(given: Settings, wanted: Wanted) -> list[Written]:
     config = make_config(given, dist.get_world_size(), STAGES["sft"])
-    writer, prompts, _ = check(config, wanted)
-    assert isinstance(writer, Writer)
-    writer.load(Mesh(config.parallel.tensor, config.parallel.pipeline))
-    return writer.write(prompts)
+    opened = check(config, wanted)
+    writer = Writer(opened.language, Mesh(config.parallel.tensor, config.parallel.pipeline))
+    return writer.write(opened.prompts)
 
 
 def test_every_layout_writes_the_same(given: Settings, tmp_path: Path) -> None:
@@ -201,7 +199,12 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no weights": (("--prompt", "x", "model.path=nowhere"), "model.path"),
     "no chat template": (("--chat", "--raw"), "--chat needs a chat template"),
     "a cold top_p": (("--prompt", "x", "generate.top_p=0"), "generate.top_p: "),
-    "a small cache": (("--prompt", "x", "generate.cache_gib=1e-6"), "MiB, more than 0.00 GiB"),
+    "a small cache": (
+        ("--prompt", "x", "generate.cache_gib=1e-6"),
+        "generate.cache_gib: keys and values",
+    ),
+    "no UTF-8": (("--prompt", "\udcff"), "not valid UTF-8"),
+    "there already": (("--prompts", "{dir}/good.jsonl", "--output", "{dir}/good.jsonl"), "allow --overwrite"),
     "misspelled": (("--prompt", "x", "generate.topp=1"), "generate.topp: unknown setting"),
 }
 
@@ -232,3 +235,55 @@ def test_a_reward_model_writes_nothing(given: Settings, tmp_path: Path) -> None:
     reward = {name: section for name, section in given.items() if name != "sft"} | {"reward": {}}
     ended = generate(reward, tmp_path, "--prompt", "x")
     assert ended.code == 2 and "scores replies and writes none" in ended.stderr
+
+
+def test_a_conversation_goes_on_after_what_cannot_be_read(
+    given: Settings, model: Path, tmp_path: Path
+) -> None:
+    ended = generate(given, tmp_path, "--chat", typed=f"{'x' * 500}\n{QUESTIONS[0]}\n")
+    assert (ended.code, ended.stdout) == (0, by_transformers(model, user(QUESTIONS[0]))[0] + "\n")
+    assert "leaves no room for a reply; this was not read" in ended.stderr
+
+
+def test_what_was_written_before_a_failure_is_kept(
+    given: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies are in a file of their own until all are there."""
+    given["generate"]["max_sequences"] = 1
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one"}] * 20)
+    calls, write = [], Writer.write
+
+    def interrupted(*arguments: Any) -> list[Written]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    with suppress(KeyboardInterrupt):
+        generate(given, tmp_path, "--prompts", prompts, "--output", str(tmp_path / "out"))
+    assert len(calls) == 2
+    assert not (tmp_path / "out").exists()
+    assert len((tmp_path / ".out.partial").read_text().splitlines()) == 16
+
+
+def test_an_output_is_replaced_only_where_that_is_asked_for(given: Settings, tmp_path: Path) -> None:
+    prompts, output = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one"}]), tmp_path / "out"
+    output.write_text("before")
+    words = ("--prompts", prompts, "--output", str(output))
+    assert generate(given, tmp_path, *words).code == 2 and output.read_text() == "before"
+    assert generate(given, tmp_path, *words, "--overwrite").code == 0
+    assert json.loads(output.read_text())["prompt"] == "one"
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_model_pretrained_here_starts_where_its_documents_did(given: Settings, model: Path) -> None:
+    """No document of its corpus had a token for its beginning, though the tokenizer names one."""
+    pretraining = {name: section for name, section in given.items() if name != "sft"}
+    pretraining["data"] = {"train": ["unused"], "sequence_length": 8, "tokenizer": str(model)}
+    told = [
+        Language(make_config(pretraining | {"model": shape}, 1, STAGES["pretrain"]), raw=False)
+        for shape in ({"path": str(model)}, SHAPE)
+    ]
+    given_weights, own_weights = (language.tokens([Message("user", "one")]) for language in told)
+    assert given_weights == [told[0].tokenizer.bos_id, *own_weights]

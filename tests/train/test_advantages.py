@@ -89,6 +89,9 @@ def test_estimates_of_kl_are_right_on_average(kind: KLEstimator) -> None:
     if tolerance is not None:
         assert average.item() == pytest.approx(kl.item(), rel=tolerance)
     assert not kl_estimate(log_p, log_p, kind).any()
+    torch.testing.assert_close(
+        kl_estimate(log_p, log_reference, "abs"), kl_estimate(log_p, log_reference, "k1").abs()
+    )
     if kind != "k1":
         assert (kl_estimate(log_p, log_reference, kind) >= 0).all()
 
