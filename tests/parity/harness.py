@@ -155,6 +155,7 @@ def sections(layout: Layout) -> dict[str, Any]:
         "train": {"steps": 5},
         "checkpoint": {},
         "log": {},
+        "generate": {},
     }
 
 
