@@ -82,7 +82,8 @@ class Evaluator:
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """What to write first weights into; then call `publish`."""
-        return self.flat.weights()
+        self.flat.settle()  # a gather under way would write this rank's share again, as it was
+        yield from self.flat.weights()
 
     def publish(self) -> None:
         """Take over what was written into `weights`."""
@@ -166,6 +167,7 @@ class Trainer(Evaluator):
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """Of what is trained, the master weights."""
+        self.flat.settle()
         yield from self.flat.pieces(self.optimizer.master)
         for unit in self.flat.frozen:
             yield from unit.pieces(unit.parameters)
