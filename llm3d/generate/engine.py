@@ -178,7 +178,8 @@ class _Run:
         multiple_of = self.generator.stages[0].tokens_a_row
         inputs = inputs_of(work, multiple_of).to(self.mesh.device)
         cos, sin = (table[inputs.positions] for table in self.tables)
-        context = Context(cos, sin, inputs.starts, self.cache.attention(inputs))
+        one_stretch = torch.tensor([0, len(cos)], dtype=torch.int32).to(cos.device, non_blocking=True)
+        context = Context(cos, sin, one_stretch, self.cache.attention(inputs))
         for stage in self.generator.stages:
             if stage.embedding is not None:
                 hidden = stage.embedding(inputs.tokens)

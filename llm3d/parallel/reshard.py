@@ -102,10 +102,6 @@ class HandOver:
         between = in_buckets((t for t in transfers if t.source != t.target), max(1, bucket_bytes // 4))
         self.buckets = [[t for t in bucket if self.rank in (t.source, t.target)] for bucket in between]
 
-    @property
-    def received_elements(self) -> int:
-        return sum(t.box.numel for bucket in self.buckets for t in bucket if t.target == self.rank)
-
     @torch.no_grad()
     def run(self, source: Views, target: Views) -> Moved:
         """Write what `source` has into `target`, of one dtype; their boxes are those that this was planned for."""
@@ -113,26 +109,45 @@ class HandOver:
         having, wanting = _Places(source), _Places(target)
         for box in self.copied:
             wanting.part(box).copy_(having.part(box))
-        sent = sum(self._exchange(bucket, having, wanting) for bucket in self.buckets)
-        received = self.received_elements * wanting.itemsize
-        return Moved(received, sent * wanting.itemsize, time.perf_counter() - started)
+        outgoing, incoming = self._by_rank("source", "target"), self._by_rank("target", "source")
+        packed, arrived = having.empty(_largest(outgoing)), wanting.empty(_largest(incoming))
+        for leaving, coming in zip(outgoing, incoming, strict=True):
+            for box, part in _parts(packed, leaving):
+                part.copy_(having.part(box))
+            sizes_out, sizes_in = ([_numel(boxes) for boxes in side] for side in (leaving, coming))
+            ends = arrived[: sum(sizes_in)], packed[: sum(sizes_out)]
+            dist.all_to_all_single(*ends, sizes_in, sizes_out, group=self.group)
+            for box, part in _parts(arrived, coming):
+                wanting.part(box).copy_(part)
+        moved = [sum(_numel(boxes) for bucket in side for boxes in bucket) for side in (incoming, outgoing)]
+        received, sent = (count * packed.itemsize for count in moved)
+        return Moved(received, sent, time.perf_counter() - started)
 
-    def _exchange(self, bucket: Sequence[Transfer], having: _Places, wanting: _Places) -> int:
-        """Send and receive a bucket's parts; -> how many elements were sent."""
-        ranks = range(self.group.size())
-        outgoing = [[t.box for t in bucket if t.source == self.rank and t.target == rank] for rank in ranks]
-        incoming = [[t.box for t in bucket if t.target == self.rank and t.source == rank] for rank in ranks]
-        parts = [having.part(box).reshape(-1) for boxes in outgoing for box in boxes]
-        packed = torch.cat(parts) if parts else having.empty(0)
-        sizes_in, sizes_out = (
-            [sum(box.numel for box in boxes) for boxes in side] for side in (incoming, outgoing)
-        )
-        arrived = having.empty(sum(sizes_in))
-        dist.all_to_all_single(arrived, packed, sizes_in, sizes_out, group=self.group)
-        boxes = [box for some in incoming for box in some]
-        for box, part in zip(boxes, arrived.split([box.numel for box in boxes]), strict=True):
-            wanting.part(box).copy_(part.view(box.size))
-        return len(packed)
+    def _by_rank(self, mine: str, other: str) -> list[list[list[Box]]]:
+        """Of each bucket, for each other end: the boxes of which this rank is the `mine` end, source or target."""
+        return [
+            [
+                [t.box for t in bucket if getattr(t, mine) == self.rank and getattr(t, other) == rank]
+                for rank in range(self.group.size())
+            ]
+            for bucket in self.buckets
+        ]
+
+
+def _numel(boxes: Iterable[Box]) -> int:
+    return sum(box.numel for box in boxes)
+
+
+def _largest(buckets: list[list[list[Box]]]) -> int:
+    return max((sum(map(_numel, bucket)) for bucket in buckets), default=0)
+
+
+def _parts(buffer: Tensor, bucket: list[list[Box]]) -> Iterable[tuple[Box, Tensor]]:
+    """Where a bucket's boxes lie in the buffer, one after the other."""
+    boxes = [box for some in bucket for box in some]
+    sizes = [box.numel for box in boxes]
+    for box, part in zip(boxes, buffer[: sum(sizes)].split(sizes), strict=True):
+        yield box, part.view(box.size)
 
 
 class _Places:
@@ -143,10 +158,6 @@ class _Places:
         for piece, view in views:
             self.by_name.setdefault(piece.box.name, []).append((piece.box, view))
             self.example = view
-
-    @property
-    def itemsize(self) -> int:
-        return self.example.itemsize
 
     def part(self, box: Box) -> Tensor:
         """The view of a box that lies in one of the pieces."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from llm3d.config import Config, PretrainConfig
@@ -14,8 +13,7 @@ from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, who
 from llm3d.stages.by_settings import objective_of, open_chat_stage
 from llm3d.stages.language_data import ValidationData
 from llm3d.stages.tokenizer import open_tokenizer
-from llm3d.stages.training import checkpoint_to_resume, load_first_weights
-from llm3d.train.checkpoint import load_weights
+from llm3d.stages.training import latest_model
 from llm3d.train.loop import EvaluationData, evaluate
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.trainer import Evaluator
@@ -61,29 +59,3 @@ def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
     """Where the weights came from, and their numbers; the same on every rank."""
     model, source = latest_model(opened.config, mesh, opened.objective, opened.prepare)
     return source, evaluate(model, opened.data)
-
-
-def latest_model(
-    config: Config,
-    mesh: Mesh,
-    objective: Objective,
-    prepare: Callable[[Evaluator], None] = lambda model: None,
-) -> tuple[Evaluator, str]:
-    """A run's model with the weights of its latest checkpoint, else those it starts from; and where they came from.
-
-    prepare: called before they are loaded.
-    """
-    checkpoint = checkpoint_to_resume(config, Path(config.run.dir), mesh)
-    if checkpoint is None and config.model.path is None:
-        raise InputError(
-            f"run.dir: {config.run.dir} has no checkpoint; train first, or name one with "
-            "checkpoint.resume=PATH or model.path=PATH"
-        )
-    if checkpoint is not None and config.lora.rank:
-        config = config.model_copy(update={"lora": config.lora.model_copy(update={"path": str(checkpoint)})})
-    model = Evaluator(config, mesh, objective)
-    prepare(model)
-    if checkpoint is None or config.lora.rank:
-        return model, load_first_weights(model)
-    load_weights(checkpoint, model)
-    return model, str(checkpoint)

@@ -28,8 +28,8 @@ from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
-from llm3d.stages.evaluate import latest_model
 from llm3d.stages.tokenizer import end_ids, open_tokenizer
+from llm3d.stages.training import latest_model
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
 
@@ -54,7 +54,7 @@ class Wanted:
     overwrite: bool = False
 
 
-class Language:
+class PromptEncoder:
     """What a run's settings name, opened: its tokenizer and its template, which make tokens of prompts."""
 
     def __init__(self, config: Config, raw: bool) -> None:
@@ -137,8 +137,8 @@ class Writer:
     source: where the weights came from.
     """
 
-    def __init__(self, language: Language, mesh: Mesh) -> None:
-        self.language, self.config, self.mesh = language, language.config, mesh
+    def __init__(self, encoder: PromptEncoder, mesh: Mesh) -> None:
+        self.encoder, self.config, self.mesh = encoder, encoder.config, mesh
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "the tokenizer has told it"
         model, self.source = latest_model(self.config, mesh, NextToken(vocab_size))
@@ -155,7 +155,7 @@ class Writer:
         first: the number of the first prompt.  told: of the tokens so far, on the ranks that write, for one prompt.
         """
         mesh, asked = self.mesh, self.config.generate
-        requests = [self.language.request(tokens, first + i) for i, tokens in enumerate(prompts)]
+        requests = [self.encoder.request(tokens, first + i) for i, tokens in enumerate(prompts)]
         cache_bytes = None if asked.cache_gib is None else int(asked.cache_gib * 2**30)
         self.generator.check(requests, cache_bytes)  # the same on every rank
         mine = range(mesh.data_rank, len(prompts), mesh.data_size)
@@ -177,7 +177,7 @@ class Writer:
         return sorted((Written(*w) for part in everyones for w in json.loads(part)), key=lambda w: w.prompt)
 
     def _written(self, prompt: int, reply: Reply) -> Written:
-        text = self.language.replies.text(reply.tokens)
+        text = self.encoder.replies.text(reply.tokens)
         return Written(prompt, text, reply.reason, len(reply.tokens), sum(reply.log_probabilities))
 
 
@@ -187,7 +187,7 @@ class Writer:
 class Opened(NamedTuple):
     """prompts, shown: of each its tokens, and how it appears beside its replies; none for a conversation."""
 
-    language: Language
+    encoder: PromptEncoder
     prompts: list[list[int]]
     shown: list[Any]
 
@@ -198,19 +198,19 @@ def check(config: Config, wanted: Wanted) -> Opened:
         raise InputError("give one of --prompt, --prompts and --chat")
     if wanted.output is not None:
         _check_output(wanted)
-    language = Language(config, wanted.raw)
-    if wanted.chat and language.template is None:
+    encoder = PromptEncoder(config, wanted.raw)
+    if wanted.chat and encoder.template is None:
         raise InputError(
             "--chat needs a chat template, which settings of sft or dpo name; --prompt continues a text"
         )
     if wanted.prompt is not None:
-        return Opened(language, [language.tokens([Message("user", wanted.prompt)])], [wanted.prompt])
+        return Opened(encoder, [encoder.tokens([Message("user", wanted.prompt)])], [wanted.prompt])
     if wanted.prompts is None:
-        return Opened(language, [], [])
+        return Opened(encoder, [], [])
     columns = config.data.columns if isinstance(config.data, ChatDataConfig) else {}
     found = read_prompts(wanted.prompts, columns)
     return Opened(
-        language, [language.tokens_of(prompt) for prompt in found], [_shown(p.messages) for p in found]
+        encoder, [encoder.tokens_of(prompt) for prompt in found], [_shown(p.messages) for p in found]
     )
 
 
@@ -237,7 +237,7 @@ def run(config: Config, wanted: Wanted) -> None:
             keep_freed_memory()
         with input_errors_on_all(whole_world()):
             opened = check(config, wanted)
-        writer = Writer(opened.language, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
+        writer = Writer(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
         if writer.mesh.rank == 0:
             print(writer.source, file=sys.stderr)
         if wanted.chat:
@@ -260,7 +260,7 @@ def reply_to_one(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
 
 def show_as_written(writer: Writer, prompts: Sequence[Sequence[int]], number: int = 0) -> str:
     """The reply, on every rank; rank 0 has shown it."""
-    shown, speaks = Shown(writer.language.replies), writer.mesh.rank == 0
+    shown, speaks = Shown(writer.encoder.replies), writer.mesh.rank == 0
 
     def told(tokens: Sequence[int]) -> None:
         if speaks:
@@ -336,7 +336,7 @@ def converse(writer: Writer) -> None:
             return
         messages.append(Message("user", said))
         try:
-            tokens = writer.language.tokens(messages)
+            tokens = writer.encoder.tokens(messages)
         except InputError as error:  # the same on every rank
             messages.pop()
             if writer.mesh.rank == 0:

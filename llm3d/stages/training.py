@@ -20,6 +20,7 @@ from llm3d.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_pretrained,
+    load_weights,
     save_checkpoint,
     step_of_checkpoint,
 )
@@ -135,6 +136,32 @@ def load_first_weights(model: Evaluator) -> str:
         return f"random weights, seed {config.run.seed}"
     load_pretrained(Path(config.model.path), model)
     return config.model.path + (f" and {config.lora.path}" if config.lora.path else "")
+
+
+def latest_model(
+    config: Config,
+    mesh: Mesh,
+    objective: Objective,
+    prepare: Callable[[Evaluator], None] = lambda model: None,
+) -> tuple[Evaluator, str]:
+    """A run's model with the weights of its latest checkpoint, else those it starts from; and where they came from.
+
+    prepare: called before they are loaded.
+    """
+    checkpoint = checkpoint_to_resume(config, Path(config.run.dir), mesh)
+    if checkpoint is None and config.model.path is None:
+        raise InputError(
+            f"run.dir: {config.run.dir} has no checkpoint; train first, or name one with "
+            "checkpoint.resume=PATH or model.path=PATH"
+        )
+    if checkpoint is not None and config.lora.rank:
+        config = config.model_copy(update={"lora": config.lora.model_copy(update={"path": str(checkpoint)})})
+    model = Evaluator(config, mesh, objective)
+    prepare(model)
+    if checkpoint is None or config.lora.rank:
+        return model, load_first_weights(model)
+    load_weights(checkpoint, model)
+    return model, str(checkpoint)
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path, mesh: Mesh) -> Path | None:

@@ -44,14 +44,13 @@ class Evaluator:
     completed: adds to microbatches what only another model can tell, before they are trained or evaluated on.
     """
 
-    completed: Callable[[Sequence[Batch]], Sequence[Batch]] = staticmethod(lambda microbatches: microbatches)
-
     def __init__(
         self, config: Config, mesh: Mesh, objective: Objective | None = None, trainable: bool = False
     ) -> None:
         """objective: None, with pretraining's settings, is theirs."""
         self.config, self.mesh = config, mesh
         self.objective = objective or next_token(config)
+        self.completed: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda microbatches: microbatches
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
         self.stages = build_stages(
@@ -82,8 +81,7 @@ class Evaluator:
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """What to write first weights into; then call `publish`."""
-        self.flat.settle()  # a gather under way would write this rank's share again, as it was
-        yield from self.flat.weights()
+        return self.flat.weights(self.flat.parameters)
 
     def publish(self) -> None:
         """Take over what was written into `weights`."""
@@ -167,10 +165,7 @@ class Trainer(Evaluator):
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """Of what is trained, the master weights."""
-        self.flat.settle()
-        yield from self.flat.pieces(self.optimizer.master)
-        for unit in self.flat.frozen:
-            yield from unit.pieces(unit.parameters)
+        return self.flat.weights(self.optimizer.master)
 
     def publish(self) -> None:
         super().publish()

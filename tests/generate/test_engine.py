@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from llm3d.config import STAGES, make_config
 from llm3d.data.pretraining import Sample, collate
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import Generator, Reply
@@ -21,6 +20,7 @@ from llm3d.stages.training import load_first_weights
 from llm3d.train.objective import NextToken
 from llm3d.train.trainer import Evaluator
 from tests import pool
+from tests.models.layouts import Layout, config_for
 
 NEW_TOKENS = 14
 ENDS = list(range(0, 131, 9))  # tokens that end a reply, of which any model says some
@@ -51,19 +51,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 149,
     },
 }
-
-
-class Layout(NamedTuple):
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
-    chunks: int = 1
-    data: int = 1
-    zero: int = 0
-
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
 
 
 LAYOUTS = [
@@ -101,21 +88,7 @@ def prompts(count: int = 32) -> list[list[int]]:
 
 
 def evaluator(path: Path, layout: Layout) -> Evaluator:
-    names = ("tensor", "pipeline", "sequence", "chunks")
-    parallel: dict[str, Any] = {name: getattr(layout, name) for name in names}
-    parallel["schedule"] = "interleaved" if layout.chunks > 1 else "1f1b"
-    given = {
-        "run": {"dir": "unused"},
-        "model": {"path": str(path)},
-        "parallel": parallel,
-        "zero": {"stage": layout.zero},
-        "data": {"train": ["unused"], "sequence_length": 64},
-        "batch": {"global": 4},
-        "optim": {"lr": 1e-3},
-        "train": {"steps": 1},
-    }
-    config = make_config(given, layout.world_size, STAGES["pretrain"])
-    model = Evaluator(config, Mesh(layout.tensor, layout.pipeline))
+    model = Evaluator(config_for(path, layout), Mesh(layout.tensor, layout.pipeline))
     load_first_weights(model)
     return model
 

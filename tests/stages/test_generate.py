@@ -17,7 +17,7 @@ from llm3d.cli import app
 from llm3d.config import STAGES, make_config
 from llm3d.data.formats import Message
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.generate import Language, Wanted, Writer, Written, check
+from llm3d.stages.generate import PromptEncoder, Wanted, Writer, Written, check
 from tests import pool
 from tests.stages.common import Ended, Settings
 from tests.stages.post_training import SHAPE, settings, write_model, write_rows
@@ -151,7 +151,7 @@ def test_several_replies_are_told_apart(given: Settings, tmp_path: Path) -> None
 def write_on_rank(given: Settings, wanted: Wanted) -> list[Written]:
     config = make_config(given, dist.get_world_size(), STAGES["sft"])
     opened = check(config, wanted)
-    writer = Writer(opened.language, Mesh(config.parallel.tensor, config.parallel.pipeline))
+    writer = Writer(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline))
     return writer.write(opened.prompts)
 
 
@@ -282,8 +282,8 @@ def test_a_model_pretrained_here_starts_where_its_documents_did(given: Settings,
     pretraining = {name: section for name, section in given.items() if name != "sft"}
     pretraining["data"] = {"train": ["unused"], "sequence_length": 8, "tokenizer": str(model)}
     told = [
-        Language(make_config(pretraining | {"model": shape}, 1, STAGES["pretrain"]), raw=False)
+        PromptEncoder(make_config(pretraining | {"model": shape}, 1, STAGES["pretrain"]), raw=False)
         for shape in ({"path": str(model)}, SHAPE)
     ]
-    given_weights, own_weights = (language.tokens([Message("user", "one")]) for language in told)
+    given_weights, own_weights = (encoder.tokens([Message("user", "one")]) for encoder in told)
     assert given_weights == [told[0].tokenizer.bos_id, *own_weights]

@@ -244,9 +244,15 @@ class FlatParameters:
         for unit, shard in zip(self.units, shards, strict=True):
             yield from unit.pieces(shard)
 
-    def weights(self) -> Iterator[tuple[Piece, Tensor]]:
-        """All that this rank's parameters hold, frozen ones included."""
-        for unit in (*self.units, *self.frozen):
+    def weights(self, trained: Sequence[Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+        """What new weights are written into, frozen ones included.
+
+        trained: of the units, tensors laid out like `parameters`. Nothing is on its way meanwhile: a gather that
+        ended later would put this rank's share back as it was when it started.
+        """
+        self.settle()
+        yield from self.pieces(trained)
+        for unit in self.frozen:
             yield from unit.pieces(unit.parameters)
 
     def held(self) -> Iterator[tuple[Piece, Tensor]]:

@@ -13,6 +13,7 @@ from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
 from llm3d.parallel.layers import ColumnParallelLinear, add_to_main_grad
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.parallel.zero.unit import FlatUnit
 from tests import pool
 from tests.parallel.zero.traffic import counted_traffic
 from tests.pool import spawn
@@ -223,6 +224,35 @@ def when_accumulated(weight: ShardedParameter, look: Callable[[], None]) -> None
         told()
 
     weight.on_accumulated = look_and_tell
+
+
+class EndsLate:
+    """A gather that writes its result when it is waited for: this rank's share as it was at the start."""
+
+    def __init__(self, unit: FlatUnit) -> None:
+        assert unit.gathering is not None
+        self.work, self.share, self.at_start = unit.gathering, unit.parameters, unit.parameters.clone()
+
+    def wait(self) -> None:
+        self.work.wait()
+        self.share.copy_(self.at_start)
+
+
+@spawn(world_size=2)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_are_written_when_nothing_is_on_its_way(mesh: Mesh, stage: int) -> None:
+    """A gather of earlier ones, still under way, does not put them back."""
+    _, flat = chain(mesh, 3, stage=stage)
+    for unit in flat.units:
+        flat.publish(unit)
+        unit.gathering = EndsLate(unit)  # type: ignore[assignment]
+    for _, view in flat.weights(flat.parameters):
+        view.fill_(3.0)
+    for unit in flat.units:
+        flat.publish(unit)
+    flat.settle()
+    for unit in flat.units:
+        assert (unit.whole[: unit.num_elements] == 3.0).all()
 
 
 @spawn(world_size=4)
