@@ -20,6 +20,8 @@ from pathlib import Path
 
 HELD_OUT = 300
 PLANTED = 2400  # conversations that become planted preferences
+REWARD_STEPS = 60
+DPO = {"preferences": (60, 5e-5), "keyword": (60, 5e-5), "longer": (80, 1e-4)}  # steps and learning rate
 COMMON = "precision.compute=bf16 batch.global=32 data.sequence_length=512 optim.warmup_steps=5 log.every=5"
 Row = dict[str, str]
 
@@ -33,7 +35,6 @@ def main() -> None:
     parser.add_argument("--preferences", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--tuning-steps", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=40, help="of each reward model and each DPO")
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
@@ -50,9 +51,11 @@ def main() -> None:
     tuned = sorted((output / "sft").glob("checkpoints/step-*"))[-1]
     for name, some in pairs.items():
         write(output / name, some)
-        data = settings(output, name, str(tuned), arguments.steps)
+        data = settings(output, name, str(tuned), REWARD_STEPS)
         llm3d(f"reward configs/stages/reward.yaml {data} run.dir={output}/{name}-reward optim.lr=1e-4")
-        llm3d(f"dpo configs/stages/dpo.yaml {data} run.dir={output}/{name}-dpo optim.lr=5e-5")
+        steps, rate = DPO[name]
+        data = settings(output, name, str(tuned), steps)
+        llm3d(f"dpo configs/stages/dpo.yaml {data} run.dir={output}/{name}-dpo optim.lr={rate}")
     draw(output, list(pairs))
 
 
@@ -96,7 +99,7 @@ def write(path: Path, some: list[Row]) -> None:
 def settings(output: Path, name: str, model: str, steps: int) -> str:
     return (
         f"model.path={model} data.train={output}/{name}.jsonl data.valid={output}/{name}-held-out.jsonl {COMMON} "
-        f"train.steps={steps} train.eval_every={max(1, steps // 6)}"
+        f"train.steps={steps} train.eval_every={10 if steps < 100 else steps // 6}"
     )
 
 
@@ -126,7 +129,7 @@ def draw(output: Path, names: list[str]) -> None:
         ):
             right.plot(*curve(output / f"{name}-{stage}", metric), f"o{line}", label=f"{name}, {stage}")
     right.set(xlabel="step", ylabel="accuracy", title="Preferences, held-out prompts", ylim=(0.4, 1.02))
-    right.legend()
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.62))
     figure.savefig(output / "learning.png", dpi=110)
 
 
