@@ -115,6 +115,7 @@ class Stage(str, Enum):
     sft = "sft"
     reward = "reward"
     dpo = "dpo"
+    ppo = "ppo"
 
 
 StageOption = Annotated[
@@ -325,6 +326,13 @@ def reward(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnl
 def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Direct preference optimisation on comparisons of replies."""
     train("dpo", config, overrides, check_only)
+
+
+@app.command()
+@ends_as_promised
+def ppo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
+    """Reinforcement learning from a reward model or a function: PPO, GRPO or RLOO."""
+    train("ppo", config, overrides, check_only)
 
 
 def train(stage: str, config: Path, overrides: list[str] | None, check_only: bool) -> None:

@@ -31,9 +31,12 @@ from llm3d.config.sections import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PPOConfig,
+    PPOSettings,
     PretrainConfig,
     RewardConfig,
     RewardSettings,
+    RewardSource,
     SFTConfig,
     ZeroConfig,
     whole,
@@ -56,17 +59,22 @@ __all__ = [
     "LossScaleConfig",
     "ModelConfig",
     "OptimConfig",
+    "PPOConfig",
+    "PPOSettings",
     "ParallelConfig",
     "PretrainConfig",
     "RewardConfig",
     "RewardSettings",
+    "RewardSource",
     "SFTConfig",
     "ZeroConfig",
+    "check_layout",
     "config_to_yaml",
     "json_schema",
     "kind_of",
     "load_config",
     "make_config",
+    "model_at",
     "with_steps",
     "with_vocab_size",
 ]
@@ -111,6 +119,11 @@ def make_config(
     config = validate(kind, filled)
     check_layout(config, world_size)
     return config
+
+
+def model_at(path: str) -> ModelConfig:
+    """The model in a Hugging Face directory or a checkpoint. Raises InputError."""
+    return validate(ModelConfig, _from_directory(path, {}) | {"path": path}, ("model",))
 
 
 def kind_of(path: str | Path) -> type[Config]:

@@ -13,6 +13,7 @@ from llm3d.config.sections import (
     EpochsConfig,
     LoRASettings,
     LossScaleConfig,
+    PPOConfig,
     RewardConfig,
 )
 from llm3d.errors import InputError
@@ -134,6 +135,55 @@ def _stage_settings_problems(config: Config) -> Iterator[str]:
             yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
     if isinstance(config.data, ChatDataConfig) and config.model.path is None:
         yield "model.path: missing; name the model to start from"
+    if isinstance(config, PPOConfig):
+        yield from _ppo_problems(config)
+
+
+def _ppo_problems(config: PPOConfig) -> Iterator[str]:
+    ppo, writes, parallel = config.ppo, config.generate, config.parallel
+    for i, source in enumerate(ppo.rewards):
+        if (source.model is None) == (source.function is None):
+            yield f"ppo.rewards[{i}]: give one of model and function"
+        elif source.centered_on is not None and source.model is None:
+            yield f"ppo.rewards[{i}].centered_on: is for a model's scores, not a function's"
+    if ppo.advantages == "gae":
+        if ppo.whiten_rewards and ppo.kl_in_loss:
+            yield "ppo.whiten_rewards: with ppo.kl_in_loss, rewards are scores alone; leave it out"
+    else:
+        if writes.num_replies < 2:
+            yield (
+                f"generate.num_replies: {writes.num_replies} leaves ppo.advantages {ppo.advantages} no other reply to "
+                "compare with; the least is 2"
+            )
+        for name in ("critic", "critic_lr"):
+            if getattr(ppo, name) is not None:
+                yield f"ppo.{name}: ppo.advantages {ppo.advantages} has no critic; leave it out"
+        if ppo.whiten_rewards:
+            yield f"ppo.whiten_rewards: ppo.advantages {ppo.advantages} has no rewards of tokens; leave it out"
+    if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
+        yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
+    if ppo.missing_end_score is not None and ppo.missing_end_penalty:
+        yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
+    if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):
+        yield "ppo.ptx_coefficient: it and ppo.ptx_data need each other"
+    replies = config.batch.global_size * writes.num_replies
+    if ppo.minibatches > replies:
+        yield f"ppo.minibatches: {ppo.minibatches} are more than a step's {replies} replies"
+    if not writes.temperature:
+        yield "generate.temperature: 0 draws nothing; the policy learns from what it tries"
+    if writes.repetition_penalty != 1:
+        yield "generate.repetition_penalty: replies would not be drawn as the policy would; leave it out"
+    if writes.max_new_tokens >= config.data.sequence_length:
+        yield (
+            f"generate.max_new_tokens: {writes.max_new_tokens} leaves no room for a prompt within data.sequence_length "
+            f"{config.data.sequence_length}"
+        )
+    if config.data.truncation == "right":
+        yield "data.truncation: right would cut off what a prompt asks for; drop or left"
+    for name in ("tensor", "pipeline"):
+        asked, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
+        if asked is not None and there % asked:
+            yield f"ppo.rollout_{name}: {asked} does not divide parallel.{name} {there}"
 
 
 def _path_problems(config: Config) -> Iterator[str]:

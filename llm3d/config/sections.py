@@ -341,6 +341,100 @@ class DPOSettings(Section):
     them); none: all taken as equal."""
 
 
+class RewardSource(Section):
+    """What scores replies: a reward model or a function of your own."""
+
+    model: Name | None = None
+    """The directory or checkpoint of a reward model with the policy's tokenizer."""
+    function: Name | None = None
+    """FILE.py:NAME, called as NAME(prompts, replies, **columns) -> a number for each reply; lists of equal length. The
+    columns are those of the prompts' rows that it has parameters for. It runs in a process of its own on each rank."""
+    weight: float = 1.0
+    """Times its scores, before they are added to the others'."""
+    time_limit: float = Field(60.0, gt=0)
+    """Seconds that a call of the function may take."""
+    centered_on: Name | None = None
+    """Conversations whose replies are to score 0 on average: what the model makes of them is subtracted."""
+
+
+class PPOSettings(Section):
+    """Reinforcement learning from the rewards of replies: PPO, or GRPO or RLOO, which need no critic.
+
+    The presets in configs/stages name their sources.
+    """
+
+    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    """Their sum is a reply's score."""
+    advantages: Literal["gae", "grpo", "rloo"] = "gae"
+    """gae: each token's, by a critic. grpo, rloo: each reply's, against the others to the same prompt."""
+
+    missing_end_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score of a reply that did not end within generate.max_new_tokens."""
+    missing_end_score: float | None = None
+    """The score of such a reply instead of its own."""
+    score_clip: float | None = Field(None, gt=0)
+    """Scores, scaled, are kept within plus and minus this."""
+    scale_scores: bool = False
+    """Divide by the standard deviation of all scores so far."""
+
+    kl_coefficient: float = Field(0.05, ge=0)
+    """Times the KL of each token from the starting model, which is subtracted from its reward."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3"] = "k1"
+    kl_in_loss: bool = False
+    """Add it to the policy's loss instead of to the rewards, as GRPO does; needs k2 or k3, whose gradient is one."""
+    kl_target: float | None = Field(None, gt=0)
+    """KL of a reply that the coefficient is adapted to; null: it stays as it is."""
+    kl_horizon: float = Field(10000.0, gt=0)
+    """Replies in which it is adapted."""
+
+    gamma: float = Field(1.0, gt=0, le=1)
+    """What a reward one token later is worth."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """Of generalised advantage estimation: 0 trusts the critic, 1 the rewards."""
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    """To a mean of 0 and a variance of 1 over all tokens of a step's replies; rewards keep their mean."""
+
+    epochs: Positive = 4
+    """Passes over a step's replies."""
+    minibatches: Positive = 1
+    """Optimizer steps in each pass."""
+    clip: float = Field(0.2, gt=0)
+    """How far the probability of a token may go from what it was, as a share of it, before the gain is cut off."""
+    clip_high: float | None = Field(None, gt=0)
+    """The same upwards. Null: as clip. Yu et al. 2025 (DAPO)."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Where the advantage is negative, what it can cost is at most this times it. Ye et al. 2020."""
+    loss_mean: Literal["token", "sequence"] = "token"
+    """token: each token of a minibatch counts alike. sequence: each reply, as in the paper of GRPO."""
+    entropy_coefficient: float = Field(0.0, ge=0)
+    """Times the entropy of each token's distribution, which is added to the gain."""
+    stop_kl: float | None = Field(None, gt=0)
+    """A step's updates end where the policy's KL from what wrote the replies is above this."""
+
+    critic: Name | None = None
+    """The model that the critic starts from. Null: the first reward model, else the policy's with a new head."""
+    critic_lr: float | None = Field(None, gt=0)
+    """Null: optim.lr."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """How far a value may go from what it was before the gain is cut off."""
+
+    ptx_data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    """Tokens from `llm3d data tokenize` that the policy goes on learning, as many sequences a step as replies."""
+    ptx_coefficient: float = Field(0.0, ge=0)
+    """Times their loss. Ouyang et al. 2022 (InstructGPT), section 3.5."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Share that an average of the policy's weights keeps in each update; the checkpoint then has it, too."""
+
+    log_probability_gate: float = Field(0.1, gt=0)
+    """Training is aborted where the log-probabilities that replies were written with are, on average, further than
+    this from those of the training forward pass: the weights that write are then not those that are trained."""
+    rollout_tensor: Positive | None = None
+    """Tensor ranks that write a reply, a divisor of parallel.tensor. Null: as many."""
+    rollout_pipeline: Positive | None = None
+    """The same of parallel.pipeline."""
+
+
 class LoRASettings(Section):
     """Low-rank adapters in place of training all weights. Hu et al. 2021."""
 
@@ -442,9 +536,18 @@ class DPOConfig(Config):
     dpo: DPOSettings
 
 
+class PPOConfig(Config):
+    """All settings of reinforcement learning. Samples of a batch are prompts, each with generate.num_replies."""
+
+    data: ChatDataConfig
+    train: EpochsConfig
+    ppo: PPOSettings
+
+
 STAGES: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "sft": SFTConfig,
     "reward": RewardConfig,
     "dpo": DPOConfig,
+    "ppo": PPOConfig,
 }

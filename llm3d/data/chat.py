@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -78,8 +78,17 @@ def read_samples(
 
 
 class PlacedPrompt(NamedTuple):
+    """row: all columns of its record."""
+
     where: str
     messages: tuple[Message, ...]
+    row: dict[str, Any]
+
+    @property
+    def shown(self) -> Any:
+        """For people and functions: a prompt of one message is its text, another a list of role and content."""
+        several = len(self.messages) > 1
+        return [message._asdict() for message in self.messages] if several else self.messages[0].content
 
 
 def read_prompts(path: str, columns: Mapping[str, str]) -> list[PlacedPrompt]:
@@ -91,7 +100,7 @@ def read_prompts(path: str, columns: Mapping[str, str]) -> list[PlacedPrompt]:
     counts = Counts()
     mapping = {field: column for field, column in columns.items() if field in PROMPT_FIELDS}
     found = [
-        PlacedPrompt(record.where, item.messages)
+        PlacedPrompt(record.where, item.messages, record.row)
         for record, item in _rows(path, "prompt", "auto", mapping, counts)
         if isinstance(item, Prompt)
     ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from llm3d.data.pretraining import IGNORED
 from llm3d.data.samples import Sample
+
+B = TypeVar("B", bound="PackedBatch")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,12 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return len(self.last_tokens)
 
-    def to(self, device: torch.device | str) -> PackedBatch:
+    def to(self: B, device: torch.device | str) -> B:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)
-        return PackedBatch(**values)
+        return type(self)(**values)
 
 
 def collate(samples: Sequence[Sample], multiple_of: int = 1, reference: Tensor | None = None) -> PackedBatch:

@@ -115,7 +115,7 @@ def fitted(sample: Sample, max_length: int, truncation: Truncation, bos_id: int 
     if truncation == "right":
         sequences = [Tokens(ids[:max_length], target[:max_length]) for ids, target in sample.sequences]
     else:
-        sequences = [_without_start(sequence, longest - max_length, bos_id) for sequence in sample.sequences]
+        sequences = [without_start(sequence, longest - max_length, bos_id) for sequence in sample.sequences]
     # A sequence's first token follows nothing, and so is not learned.
     if not all(sequence.is_target[1:].any() for sequence in sequences):
         raise ValueError(
@@ -124,7 +124,7 @@ def fitted(sample: Sample, max_length: int, truncation: Truncation, bos_id: int 
     return sample._replace(sequences=tuple(sequences))
 
 
-def _without_start(sequence: Tokens, excess: int, bos_id: int | None) -> Tokens:
+def without_start(sequence: Tokens, excess: int, bos_id: int | None) -> Tokens:
     kept = 1 if bos_id is not None and sequence.ids[0] == bos_id else 0
     keep = np.ones(len(sequence.ids), dtype=bool)
     keep[kept : kept + excess] = False

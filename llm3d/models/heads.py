@@ -44,6 +44,7 @@ class OfLogits:
 class LanguageModelHead(nn.Module):
     """Projects to this rank's part of the vocabulary; no logits are gathered.
 
+    temperature: what logits are divided by before losses are made of them; not 1 where tokens are drawn at another.
     tied: the embedding's parameter, where it is on the same stage. Where it is on another, `shared` is the group
     of the two stages: this stage keeps a copy, which the first stage owns, and their gradients are summed.
     recompute: do not keep the logits for backward.
@@ -66,7 +67,7 @@ class LanguageModelHead(nn.Module):
         else:
             tied.uses += 1
         self.weight = tied
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self.temperature = group, sequence_parallel, 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [tokens, hidden], after the final norm -> [tokens, this rank's part of the vocabulary]."""
@@ -75,6 +76,8 @@ class LanguageModelHead(nn.Module):
     def token_terms(self, hidden: Tensor, targets: Tensor) -> TokenTerms:
         """What losses are made of, for each token; hidden as in `logits`, targets: int64 [tokens]."""
         first_id = self.vocabulary.start
+        if self.temperature != 1:
+            hidden = hidden / self.temperature
         if self.recompute or not torch.is_grad_enabled():
             return token_terms_of_hidden(
                 hidden, self.weight, targets, first_id, self.group, self.sequence_parallel

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from llm3d.config import Config, DPOConfig, RewardConfig, SFTConfig
+from llm3d.config import Config, DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from llm3d.data.packed import PackedBatch, collate, with_noise
 from llm3d.data.samples import Sample, Tokens
 from llm3d.errors import InputError
@@ -25,10 +25,16 @@ def open_chat_stage(config: Config) -> OpenedChat:
         return reward.open_stage(config)
     if isinstance(config, DPOConfig):
         return dpo.open_stage(config)
+    if isinstance(config, PPOConfig):
+        raise InputError("these settings are for ppo, whose data are prompts; --stage names another stage")
     raise InputError("these settings are for pretraining, which has no samples; --stage names another stage")
 
 
 def objective_of(config: Config) -> Objective:
+    if isinstance(config, PPOConfig):
+        raise InputError(
+            "these settings are for ppo, which trains several models; --stage names another stage"
+        )
     if isinstance(config, RewardConfig):
         return reward.RewardObjective(config.reward)
     return dpo.PreferenceObjective(config.dpo) if isinstance(config, DPOConfig) else next_token(config)

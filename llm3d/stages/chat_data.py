@@ -34,7 +34,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.loop import Consumed
 from llm3d.train.objective import Objective
-from llm3d.train.trainer import Evaluator
+from llm3d.train.trainer import Evaluator, Trainer
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
 
@@ -71,6 +71,9 @@ class OpenedChat(NamedTuple):
     prepare: Callable[[Evaluator], None] = lambda model: None
     remarks: Callable[[Evaluator], Sequence[str]] = lambda model: ()
 
+    def trainer(self, mesh: Mesh) -> Trainer:
+        return Trainer(self.config, mesh, self.objective)
+
 
 def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:
     """The run's tokenizer and its data; the settings then know their number of steps. Raises InputError."""
@@ -84,7 +87,7 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
     counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
     for source, samples in zip(sources, sets, strict=True):
         _check_fits_a_microbatch(source.path, samples, config)
-    config = _with_epochs(config, sets[:num_train])
+    config = with_epochs(config, [len(samples) for samples in sets[:num_train]])
     chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
     return config, ChatTokenizer(tokenizer, template), chat
 
@@ -99,13 +102,13 @@ def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> N
         )
 
 
-def _with_epochs(config: C, train: Sequence[SampleSet]) -> C:
-    """The steps that train.epochs take, where train.steps does not say."""
-    if config.train.steps or not train:
+def with_epochs(config: C, sizes: Sequence[int]) -> C:
+    """The steps that train.epochs take, where train.steps does not say. sizes: samples of each of data.train."""
+    if config.train.steps or not sizes:
         return config
     assert isinstance(config.train, EpochsConfig) and config.train.epochs, "checked with the settings"
-    pairs = zip(config.data.train, train, strict=True)
-    samples = config.train.epochs * sum(source.weight * len(found) for source, found in pairs)
+    pairs = zip(config.data.train, sizes, strict=True)
+    samples = config.train.epochs * sum(source.weight * size for source, size in pairs)
     steps = round(samples / config.batch.global_size, 9)  # 1.1 x 100 is a little above 110
     return with_steps(config, max(1, math.ceil(steps)))
 

@@ -14,7 +14,7 @@ from llm3d.stages.by_settings import objective_of, open_chat_stage
 from llm3d.stages.language_data import ValidationData
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.stages.training import latest_model
-from llm3d.train.loop import EvaluationData, evaluate
+from llm3d.train.loop import EvaluationData
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.trainer import Evaluator
 
@@ -58,4 +58,4 @@ def check(config: Config) -> Validation:
 def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
     """Where the weights came from, and their numbers; the same on every rank."""
     model, source = latest_model(opened.config, mesh, opened.objective, opened.prepare)
-    return source, evaluate(model, opened.data)
+    return source, model.evaluate_all(opened.data.evaluation(mesh))

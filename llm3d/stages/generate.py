@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from llm3d.config import ChatDataConfig, Config, RewardConfig, ZeroConfig
 from llm3d.data.chat import PlacedPrompt, read_prompts
@@ -32,6 +32,8 @@ from llm3d.stages.tokenizer import end_ids, open_tokenizer
 from llm3d.stages.training import latest_model
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
+
+C = TypeVar("C", bound=Config)
 
 _PORTION = 16  # times generate.max_sequences: prompts between two times that replies are written to a file
 
@@ -112,7 +114,7 @@ class PromptEncoder:
         return Request(tokens, asked.max_new_tokens, self.replies.ends, sampling, asked.num_replies, seed)
 
 
-def generation_layout(config: Config) -> Config:
+def generation_layout(config: C) -> C:
     """The settings as text is written: one stage a rank, whole rows, weights that stay."""
     parallel = config.parallel
     layers = None if parallel.chunks > 1 else parallel.layers_per_stage
@@ -209,9 +211,7 @@ def check(config: Config, wanted: Wanted) -> Opened:
         return Opened(encoder, [], [])
     columns = config.data.columns if isinstance(config.data, ChatDataConfig) else {}
     found = read_prompts(wanted.prompts, columns)
-    return Opened(
-        encoder, [encoder.tokens_of(prompt) for prompt in found], [_shown(p.messages) for p in found]
-    )
+    return Opened(encoder, [encoder.tokens_of(prompt) for prompt in found], [p.shown for p in found])
 
 
 def _check_output(wanted: Wanted) -> None:
@@ -223,11 +223,6 @@ def _check_output(wanted: Wanted) -> None:
         raise InputError(f"--output: {output}: name a file in a directory that exists")
     if output.exists() and not wanted.overwrite:
         raise InputError(f"--output: {output} exists; name another one, or allow --overwrite")
-
-
-def _shown(messages: Sequence[Message]) -> Any:
-    """A prompt of one message is its text."""
-    return messages[0].content if len(messages) == 1 else [message._asdict() for message in messages]
 
 
 def run(config: Config, wanted: Wanted) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from llm3d.config import PretrainConfig
 from llm3d.data.tokenizer import Tokenizer
+from llm3d.parallel.mesh import Mesh
 from llm3d.stages.language_data import LanguageData
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.objective import NextToken
@@ -18,6 +19,9 @@ class Pretraining(NamedTuple):
     tokenizer: Tokenizer | None
     data: LanguageData
     objective: NextToken
+
+    def trainer(self, mesh: Mesh) -> Trainer:
+        return Trainer(self.config, mesh, self.objective)
 
     def prepare(self, trainer: Trainer) -> None:
         pass

@@ -62,6 +62,9 @@ class Opened(Protocol):
     def data(self) -> StageData: ...
     @property
     def objective(self) -> Objective: ...
+    def trainer(self, mesh: Mesh) -> Trainer:
+        """Of the model, without its first weights."""
+
     def prepare(self, trainer: Trainer) -> None:
         """Do what must be done before training; `load_first_weights` may be used for it."""
 
@@ -90,7 +93,7 @@ def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
 def train_stage(opened: Opened, mesh: Mesh) -> None:
     config, data = opened.config, opened.data
     run_dir = Path(config.run.dir)
-    trainer = Trainer(config, mesh, opened.objective)
+    trainer = opened.trainer(mesh)
     checkpoint = checkpoint_to_resume(config, run_dir, mesh)
     start_step = step_of_checkpoint(checkpoint, trainer) if checkpoint else 0
     check_run_directory(run_dir, start_step, mesh)  # before anything is computed or written

@@ -2,7 +2,7 @@
 
 A checkpoint holds manifest.json, model/ (a plain Hugging Face directory; of a model with adapters, adapter/, a PEFT
 directory), optimizer/ (fp32 master weights and moments as boxes of global tensors) and state.json (what the training
-loop needs). Nothing in it is pickled.
+loop needs). Another model that is trained along (a critic) has all this in a folder of its own. Nothing is pickled.
 There are no states of random number generators: training draws none; first weights and the order of samples are
 pure functions of run.seed.
 
@@ -77,8 +77,29 @@ def save_checkpoint(
             final.parent.mkdir(parents=True, exist_ok=True)
             sync(final.parent.parent)
             _tidy(final.parent)
-            partial.mkdir()
+            for folder in ("", *trainer.companions):
+                (partial / folder).mkdir()
     _agree(writer, trainer, partial)
+    for folder, other in trainer.companions.items():
+        _write(BoxWriter(partial / folder), partial, step, other, {"step": step}, tokenizer)
+    _write(writer, partial, step, trainer, state, tokenizer)
+    if trainer.mesh.rank == 0:
+        with writer.keeping_failure(final):
+            _put_in_place(partial, final)
+            _delete_older(final, keep)
+    _agree(writer, trainer, partial)
+    return final
+
+
+def _write(
+    writer: BoxWriter,
+    partial: Path,
+    step: int,
+    trainer: Trainer,
+    state: dict[str, Any],
+    tokenizer: Tokenizer | None,
+) -> None:
+    """All of one trainer, the manifest last."""
     trainer.flat.settle()
     write = write_adapter if trainer.config.lora.rank else write_weights
     write(writer, trainer.flat, weights_folder(trainer))
@@ -90,12 +111,6 @@ def save_checkpoint(
     if trainer.mesh.rank == 0:
         _write_manifest(writer, trainer, step, boxes)
     _agree(writer, trainer, partial)
-    if trainer.mesh.rank == 0:
-        with writer.keeping_failure(final):
-            _put_in_place(partial, final)
-            _delete_older(final, keep)
-    _agree(writer, trainer, partial)
-    return final
 
 
 def weights_folder(trainer: Trainer) -> str:
@@ -152,9 +167,7 @@ def _entry(state: str, box: Box, values: Tensor) -> tuple[str, Box, Tensor]:
 def _write_small_files(
     writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
-    if trainer.loss_scale is not None:
-        state = {**state, "loss_scale": trainer.loss_scale.state}
-    writer.text("state.json", json.dumps(state, indent=1) + "\n")
+    writer.text("state.json", json.dumps({**state, **trainer.state}, indent=1) + "\n")
     config, head = trainer.config, trainer.objective.head
     files = config_files(config.model, trainer.dtype, head)
     if config.lora.rank:
@@ -281,8 +294,9 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_bytes())
     optimizer.publish()
     optimizer.set_steps_taken(found.optimizer_steps)
-    if trainer.loss_scale is not None and "loss_scale" in state:
-        trainer.loss_scale.restore(state["loss_scale"])
+    trainer.restore(state)
+    for folder, other in trainer.companions.items():
+        load_checkpoint(path / folder, other)
     return state
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,11 +16,10 @@ from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.learning_rate import learning_rate
-from llm3d.train.objective import Tally
 from llm3d.train.report import Report, memory_gib
 from llm3d.train.signals import StopSignals
-from llm3d.train.throughput import peak_flops, step_flops
-from llm3d.train.trainer import Evaluator, StepResult, Trainer
+from llm3d.train.throughput import peak_flops
+from llm3d.train.trainer import StepResult, Trainer
 
 
 class Consumed(NamedTuple):
@@ -59,7 +58,7 @@ def train(
 
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
     signal asks to stop (then Interrupted is raised) and, where that loses steps, before TrainingAborted or
-    InputError is raised.
+    InputError, which reading or a step that has changed no weight may do, is raised.
     remarks(): what else to say after an evaluation; called on all ranks.
     """
     config, mesh, steps = trainer.config, trainer.mesh, trainer.config.train.steps
@@ -71,13 +70,14 @@ def train(
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
             rescue = partial(save, step - 1) if last_saved < step - 1 else None
-            microbatches = _on_device(_read(upcoming, mesh, rescue), mesh)
+            microbatches = _read(upcoming, mesh, rescue)
             if step < last_step:
                 upcoming = reader.submit(data.microbatches, step + 1, mesh)
             lr = learning_rate(step, steps, config.optim)
-            result = trainer.step(microbatches, lr)
+            with _saving_first(rescue):
+                result = trainer.step(microbatches, lr)
             if result.problem:
-                _abort(step, result.problem, rescue)
+                _abort(step, result.problem, None if result.changed else rescue)
             if result.skipped:
                 report.say(
                     f"step {step}: skipped, gradients overflow at a loss scale of {result.loss_scale:g}"
@@ -86,13 +86,14 @@ def train(
             tokens = metrics["tokens"] - data.consumed(step - 1).tokens
             metrics |= meter.measure(microbatches, tokens, result, lr, time.perf_counter() - started)
             if config.train.eval_every and step % config.train.eval_every == 0:
-                evaluated, numbers = step, evaluate(trainer, data).report(trainer.objective)
+                evaluated, numbers = step, trainer.validate(data.evaluation(mesh))
                 metrics |= {f"valid_{name}": value for name, value in numbers.items()}
                 said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
                 report.say(f"step {step}: validation {said}")
                 for remark in remarks():
                     report.say(f"step {step}: {remark}")
-            report.step(metrics, log=step in (last_step, evaluated) or step % config.log.every == 0)
+            log = step in (last_step, evaluated) or step % config.log.every == 0
+            report.step(metrics, log, result.examples)
             stop = signals.agreed(mesh.everyone)
             if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 path = save(step)
@@ -101,29 +102,23 @@ def train(
                     _interrupt(stop, step, last_step, path)
 
 
-def evaluate(model: Evaluator, data: EvaluationData) -> Tally:
-    """The objective's numbers over the validation data; the same on every rank, whatever the layout."""
-    tallies = (
-        model.evaluate(_on_device(microbatches, model.mesh)) for microbatches in data.evaluation(model.mesh)
-    )
-    return functools.reduce(Tally.with_more, tallies)
-
-
 def _read(
     upcoming: Future[Sequence[Batch]], mesh: Mesh, rescue: Callable[[], Path] | None
 ) -> Sequence[Batch]:
     """The step's microbatches. Where a rank cannot read its own, all save what is done and raise InputError."""
+    with _saving_first(rescue), input_errors_on_all(mesh.everyone):
+        return upcoming.result()
+
+
+@contextmanager
+def _saving_first(rescue: Callable[[], Path] | None) -> Iterator[None]:
+    """Before an InputError of the block, the same on every rank, goes on."""
     try:
-        with input_errors_on_all(mesh.everyone):
-            return upcoming.result()
+        yield
     except InputError:
         if rescue:
             rescue()
         raise
-
-
-def _on_device(microbatches: Sequence[Batch], mesh: Mesh) -> Sequence[Batch]:
-    return [batch.to(mesh.device) for batch in microbatches]
 
 
 class _Meter:
@@ -136,11 +131,9 @@ class _Meter:
     def measure(
         self, microbatches: Sequence[Batch], tokens: int, result: StepResult, lr: float, seconds: float
     ) -> dict[str, Any]:
-        """tokens: of the step, over all ranks. Attention's share is taken from this rank's microbatches."""
-        config, mesh = self.trainer.config, self.trainer.mesh
-        share, head = tokens / mesh.data_size, self.trainer.objective.head
-        flops = step_flops(config.model, microbatches, share, head) * mesh.data_size
-        per_device = flops / seconds / mesh.size
+        """tokens: of the step, over all ranks."""
+        mesh, flops = self.trainer.mesh, self.trainer.flops(microbatches, tokens)
+        per_device = None if flops is None else flops / seconds / mesh.size
         return {
             "loss": result.loss,
             **result.metrics,
@@ -149,8 +142,8 @@ class _Meter:
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "step_time_s": seconds,
             "tokens_per_s": tokens / seconds,
-            "tflops_per_device": per_device / 1e12,
-            "mfu": per_device / self.peak if self.peak else None,
+            "tflops_per_device": None if per_device is None else per_device / 1e12,
+            "mfu": per_device / self.peak if self.peak and per_device is not None else None,
             "memory_gib": memory_gib(mesh.device.type),
         }
 

@@ -47,6 +47,7 @@ class Optimizer:
         self.exp_avg, self.exp_avg_sq = (
             [self._zeros(i, moments) for i in range(len(flat.units))] for _ in range(2)
         )
+        self.average: list[Tensor] | None = None  # of the master weights over the steps, laid out like them
         # Where the kernel reads them: step and learning rate on each device that has master weights.
         self._clocks = {
             device: (
@@ -126,10 +127,21 @@ class Optimizer:
                 unit.parameters.copy_(master)
             self.flat.publish(unit)
 
+    def start_average(self) -> None:
+        """From the master weights as they are."""
+        self.average = [master.clone() for master in self.master]
+
+    def update_average(self, kept: float) -> None:
+        """average <- kept average + (1 - kept) master, where an average is kept."""
+        for average, master in zip(self.average or (), self.master, strict=False):
+            average.lerp_(master, 1 - kept)
+
     @property
     def state(self) -> dict[str, list[Tensor]]:
         """What a checkpoint holds beside the model's weights: tensors laid out like `flat.parameters`."""
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        if self.average is not None:
+            moments["average"] = self.average
         return moments if self.flat.dtype == torch.float32 else {"master": self.master, **moments}
 
     @property

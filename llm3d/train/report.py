@@ -1,10 +1,14 @@
-"""What a run says: metrics.jsonl, TensorBoard, a progress bar. Rank 0 speaks; the others hold a silent report."""
+"""What a run says: metrics.jsonl, examples.jsonl, TensorBoard, a progress bar.
+
+Rank 0 speaks; the others hold a silent report.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llm3d.errors import TrainingAborted
 
 METRICS = "metrics.jsonl"
+EXAMPLES = "examples.jsonl"
+_SHOWN = {"loss": "loss", "objective/scores": "score", "objective/kl": "KL"}
 
 
 class Report:
@@ -25,7 +31,9 @@ class Report:
         if not speaks:
             return
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-        _forget_after(run_dir / METRICS, start_step)
+        self._run_dir = run_dir
+        for name in (METRICS, EXAMPLES):
+            _forget_after(run_dir / name, start_step)
         self._metrics = (run_dir / METRICS).open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if tensorboard:
@@ -62,29 +70,44 @@ class Report:
         if self.speaks:
             self.console.print(line, markup=False)
 
-    def step(self, metrics: dict[str, Any], log: bool) -> None:
-        """Move the progress bar; with `log`, also write the step's metrics (a JSON object a line) to the files."""
+    def step(self, metrics: dict[str, Any], log: bool, examples: Sequence[dict[str, Any]] = ()) -> None:
+        """Move the progress bar; with `log`, also write the step's metrics (a JSON object a line) to the files.
+
+        examples: of what the model wrote, which go to a file of their own.
+        """
         if not self.speaks:
             return
-        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s"
+        said = [f"{name} {metrics[key]:.4f}" for key, name in _SHOWN.items() if key in metrics]
+        numbers = "  ".join([*said, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
         self._progress.update(self._task, completed=metrics["step"], numbers=numbers)
         if not log:
             return
-        try:
-            self._metrics.write(json.dumps(metrics) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            raise TrainingAborted(
-                f"{self._metrics.name}: {error.strerror}; earlier checkpoints are whole"
-            ) from None
-        if self._tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, metrics["step"])
+        self._write(metrics, examples)
         if not self.console.is_terminal:
             norm = "overflow" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
             rate = f"lr {metrics['lr']:.2e}  grad norm {norm}"
             self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}")
+
+    def _write(self, metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
+        step = metrics["step"]
+        try:
+            self._metrics.write(json.dumps(metrics) + "\n")
+            self._metrics.flush()
+            if examples:
+                lines = [json.dumps({"step": step, **example}, ensure_ascii=False) for example in examples]
+                with (self._run_dir / EXAMPLES).open("a", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            raise TrainingAborted(
+                f"{self._run_dir}: {error.strerror}; earlier checkpoints are whole"
+            ) from None
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+            for i, example in enumerate(examples):
+                text = "\n\n".join(f"**{name}** {value}" for name, value in example.items())
+                self._tensorboard.add_text(f"examples/{i}", text, step)
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from llm3d.train.host_memory import available_memory
 from llm3d.train.loss_scale import LossScale
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.optimizer import Optimizer
+from llm3d.train.throughput import step_flops
 
 
 class StepResult(NamedTuple):
@@ -35,7 +37,9 @@ class StepResult(NamedTuple):
     metrics: dict[str, float]  # what the objective reports beside the loss
     loss_scale: float | None = None  # that the step was taken with, in fp16
     skipped: bool = False  # the gradients overflowed fp16: nothing was changed but the loss scale
-    problem: str | None = None  # why training cannot go on: no weight was changed
+    problem: str | None = None  # why training cannot go on
+    changed: bool = False  # weights were, before the problem
+    examples: Sequence[dict[str, Any]] = ()  # of what the model wrote in the step, for people
 
 
 class Evaluator:
@@ -96,8 +100,16 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
         """The objective's numbers over all ranks' microbatches, on every rank."""
+        microbatches = self._on_device(microbatches)
         outputs = self.outputs(self.completed(microbatches), self.objective)
         return self._tally(outputs, self._count(microbatches))
+
+    def evaluate_all(self, batches: Iterable[Sequence[Batch]]) -> Tally:
+        """The same over several lists of microbatches, as many on every rank."""
+        return functools.reduce(Tally.with_more, map(self.evaluate, batches))
+
+    def _on_device(self, microbatches: Sequence[Batch]) -> Sequence[Batch]:
+        return [batch.to(self.mesh.device) for batch in microbatches]
 
     @torch.no_grad()
     def outputs(self, microbatches: Sequence[Batch], objective: heads.Objective) -> list[Tensor] | None:
@@ -154,7 +166,10 @@ def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) ->
 
 
 class Trainer(Evaluator):
-    """A model with its gradients and its optimiser."""
+    """A model with its gradients and its optimiser.
+
+    companions: other models that are trained along with it, by the names that they have in its checkpoints.
+    """
 
     def __init__(self, config: Config, mesh: Mesh, objective: Objective | None = None) -> None:
         super().__init__(config, mesh, objective, trainable=True)
@@ -162,6 +177,17 @@ class Trainer(Evaluator):
         self.optimizer = Optimizer(self.flat, config.optim, config.zero, moments, config.run.seed)
         fp16 = config.precision.compute == "fp16"
         self.loss_scale = LossScale(config.precision.loss_scale) if fp16 else None
+        self.companions: dict[str, Trainer] = {}
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What training changes beside the optimiser's state; JSON."""
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` was."""
+        if self.loss_scale is not None and "loss_scale" in state:
+            self.loss_scale.restore(state["loss_scale"])
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """Of what is trained, the master weights."""
@@ -177,7 +203,7 @@ class Trainer(Evaluator):
         Where the loss or the gradient is not finite, the weights stay as they are; see the result. All ranks get the
         same one.
         """
-        microbatches = self.completed(microbatches)
+        microbatches = self.completed(self._on_device(microbatches))
         scale = self.loss_scale.value if self.loss_scale else None
         num_terms = self._count(microbatches)
         per_term = (scale or 1.0) / max(1, num_terms)
@@ -190,6 +216,16 @@ class Trainer(Evaluator):
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
             self.optimizer.step(lr, self._clip_factor(norm) / (scale or 1.0))
         return self._judged(result)
+
+    def validate(self, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
+        """What users are shown of validation data, by name; called on all ranks."""
+        return self.evaluate_all(batches).report(self.objective)
+
+    def flops(self, microbatches: Sequence[Batch], num_tokens: float) -> float | None:
+        """Of a step with so many tokens, on all devices; attention's share is taken from this rank's microbatches."""
+        data_size = self.mesh.data_size
+        share = num_tokens / data_size
+        return step_flops(self.config.model, microbatches, share, self.objective.head) * data_size
 
     def _judged(self, result: StepResult) -> StepResult:
         """The result, with what is made of numbers that are not finite."""

@@ -23,7 +23,6 @@ from llm3d.stages import pretrain
 from llm3d.stages.language_data import ValidationData
 from llm3d.stages.training import check_stage, train_stage
 from llm3d.train.checkpoint import load_pretrained
-from llm3d.train.loop import evaluate
 from llm3d.train.objective import Tally
 from llm3d.train.trainer import Evaluator
 
@@ -128,4 +127,4 @@ def evaluate_on_rank(given: Settings, checkpoint: Path) -> Tally:
     config = make_config(given, dist.get_world_size())
     model = Evaluator(config, Mesh(config.parallel.tensor, config.parallel.pipeline))
     load_pretrained(checkpoint, model)
-    return evaluate(model, ValidationData(config))
+    return model.evaluate_all(ValidationData(config).evaluation(model.mesh))

@@ -17,7 +17,7 @@ from llm3d.config import STAGES, make_config
 from llm3d.data.templates import BUILT_IN
 from llm3d.data.tokenizer import load_tokenizer, train_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages import dpo, reward, sft
+from llm3d.stages import dpo, ppo, reward, sft
 from llm3d.stages.training import Opened, check_stage, train_stage
 from tests.stages.common import Settings, silent
 
@@ -65,6 +65,17 @@ def write_model(directory: Path, template: str | None = "chatml", seed: int = 0,
     torch.manual_seed(seed)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, **ends, **changes})).save_pretrained(directory)
+    return directory
+
+
+def write_reward_model(directory: Path, policy: Path, seed: int = 1) -> Path:
+    """A random LlamaForSequenceClassification with the tokenizer of another model."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(seed)
+    config = LlamaConfig.from_pretrained(policy, num_labels=1, pad_token_id=0)
+    LlamaForSequenceClassification(config).save_pretrained(directory)
+    load_tokenizer(policy).save_to(directory)
     return directory
 
 
@@ -140,7 +151,12 @@ def settings(model: Path, train: str, run_dir: Path, /, **changes: Any) -> Setti
 
 # ---- on each rank of the pool ----
 
-OPEN: dict[str, Any] = {"sft": sft.open_stage, "reward": reward.open_stage, "dpo": dpo.open_stage}
+OPEN: dict[str, Any] = {
+    "sft": sft.open_stage,
+    "reward": reward.open_stage,
+    "dpo": dpo.open_stage,
+    "ppo": ppo.open_stage,
+}
 
 
 def opened_stage(stage: str, given: Settings) -> Opened:

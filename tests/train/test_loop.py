@@ -17,7 +17,7 @@ from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.train.loop import Consumed, evaluate, train
+from llm3d.train.loop import Consumed, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
 from llm3d.train.trainer import Trainer
@@ -168,7 +168,7 @@ def test_an_evaluation_is_the_mean_over_all_targets(tmp_path: Path) -> None:
     run = Run(tmp_path)
     every_batch = [batch for batches in Data().evaluation(run.trainer.mesh) for batch in batches]
     sums = [run.trainer.evaluate([batch]) for batch in every_batch]
-    result = evaluate(run.trainer, Data())
+    result = run.trainer.evaluate_all(Data().evaluation(run.trainer.mesh))
     assert result.num_terms == sum(batch.num_targets for batch in every_batch)
     assert result.loss == pytest.approx(sum(tally.sums[0] for tally in sums) / result.num_terms, rel=1e-6)
 

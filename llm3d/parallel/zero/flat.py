@@ -210,6 +210,14 @@ class FlatParameters:
         }[self.stage]
         return round(each * share), round(once * share)
 
+    @property
+    def kept_gradients(self) -> list[Tensor]:
+        """What gradients are kept in from step to step; between steps what is there is of no use."""
+        kept = [
+            unit.gradients if unit.whole_gradients is None else unit.whole_gradients for unit in self.units
+        ]
+        return [gradients for gradients in kept if len(gradients)]
+
     def bytes_of_passing_gradients(self) -> int:
         """Of whole gradients that are there for a while, and of those on their way to other ranks."""
         passing = [unit.whole_gradients for unit in self.units if self.stage >= 2]

@@ -1,0 +1,535 @@
+"""Reinforcement learning from rewards: the model writes, what it wrote is scored, what scored well becomes likelier.
+
+PPO, Schulman et al. 2017, for language models as in Ziegler et al. 2019, Stiennon et al. 2020 and Ouyang et al. 2022:
+four models on the same devices, under any layout. The policy is trained, and so is the critic, which foretells rewards;
+the reference, which is the starting model, and the reward model are asked. GRPO (Shao et al. 2024) and RLOO (Ahmadian
+et al. 2024) are the same with other advantages, and without a critic.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm3d.config import LoRASettings, PPOConfig, PPOSettings, check_layout, model_at
+from llm3d.data.order import derive_key, permute
+from llm3d.data.packed import PackedBatch
+from llm3d.data.templates import load_template
+from llm3d.data.tokenizer import Tokenizer
+from llm3d.errors import InputError
+from llm3d.generate.text import Replies
+from llm3d.models.adapters import adapters_off
+from llm3d.models.heads import HeadName, LanguageModelHead
+from llm3d.parallel.cross_entropy import TokenTerms
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.chat_data import ChatTokenizer, with_epochs
+from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
+from llm3d.stages.rewards import Rewards
+from llm3d.stages.rollout import RolloutBatch, Rollouts, Writer, of_tokens, training_batches
+from llm3d.stages.tokenizer import end_ids, open_tokenizer
+from llm3d.stages.training import load_first_weights
+from llm3d.train.advantages import (
+    Advantages,
+    adapted_coefficient,
+    generalised_advantages,
+    group_advantages,
+    kl_estimate,
+    masked_mean,
+    token_rewards,
+    whiten,
+)
+from llm3d.train.parking import Parked
+from llm3d.train.trainer import Evaluator, StepResult, Trainer
+
+_EXAMPLES = 4  # replies of a step that are written down
+
+
+# ---- losses ----
+
+
+class Losses(NamedTuple):
+    """loss: fp32 [tokens].  clipped: bool [tokens], where its gradient is cut off."""
+
+    loss: Tensor
+    clipped: Tensor
+
+
+def policy_loss(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, settings: PPOSettings) -> Losses:
+    """-min(r A, clip(r, 1 - clip, 1 + clip_high) A), r = p / old p; all fp32 [tokens]. Schulman et al. 2017, eq. 7.
+
+    With dual_clip c, where A < 0 the loss is at most -c A: Ye et al. 2020, equation 5.
+    """
+    ratio = (log_p - old_log_p).exp()
+    high = settings.clip if settings.clip_high is None else settings.clip_high
+    kept = -advantages * ratio
+    bounded = -advantages * ratio.clamp(1 - settings.clip, 1 + high)
+    loss, clipped = torch.maximum(kept, bounded), bounded > kept
+    if settings.dual_clip is not None:
+        most = torch.where(advantages < 0, -settings.dual_clip * advantages, torch.inf)
+        loss, clipped = torch.minimum(loss, most), clipped | (loss > most)
+    return Losses(loss, clipped)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Losses:
+    """Half the squared error, or that of the value kept within clip of what it was, where that is larger.
+
+    All fp32 [tokens]. As in the code of Schulman et al. 2017 (OpenAI Baselines) and in TRL.
+    """
+    error = (values - returns).square()
+    if clip is None:
+        return Losses(0.5 * error, torch.zeros_like(error, dtype=torch.bool))
+    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    return Losses(0.5 * torch.maximum(error, bounded), bounded > error)
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """`policy_loss` over replies; names as TRL reports them."""
+
+    settings: PPOSettings
+    head: HeadName = "language"
+    sums: tuple[str, ...] = ("policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio", "loss/kl_avg")
+    maxima: tuple[str, ...] = ()
+
+    def count(self, batch: Any) -> int:
+        return batch.num_targets if self.settings.loss_mean == "token" else batch.num_samples
+
+    def __call__(self, output: TokenTerms, batch: RolloutBatch) -> Tensor:
+        settings, log_p, weights = self.settings, output.log_probabilities, batch.weights
+        old = batch.old_log_probabilities
+        loss, clipped = policy_loss(log_p, old, batch.advantages, settings)
+        kl_loss = torch.zeros_like(loss)
+        if settings.kl_in_loss:
+            kl = kl_estimate(log_p, batch.reference_log_probabilities, settings.kl_estimator)
+            kl_loss = settings.kl_coefficient * kl
+        difference = (log_p - old).detach()
+        reported = torch.stack(
+            [0.5 * difference.square(), clipped.float(), difference.exp(), kl_loss.detach()]
+        )
+        return torch.cat([(weights * (loss + kl_loss)).sum()[None], (weights * reported).sum(1)])
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means | {"loss/policy_avg": means["loss"] - means["loss/kl_avg"]}
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """`value_loss` over replies."""
+
+    settings: PPOSettings
+    head: HeadName = "score"
+    sums: tuple[str, ...] = ("val/clipfrac_avg",)
+    maxima: tuple[str, ...] = ()
+
+    def count(self, batch: Any) -> int:
+        return batch.num_targets if self.settings.loss_mean == "token" else batch.num_samples
+
+    def __call__(self, output: Tensor, batch: RolloutBatch) -> Tensor:
+        loss, clipped = value_loss(output, batch.old_values, batch.returns, self.settings.value_clip)
+        return torch.stack([(batch.weights * loss).sum(), (batch.weights * clipped).sum()])
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        return means
+
+
+# ---- what the settings name ----
+
+
+class OpenedPPO(NamedTuple):
+    """What a stage's settings name; see `llm3d.stages.training.Opened`.
+
+    rewards: of each source, the settings of its model, or None.  critic: its settings; None: there is none.
+    """
+
+    config: PPOConfig
+    tokenizer: ChatTokenizer
+    data: PromptData
+    objective: PolicyObjective
+    replies: Replies
+    rewards: list[PPOConfig | None]
+    critic: PPOConfig | None
+
+    def trainer(self, mesh: Mesh) -> PPOTrainer:
+        return PPOTrainer(self, mesh)
+
+    def prepare(self, trainer: Trainer) -> None:
+        assert isinstance(trainer, PPOTrainer)
+        trainer.load_companions()
+
+    def remarks(self, model: Evaluator) -> Sequence[str]:
+        return ()
+
+
+def open_stage(config: PPOConfig) -> OpenedPPO:
+    """Open what the settings name: tokenizer, template, prompts. Raises InputError where it cannot be used."""
+    config, tokenizer = open_tokenizer(config)
+    assert tokenizer is not None, "a model to start from has a tokenizer"
+    template = load_template(config.data.template, tokenizer)
+    train, valid = (
+        [read_prompt_set(source.path, template, config) for source in sources]
+        for sources in (config.data.train, config.data.valid)
+    )
+    config = with_epochs(config, [len(found) for found in train])
+    replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
+    chat = ChatTokenizer(tokenizer, template)
+    data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
+    rewards = [
+        None if source.model is None else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
+        for i, source in enumerate(config.ppo.rewards)
+    ]
+    return OpenedPPO(config, chat, data, objective, replies, rewards, critic_settings(config, tokenizer))
+
+
+def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None:
+    settings = config.ppo
+    if settings.advantages != "gae":
+        return None
+    first_model = next((source.model for source in settings.rewards if source.model is not None), None)
+    start = settings.critic or first_model or config.model.path
+    assert start is not None, "checked with the settings"
+    rate = settings.critic_lr or config.optim.lr
+    least = config.optim.min_lr * rate / config.optim.lr
+    critic = beside(config, start, "ppo.critic", tokenizer)
+    lora = config.lora.model_copy(update={"path": None})
+    optim = config.optim.model_copy(update={"lr": rate, "min_lr": least})
+    return critic.model_copy(update={"lora": lora, "optim": optim})
+
+
+def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> PPOConfig:
+    """The settings of a model that stands beside the policy, under its layout. Raises InputError where it cannot."""
+    model = model_at(path)
+    if model.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"{setting}: {path} has {model.vocab_size} tokens, the policy {config.model.vocab_size}; "
+            "it needs the policy's tokenizer"
+        )
+    if config.data.sequence_length > model.max_position_embeddings:
+        raise InputError(
+            f"{setting}: {path} reads {model.max_position_embeddings} tokens, fewer than data.sequence_length "
+            f"{config.data.sequence_length}"
+        )
+    parallel = config.parallel
+    if model.num_hidden_layers != config.model.num_hidden_layers:
+        parallel = parallel.model_copy(update={"layers_per_stage": None})
+    other = config.model_copy(update={"model": model, "parallel": parallel, "lora": LoRASettings()})
+    try:
+        check_layout(other, None)
+    except InputError as error:
+        raise InputError(f"{setting}: {path}: {error}") from None
+    return other
+
+
+# ---- a step ----
+
+
+class Timing:
+    """Seconds of the parts of a step, by name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict[str, float]()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Spread:
+    """Mean and variance of all scores so far. Welford 1962."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Iterable[float]) -> None:
+        for value in values:
+            self.count += 1
+            before = value - self.mean
+            self.mean += before / self.count
+            self.squares += before * (value - self.mean)
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / max(1, self.count - 1))
+
+
+class Scored(NamedTuple):
+    """rollouts with what the models say of them: tables of fp32 [replies, tokens], and scores, fp32 [replies].
+
+    raw: each source's.  scores: their sum, as it is learned from.
+    """
+
+    rollouts: Rollouts
+    raw: list[Tensor]
+    scores: Tensor
+    log_probabilities: Tensor
+    reference: Tensor
+
+
+class PPOTrainer(Trainer):
+    """The policy's trainer, with the models beside it. Every rank holds one and calls it at the same time."""
+
+    config: PPOConfig
+
+    def __init__(self, opened: OpenedPPO, mesh: Mesh) -> None:
+        super().__init__(opened.config, mesh, opened.objective)
+        self.opened, self.settings = opened, opened.config.ppo
+        self.critic = (
+            None if opened.critic is None else Trainer(opened.critic, mesh, ValueObjective(self.settings))
+        )
+        if self.critic is not None:
+            self.companions["critic"] = self.critic
+        self.reference: Evaluator = self
+        if not opened.config.lora.rank:
+            self.reference = Evaluator(opened.config, mesh, opened.objective)
+        asked = ValueObjective(self.settings)
+        models = [None if other is None else Evaluator(other, mesh, asked) for other in opened.rewards]
+        self.rewards = Rewards(opened.config, mesh, models)
+        self.writer = Writer(self, opened.replies)
+        self.kl_coefficient = self.settings.kl_coefficient
+        self.spread = Spread()
+        self.parked: dict[Evaluator, Parked] = {}
+        for model in {self, self.reference}:
+            set_temperature(model, opened.config.generate.temperature)
+
+    def load_companions(self) -> None:
+        """Give the other models their first weights."""
+        for model in (self.critic, None if self.reference is self else self.reference, *self.rewards.models):
+            if model is not None:
+                load_first_weights(model)
+        self.rewards.center(self.opened.config, self.opened.tokenizer.template)
+        if self.mesh.device.type != "cpu":
+            asked = (self.reference, *self.rewards.models)
+            self.parked = {m: Parked(m.flat) for m in asked if m is not None and m is not self}
+
+    def awake(self, model: Evaluator) -> AbstractContextManager[None]:
+        """Have the weights of a model that is only asked on the device, for the time of the block."""
+        return self.parked[model].on_the_device() if model in self.parked else nullcontext()
+
+    def publish(self) -> None:
+        super().publish()
+        if self.settings.ema:
+            self.optimizer.start_average()
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return super().state | {"kl_coefficient": self.kl_coefficient, "scores": vars(self.spread)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.kl_coefficient = state.get("kl_coefficient", self.kl_coefficient)
+        self.spread = Spread(**state.get("scores", {}))
+
+    def flops(self, microbatches: Sequence[Any], num_tokens: float) -> float | None:
+        return None  # of writing, scoring and several models at once no one figure says much
+
+    def step(self, prompts: Sequence[Any], lr: float) -> StepResult:
+        """Write replies to the prompts, which every rank has, score them, and learn from them.
+
+        Raises InputError, on all ranks and before any weight is changed, where a reward function fails.
+        """
+        settings, timing = self.settings, Timing(self.mesh.device)
+        scored = self._scored(prompts, timing)
+        rollouts, mask = scored.rollouts, scored.rollouts.mask
+        self.opened.data.record(int(rollouts.lengths.sum()))
+        gap = masked_mean((rollouts.written_log_probabilities - scored.log_probabilities).abs(), mask).item()
+        if not gap <= settings.log_probability_gate:
+            said = f"log-probabilities of replies are on average {gap:.3g} from what they were written with"
+            limit = f"above ppo.log_probability_gate {settings.log_probability_gate:g}"
+            return StepResult(math.nan, math.nan, {}, problem=f"{said}, {limit}")
+        with timing("values"):
+            values = torch.zeros(mask.shape)
+            if self.critic is not None:
+                values = of_tokens(self.critic, rollouts, lambda output, batch: output)
+        kl = kl_estimate(scored.log_probabilities, scored.reference, settings.kl_estimator)
+        found = self._advantages(scored, kl, values)
+        weights = mask.float()
+        if settings.loss_mean == "sequence":
+            weights /= weights.sum(1, keepdim=True)
+        tables = {
+            "old_log_probabilities": scored.log_probabilities,
+            "reference_log_probabilities": scored.reference,
+            "advantages": found.advantages,
+            "returns": found.returns,
+            "old_values": values,
+            "weights": weights,
+        }
+        result = self._update(rollouts, tables, lr, timing)
+        if result.problem:
+            return result
+        metrics = self._about(scored, kl) | self._about_values(values, found, mask)
+        metrics |= {"rollout/log_probability_gap": gap, **result.metrics}
+        metrics |= {f"timing_s/{name}": seconds for name, seconds in timing.seconds.items()}
+        self._adapt(metrics["objective/kl"], len(rollouts))
+        return result._replace(metrics=metrics, examples=self._examples(scored))
+
+    def _scored(self, prompts: Sequence[Prompt], timing: Timing) -> Scored:
+        """Replies, and what the models say of them."""
+        with timing("gen"):
+            rollouts = self.writer.write(prompts)
+        with timing("reward"):
+            raw = self.rewards.scores(rollouts, self.awake)
+        with timing("old_log_prob"):
+            log_p = of_tokens(self, rollouts, _log_probabilities)
+        with timing("ref"), self.awake(self.reference), adapters_off(self.reference.stages):
+            reference = of_tokens(self.reference, rollouts, _log_probabilities)
+        return Scored(rollouts, raw, self._shaped(self.rewards.total(raw), rollouts), log_p, reference)
+
+    def _shaped(self, scores: Tensor, rollouts: Rollouts) -> Tensor:
+        """Scores with what an unended reply costs."""
+        settings, unended = self.settings, ~torch.tensor(rollouts.ended)
+        if settings.missing_end_score is not None:
+            scores = torch.where(unended, settings.missing_end_score, scores)
+        return scores - settings.missing_end_penalty * unended
+
+    def _scaled(self, scores: Tensor) -> Tensor:
+        settings = self.settings
+        if settings.scale_scores:
+            self.spread.add(scores.tolist())
+            scores = scores / (self.spread.deviation + 1e-8)
+        if settings.score_clip is not None:
+            scores = scores.clamp(-settings.score_clip, settings.score_clip)
+        return scores
+
+    def _advantages(self, scored: Scored, kl: Tensor, values: Tensor) -> Advantages:
+        settings, mask = self.settings, scored.rollouts.mask
+        coefficient = 0.0 if settings.kl_in_loss else self.kl_coefficient
+        scores = self._scaled(scored.scores)
+        if settings.advantages == "gae":
+            rewards = token_rewards(scores, kl, mask, coefficient)
+            if settings.whiten_rewards:
+                rewards = whiten(rewards, mask, shift_mean=False)
+            found = generalised_advantages(rewards, values, mask, settings.gamma, settings.lam)
+        else:
+            scores = scores - coefficient * kl.masked_fill(~mask, 0.0).sum(1)
+            above = group_advantages(scores, self.config.generate.num_replies, settings.advantages)
+            found = Advantages(above[:, None] * mask, above[:, None] * mask)
+        if settings.whiten_advantages:
+            found = found._replace(advantages=whiten(found.advantages, mask))
+        return found
+
+    def _update(self, rollouts: Rollouts, tables: dict[str, Tensor], lr: float, timing: Timing) -> StepResult:
+        """Several passes over the replies; -> means over all updates."""
+        policy, values = list[StepResult](), list[StepResult]()
+        for which in self._minibatches(rollouts):
+            batches = training_batches(rollouts, which, tables, self)
+            with timing("update_actor"):
+                policy.append(super().step(batches, lr))
+            self.optimizer.update_average(self.settings.ema)
+            if self.critic is not None:
+                with timing("update_critic"):
+                    rate = lr * self.critic.config.optim.lr / self.config.optim.lr
+                    values.append(self.critic.step(batches, rate))
+            problem = policy[-1].problem or (values and values[-1].problem)
+            if problem:
+                return policy[-1]._replace(problem=problem, changed=True)
+            stop = self.settings.stop_kl
+            if stop is not None and policy[-1].metrics["policy/approxkl_avg"] > stop:
+                break
+        metrics = _means([result.metrics for result in policy])
+        if values:
+            metrics |= _means([result.metrics | {"loss/value_avg": result.loss} for result in values])
+            metrics["critic/grad_norm"] = float(np.mean([result.grad_norm for result in values]))
+        metrics["updates"] = float(len(policy))
+        taken = [result for result in policy if not result.skipped]
+        norm = float(np.mean([result.grad_norm for result in taken])) if taken else math.inf
+        loss = float(np.mean([result.loss for result in policy]))
+        return StepResult(loss, norm, metrics, policy[-1].loss_scale, skipped=not taken)
+
+    def _minibatches(self, rollouts: Rollouts) -> Iterator[list[int]]:
+        """Replies of each update, in an order that the step's first prompt, the epoch and run.seed give."""
+        count, first = len(rollouts), rollouts.prompts[0].number
+        for epoch in range(self.settings.epochs):
+            order = permute(np.arange(count), count, derive_key(self.config.run.seed, first, epoch))
+            for part in np.array_split(order, self.settings.minibatches):
+                yield sorted(part.tolist())
+
+    def _adapt(self, kl: float, num_replies: int) -> None:
+        target, horizon = self.settings.kl_target, self.settings.kl_horizon
+        if target is not None:
+            self.kl_coefficient = adapted_coefficient(self.kl_coefficient, kl, target, horizon, num_replies)
+
+    # ---- what is said of it ----
+
+    def validate(self, batches: Iterable[Sequence[Any]]) -> dict[str, float]:
+        """Of replies to the validation prompts: their scores, how far the policy has gone, how long they are."""
+        found = list[dict[str, float]]()
+        counts = list[int]()
+        for prompts in batches:
+            scored = self._scored(prompts, Timing(self.mesh.device))
+            kl = kl_estimate(scored.log_probabilities, scored.reference, self.settings.kl_estimator)
+            found.append(self._about(scored, kl))
+            counts.append(len(scored.rollouts))
+        return _means(found, counts)
+
+    def _about(self, scored: Scored, kl: Tensor) -> dict[str, float]:
+        """Names that the users of TRL, and of verl, know."""
+        rollouts, mask = scored.rollouts, scored.rollouts.mask
+        lengths = mask.sum(1).double()
+        kl_of_reply = kl.masked_fill(~mask, 0.0).sum(1).mean().item()
+        score = scored.scores.mean().item()
+        of_sources = {
+            f"rewards/{i}": raw.mean().item() for i, raw in enumerate(scored.raw) if len(scored.raw) > 1
+        }
+        return {
+            "objective/scores": score,
+            **of_sources,
+            "objective/kl": kl_of_reply,
+            "objective/kl_coefficient": self.kl_coefficient,
+            "objective/non_score_reward": -self.kl_coefficient * kl_of_reply,
+            "objective/rlhf_reward": score - self.kl_coefficient * kl_of_reply,
+            "objective/entropy": -scored.log_probabilities.masked_fill(~mask, 0.0).sum(1).mean().item(),
+            "val/num_eos_tokens": float(sum(rollouts.ended)),
+            "response_length/mean": lengths.mean().item(),
+            "response_length/max": lengths.max().item(),
+            "response_length/clip_ratio": 1 - sum(rollouts.ended) / len(rollouts),
+        }
+
+    def _about_values(self, values: Tensor, found: Advantages, mask: Tensor) -> dict[str, float]:
+        if self.critic is None:
+            return {}
+        left, whole = (found.returns - values)[mask].var(), found.returns[mask].var()
+        return {
+            "critic/values/mean": masked_mean(values, mask).item(),
+            "critic/returns/mean": masked_mean(found.returns, mask).item(),
+            "critic/vf_explained_var": (1 - left / (whole + 1e-8)).item(),
+        }
+
+    def _examples(self, scored: Scored) -> list[dict[str, Any]]:
+        rollouts = scored.rollouts
+        return [
+            {
+                "prompt": rollouts.prompts[i].shown,
+                "reply": rollouts.texts[i],
+                "score": round(scored.scores[i].item(), 4),
+                "ended": rollouts.ended[i],
+            }
+            for i in range(min(_EXAMPLES, len(rollouts)))
+        ]
+
+
+def _log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
+    return output.log_probabilities
+
+
+def _means(found: Sequence[dict[str, float]], weights: Sequence[float] | None = None) -> dict[str, float]:
+    return {name: float(np.average([each[name] for each in found], weights=weights)) for name in found[0]}
+
+
+def set_temperature(model: Evaluator, temperature: float) -> None:
+    """Log-probabilities are then those that tokens are drawn by."""
+    for stage in model.stages:
+        if isinstance(stage.head, LanguageModelHead):
+            stage.head.temperature = temperature

@@ -1,0 +1,159 @@
+"""Prompts as reinforcement learning wants them: a step's, in an order that no layout changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from llm3d.config import ChatDataConfig, PPOConfig
+from llm3d.data.chat import PlacedPrompt, read_prompts
+from llm3d.data.order import Blend, sample_window
+from llm3d.data.samples import Tokens, without_start
+from llm3d.data.templates import Template
+from llm3d.data.tokenizer import Tokenizer
+from llm3d.errors import InputError
+from llm3d.parallel.mesh import Mesh
+from llm3d.train.loop import Consumed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """number: of its replies' random numbers.  tokens: int32 [length].  shown, row: see PlacedPrompt."""
+
+    number: int
+    tokens: np.ndarray
+    shown: Any
+    row: dict[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What a file has."""
+
+    path: str
+    prompts: list[Prompt]
+    num_too_long: int = 0
+    num_cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {len(self.prompts):,} prompts"]
+        parts += [f"{self.num_too_long:,} left out, too long"] if self.num_too_long else []
+        parts += [f"{self.num_cut:,} cut"] if self.num_cut else []
+        return ", ".join(parts)
+
+
+def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptSet:
+    """The prompts in a file that leave room for a reply. Raises InputError where there are none, or one is bad."""
+    data = config.data
+    room = data.sequence_length - config.generate.max_new_tokens
+    found, num_too_long, num_cut = list[Prompt](), 0, 0
+    for placed in read_prompts(path, data.columns):
+        tokens = _encoded(placed, template)
+        if len(tokens) > room:
+            if data.truncation == "drop":
+                num_too_long += 1
+                continue
+            tokens, num_cut = _cut(tokens, room, template.tokenizer), num_cut + 1
+        found.append(Prompt(len(found), tokens, placed.shown, placed.row, placed.where))
+    if not found:
+        raise InputError(
+            f"{path}: holds no prompt of at most {room} tokens, data.sequence_length {data.sequence_length} less "
+            f"generate.max_new_tokens {config.generate.max_new_tokens}; raise the one or lower the other"
+        )
+    return PromptSet(path, found, num_too_long, num_cut)
+
+
+def _encoded(placed: PlacedPrompt, template: Template) -> np.ndarray:
+    try:
+        return np.array(template.encode_prompt(placed.messages), dtype=np.int32)
+    except InputError as error:
+        raise InputError(f"{placed.where}: {error}") from None
+
+
+def _cut(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
+    """Without its start; a leading bos stays."""
+    return without_start(
+        Tokens(tokens, np.zeros(len(tokens), bool)), len(tokens) - length, tokenizer.bos_id
+    ).ids
+
+
+class PromptData:
+    """`llm3d.stages.training.StageData` over prompts; a step's are the same on every rank."""
+
+    def __init__(self, config: PPOConfig, train: Sequence[PromptSet], valid: Sequence[PromptSet]) -> None:
+        assert isinstance(config.data, ChatDataConfig)
+        self.config, self.train, self.valid = config, list(train), list(valid)
+        self.sizes = [len(found) for found in train]
+        self.resume(0, Consumed(0, 0))
+
+    def resume(self, step: int, consumed: Consumed) -> None:
+        """Go on after `step`, by which the run had read `consumed`."""
+        self.start_step, self.start = step, consumed
+        self._tokens = {step: consumed.tokens}  # after each step
+
+    def record(self, tokens: int) -> None:
+        """Say how many tokens the step's prompts and replies had, when they are written."""
+        last = max(self._tokens)
+        self._tokens[last + 1] = self._tokens[last] + tokens
+
+    def consumed(self, step: int) -> Consumed:
+        """Prompts, and tokens with those of replies, that the run has read when `step`, which is done, is done."""
+        samples = (step - self.start_step) * self.config.batch.global_size
+        return Consumed(self.start.samples + samples, self._tokens[step])
+
+    def microbatches(self, step: int, mesh: Mesh) -> list[Prompt]:
+        """All prompts of a step, numbered over the run."""
+        first = self.start.samples + (step - self.start_step - 1) * self.config.batch.global_size
+        numbers = range(first, first + self.config.batch.global_size)
+        seed = self.config.run.seed
+        places = ((k, sample_window(k, self.blend, self.sizes, seed)) for k in numbers)
+        return [replace(self.train[source].prompts[i], number=k) for k, (source, _, i) in places]
+
+    def evaluation(self, mesh: Mesh) -> Iterator[list[Prompt]]:
+        """train.eval_steps batches as large as a step's, or all validation prompts."""
+        found = (prompt for some in self.valid for prompt in some.prompts)
+        numbered = (replace(prompt, number=-1 - i) for i, prompt in enumerate(found))
+        size = self.config.batch.global_size
+        return islice(iter(lambda: list(islice(numbered, size)), []), self.config.train.eval_steps)
+
+    @cached_property
+    def blend(self) -> Blend:
+        pairs = zip(self.config.data.train, self.sizes, strict=True)
+        return Blend([source.weight * size for source, size in pairs])
+
+    @property
+    def digest(self) -> str:
+        """What the prompts and their order depend on, in 16 hex digits."""
+        found = hashlib.sha256()
+        described = {"order": "feistel8-splitmix64/pfair65536/prompts/v1", "seed": self.config.run.seed}
+        found.update(json.dumps(described | {"weights": self.blend.weights}).encode())
+        for prompt in (prompt for some in self.train for prompt in some.prompts):
+            found.update(prompt.tokens.tobytes() + b"\0")
+        return found.hexdigest()[:16]
+
+    def introduction(self, mesh: Mesh) -> list[str]:
+        """What the run is going to read, for people."""
+        batch, steps = self.config.batch.global_size, self.config.train.steps
+        passes = (
+            steps
+            * batch
+            / sum(
+                source.weight * size for source, size in zip(self.config.data.train, self.sizes, strict=True)
+            )
+        )
+        return [
+            *map(str, (*self.train, *self.valid)),
+            f"{batch:,} prompts a step, {self.config.generate.num_replies} replies to each; "
+            f"by step {steps} it has read them {passes:.2f} times",
+        ]

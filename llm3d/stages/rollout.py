@@ -1,0 +1,288 @@
+"""Replies to a step's prompts, known to every rank, and what models make of them token by token.
+
+What is known of each token of each reply is a table, fp32 [replies, tokens], padded on the right with 0. A model's
+numbers come to such a table, and tables into the microbatches that a model is trained on, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm3d.config import PPOConfig
+from llm3d.data.order import derive_key
+from llm3d.data.packed import PackedBatch, collate
+from llm3d.data.packing import pack
+from llm3d.data.samples import Sample, Tokens
+from llm3d.generate.engine import Generator, Reply
+from llm3d.generate.sampling import Sampling
+from llm3d.generate.scheduler import Request
+from llm3d.generate.text import Replies
+from llm3d.models.heads import Objective
+from llm3d.parallel.agreement import input_errors_on_all
+from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
+from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.reshard import HandOver, Moved
+from llm3d.stages.generate import generation_layout
+from llm3d.stages.prompt_data import Prompt
+from llm3d.train.parking import without_memory
+from llm3d.train.trainer import Evaluator, Trainer
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """prompts: of each reply.  tokens: int32 [length], its own, the end token among them.  texts: without it.
+    ended: whether the model ended it.  written_log_probabilities: fp32 [replies, tokens], as it was written.
+    """
+
+    prompts: list[Prompt]
+    tokens: list[np.ndarray]
+    texts: list[str]
+    ended: list[bool]
+    written_log_probabilities: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [replies, tokens]: where there is one."""
+        lengths = torch.tensor([len(tokens) for tokens in self.tokens])
+        return torch.arange(int(lengths.max())) < lengths[:, None]
+
+    def sample(self, reply: int) -> Sample:
+        """The prompt with the reply, which is learned."""
+        prompt, tokens = self.prompts[reply].tokens, self.tokens[reply]
+        is_target = np.arange(len(prompt) + len(tokens)) >= len(prompt)
+        return Sample((Tokens(np.concatenate([prompt, tokens]), is_target),))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompts with replies: int64 [replies]."""
+        pairs = zip(self.prompts, self.tokens, strict=True)
+        return np.array([len(prompt.tokens) + len(tokens) for prompt, tokens in pairs], dtype=np.int64)
+
+
+def gathered(
+    prompts: Sequence[Prompt],
+    mine: Sequence[int],
+    replies: Sequence[Sequence[Reply]],
+    text_of: Callable[[Sequence[int]], str],
+    mesh: Mesh,
+) -> Rollouts:
+    """All data ranks' replies on every rank, those to a prompt next to each other.
+
+    mine: which prompts this rank has replied to.  mesh: of those who wrote.
+    """
+    flat = [(i, reply) for i, some in zip(mine, replies, strict=True) for reply in some]
+    header = np.array([[i, len(r.tokens), r.reason == "stop"] for i, r in flat], dtype=np.int64).reshape(
+        -1, 3
+    )
+    tokens = np.array([token for _, r in flat for token in r.tokens], dtype=np.int32)
+    log_p = np.array([p for _, r in flat for p in r.log_probabilities], dtype=np.float32)
+    payload = np.int64(len(flat)).tobytes() + header.tobytes() + tokens.tobytes() + log_p.tobytes()
+    rows = [row for part in gather_bytes(payload, mesh.data) for row in _rows(part)]
+    rows.sort(key=lambda row: row[0])
+    table = torch.zeros(len(rows), max(len(row[2]) for row in rows))
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row[3])] = torch.from_numpy(row[3])
+    return Rollouts(
+        prompts=[prompts[row[0]] for row in rows],
+        tokens=[row[2] for row in rows],
+        texts=[text_of(row[2].tolist()) for row in rows],
+        ended=[row[1] for row in rows],
+        written_log_probabilities=table,
+    )
+
+
+def as_rollouts(sequences: Sequence[Tokens]) -> Rollouts:
+    """Given conversations, the last reply of each taken as written here."""
+    starts = [int(np.flatnonzero(~tokens.is_target)[-1]) + 1 for tokens in sequences]
+    pairs = list(zip(starts, sequences, strict=True))
+    longest = max(len(tokens.ids) - start for start, tokens in pairs)
+    return Rollouts(
+        prompts=[Prompt(i, tokens.ids[:start], None, {}, "") for i, (start, tokens) in enumerate(pairs)],
+        tokens=[tokens.ids[start:] for start, tokens in pairs],
+        texts=[""] * len(pairs),
+        ended=[True] * len(pairs),
+        written_log_probabilities=torch.zeros(len(pairs), longest),
+    )
+
+
+def _rows(payload: bytes) -> list[tuple[int, bool, np.ndarray, np.ndarray]]:
+    """Of each reply: its prompt's place, whether it ended, its tokens and their log-probabilities."""
+    (count,) = np.frombuffer(payload, np.int64, 1)
+    header = np.frombuffer(payload, np.int64, 3 * count, 8).reshape(-1, 3)
+    num_tokens = int(header[:, 1].sum())
+    tokens = np.frombuffer(payload, np.int32, num_tokens, 8 + header.nbytes)
+    log_p = np.frombuffer(payload, np.float32, num_tokens, 8 + header.nbytes + tokens.nbytes)
+    ends = np.cumsum(header[:, 1])
+    parts = [
+        (place, bool(ended), slice(end - n, end)) for (place, n, ended), end in zip(header, ends, strict=True)
+    ]
+    return [(int(place), ended, tokens[part].copy(), log_p[part].copy()) for place, ended, part in parts]
+
+
+class Writer:
+    """A policy under training, which replies to prompts. Every rank holds one and calls it at the same time.
+
+    It writes where it is trained, or, where another layout is asked for or weights are spread over data ranks, in a
+    layout of its own: whose weights are there, handed over, for the time of the writing. Gradients then take no memory.
+    """
+
+    def __init__(self, trainer: Trainer, replies: Replies) -> None:
+        self.trainer, self.replies, config = trainer, replies, trainer.config
+        assert isinstance(config, PPOConfig)
+        self.config, self.layout = config, writing_layout(config)
+        same = self.layout.parallel == config.parallel and config.zero.stage != 3
+        self.mesh = trainer.mesh
+        degrees = (self.layout.parallel.tensor, self.layout.parallel.pipeline)
+        if degrees != (config.parallel.tensor, config.parallel.pipeline):
+            self.mesh = trainer.mesh.narrowed(*degrees)
+        self.in_place = same
+        self.hand_over: HandOver | None = None
+        self.moved: Moved | None = None  # by the last hand-over
+
+    def write(self, prompts: Sequence[Prompt]) -> Rollouts:
+        """generate.num_replies to each prompt, which alone, with its number and run.seed, says what is drawn."""
+        asked, seed = self.config.generate, self.config.run.seed
+        sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p)
+        mine = range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
+        requests = [
+            Request(
+                prompts[i].tokens.tolist(),
+                asked.max_new_tokens,
+                self.replies.ends,
+                sampling,
+                asked.num_replies,
+                derive_key(seed, prompts[i].number) >> 1,
+            )
+            for i in mine
+        ]
+        cache_bytes = None if asked.cache_gib is None else int(asked.cache_gib * 2**30)
+        idle = without_memory(self.trainer.flat.kept_gradients)
+        with idle, self._generator() as generator, input_errors_on_all(self.mesh.everyone):
+            found = generator.generate(requests, asked.max_sequences, cache_bytes)
+        return gathered(prompts, mine, found, self.replies.text, self.mesh)
+
+    @contextmanager
+    def _generator(self) -> Iterator[Generator]:
+        trainer = self.trainer
+        if self.in_place:
+            yield Generator(self.config.model, trainer.stages, trainer.mesh, trainer.dtype)
+            return
+        model = Evaluator(self.layout, self.mesh, trainer.objective)
+        if self.hand_over is None:
+            held = [piece.box for piece, _ in trainer.flat.held()]
+            self.hand_over = HandOver(held, [piece.box for piece, _ in model.weights()], self.mesh.everyone)
+        self.moved = self.hand_over.run(trainer.flat.held(), model.weights())
+        yield Generator(self.config.model, model.stages, self.mesh, model.dtype)
+
+
+def writing_layout(config: PPOConfig) -> PPOConfig:
+    """The settings as replies are written: in the tensor and pipeline ranks that ppo.rollout_... ask for."""
+    layout, settings = generation_layout(config), config.ppo
+    tensor, pipeline = settings.rollout_tensor, settings.rollout_pipeline
+    update: dict[str, Any] = {"tensor": tensor or layout.parallel.tensor}
+    if pipeline is not None and pipeline != layout.parallel.pipeline:
+        update |= {"pipeline": pipeline, "layers_per_stage": None}
+    return layout.model_copy(update={"parallel": layout.parallel.model_copy(update=update)})
+
+
+# ---- what models make of replies ----
+
+
+def of_tokens(model: Evaluator, rollouts: Rollouts, function: Objective) -> Tensor:
+    """A table of a number for each token of each reply, on every rank.
+
+    function: what is wanted of the head's output, fp32 [tokens of the microbatch]; read where the token is predicted.
+    """
+
+    def at_targets(output: Any, batch: PackedBatch) -> Tensor:
+        return function(output, batch)[batch.targets >= 0]
+
+    table = torch.zeros(rollouts.mask.shape)
+    for replies, numbers in _outputs(model, rollouts, at_targets):
+        lengths = [len(rollouts.tokens[i]) for i in replies]
+        for i, part in zip(replies, numbers.split(lengths), strict=True):
+            table[i, : len(part)] = part
+    return all_reduce_sum(table, model.mesh.everyone)
+
+
+def of_replies(model: Evaluator, rollouts: Rollouts) -> Tensor:
+    """The score head's number at the last token of each reply: fp32 [replies], on every rank."""
+    scores = torch.zeros(len(rollouts))
+    for replies, numbers in _outputs(model, rollouts, lambda output, batch: output[batch.last_tokens]):
+        scores[replies] = numbers
+    return all_reduce_sum(scores, model.mesh.everyone)
+
+
+def _outputs(model: Evaluator, rollouts: Rollouts, function: Objective) -> list[tuple[list[int], Tensor]]:
+    """Of this rank's microbatches: which replies are in each, and the numbers; on the ranks that tell the others."""
+    mesh = model.mesh
+    packed = packed_replies(rollouts, range(len(rollouts)), model)
+    outputs = model.outputs([batch.to(mesh.device) for _, batch in packed], function)
+    if outputs is None or mesh.tensor_rank:
+        return []
+    return [(replies, output.cpu()) for (replies, _), output in zip(packed, outputs, strict=True)]
+
+
+def packed_replies(
+    rollouts: Rollouts, which: Sequence[int], model: Evaluator
+) -> list[tuple[list[int], PackedBatch]]:
+    """This data rank's microbatches of some of the replies, and which are in each."""
+    config, mesh = model.config, model.mesh
+    layout, capacity = config.parallel, config.batch.micro * config.data.sequence_length
+    ranks = mesh.data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
+    bins = pack(rollouts.lengths[list(which)], capacity, ranks)[mesh.data_rank :: mesh.data_size]
+    multiple_of = mesh.tensor_size if layout.sequence else 1
+    found = [[which[i] for i in items] for items in bins]
+    return [(replies, collate([rollouts.sample(i) for i in replies], multiple_of)) for replies in found]
+
+
+# ---- what models are trained on ----
+
+
+@dataclass(frozen=True)
+class RolloutBatch(PackedBatch):
+    """Replies to learn from; fp32 [T] each, at the places where the replies' tokens are predicted, else 0.
+
+    old_log_probabilities: by the policy that wrote them.  reference_log_probabilities: by the starting model.
+    weights: of the token in the loss.
+    """
+
+    old_log_probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference_log_probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))
+    old_values: Tensor = field(default_factory=lambda: torch.empty(0))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def training_batches(
+    rollouts: Rollouts, which: Sequence[int], tables: dict[str, Tensor], model: Evaluator
+) -> list[RolloutBatch]:
+    """This data rank's microbatches of some of the replies.
+
+    tables: names of RolloutBatch's fields, with what is known of each token of each reply.
+    """
+
+    def laid_out(table: Tensor, replies: Sequence[int], batch: PackedBatch) -> Any:
+        rows = [table[i, : len(rollouts.tokens[i])] for i in replies]
+        return torch.zeros(len(batch.tokens)).masked_scatter(
+            batch.targets >= 0, torch.cat([*rows, torch.empty(0)])
+        )
+
+    return [
+        RolloutBatch(
+            **vars(batch), **{name: laid_out(table, replies, batch) for name, table in tables.items()}
+        )
+        for replies, batch in packed_replies(rollouts, which, model)
+    ]

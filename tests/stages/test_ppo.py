@@ -1,0 +1,229 @@
+"""Reinforcement learning: the same under every layout, resumed exactly, and towards what is rewarded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests import pool
+from tests.stages.common import Settings, command, metrics
+from tests.stages.post_training import (
+    answer,
+    question,
+    settings,
+    train_on_rank,
+    write_model,
+    write_reward_model,
+    write_rows,
+)
+
+FUNCTIONS = '''
+def share_of_e(prompts, replies, want):
+    """Of its characters; and a bonus for what is wanted."""
+    return [reply.count("e") / (1 + len(reply)) + (w in reply) for reply, w in zip(replies, want)]
+
+
+def broken(prompts, replies, **columns):
+    return [1 / (len(columns["want"][i]) - 5) for i in range(len(replies))]
+
+
+def slow(prompts, replies):
+    import time
+
+    time.sleep(60)
+
+
+def too_few(prompts, replies):
+    return [0.0] * (len(replies) - 1)
+
+
+def nothing_finite(prompts, replies):
+    return [float("nan")] * len(replies)
+
+
+def leaving(prompts, replies):
+    import os
+
+    os._exit(7)
+
+
+def talkative(prompts, replies):
+    print("not part of the answer")
+    return [float(len(reply)) for reply in replies]
+'''
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ppo")
+    model = write_model(directory / "model")
+    write_reward_model(directory / "reward", model)
+    rows = [{"prompt": question(i), "want": answer(i)} for i in range(11)]
+    write_rows(directory / "prompts.jsonl", rows)
+    write_rows(directory / "valid.jsonl", rows[:5])
+    (directory / "rewards.py").write_text(FUNCTIONS)
+    return directory
+
+
+def given_settings(files: Path, run: Path, **changes: Any) -> Settings:
+    """Two steps over both kinds of rewards, with everything that there is to get wrong."""
+    function = {"function": f"{files}/rewards.py:share_of_e", "weight": 2.0}
+    ppo = {
+        "rewards": [{"model": str(files / "reward")}, function],
+        "epochs": 2,
+        "minibatches": 2,
+        "kl_target": 2.0,
+        "kl_horizon": 50,
+        "scale_scores": True,
+        "missing_end_penalty": 0.5,
+        "critic_lr": 2e-3,
+    }
+    given = settings(files / "model", str(files / "prompts.jsonl"), run, **changes)
+    given["data"]["valid"] = [str(files / "valid.jsonl")]
+    given["optim"] = {"lr": 1e-3, "warmup_steps": 1, **changes.get("optim", {})}
+    given["train"] = {"steps": 2, "eval_every": 2, **changes.get("train", {})}
+    given["generate"] = {"max_new_tokens": 17, "num_replies": 2, **changes.get("generate", {})}
+    given["ppo"] = ppo | changes.get("ppo", {})
+    return given
+
+
+GROUPS = {
+    "advantages": "grpo",
+    "critic_lr": None,
+    "kl_in_loss": True,
+    "kl_estimator": "k3",
+    "loss_mean": "sequence",
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "adapters": {"lora": {"rank": 3}},
+    "grpo": {"ppo": GROUPS, "generate": {"temperature": 0.7}},
+}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor": (2, {"parallel": {"tensor": 2, "sequence": True}}),
+    "interleaved": (2, {"parallel": {"pipeline": 2, "chunks": 2, "schedule": "interleaved"}}),
+    "sharded": (2, {"zero": {"stage": 3}}),
+    "all": (8, {"parallel": {"tensor": 2, "pipeline": 2}, "zero": {"stage": 2}}),
+    "handed over": (
+        4,
+        {"parallel": {"tensor": 2, "pipeline": 2}, "ppo": {"rollout_tensor": 1, "rollout_pipeline": 1}},
+    ),
+}
+
+
+def with_layout(changes: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**changes.get(name, {}), **layout.get(name, {})} for name in {**changes, **layout}}
+
+
+def said(given: Settings) -> list[dict[str, float]]:
+    """What the metrics say of training, not of the machine."""
+    of_machine = ("timing", "step_time", "tokens_per", "tflops", "mfu", "memory", "rollout/")
+    return [
+        {k: v for k, v in line.items() if not k.startswith(of_machine) and v is not None}
+        for line in metrics(given)
+    ]
+
+
+def weights(given: Settings, folder: str = "", step: int = 2) -> dict[str, Tensor]:
+    directory = Path(given["run"]["dir"]) / "checkpoints" / f"step-{step:08d}" / folder
+    return {
+        name: x
+        for file in sorted(directory.glob("[ma]*/*.safetensors"))
+        for name, x in load_file(file).items()
+    }
+
+
+def examples(given: Settings) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for line in (Path(given["run"]["dir"]) / "examples.jsonl").read_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layout_learns_the_same(variant: str, files: Path, tmp_path: Path) -> None:
+    """Replies, their scores, losses, gradient norms, and the weights of policy and critic."""
+    plain = given_settings(files, tmp_path / "plain", **VARIANTS[variant])
+    pool.run(train_on_rank, 1, "ppo", plain)
+    for name, (world_size, layout) in LAYOUTS.items():
+        given = given_settings(files, tmp_path / name, **with_layout(VARIANTS[variant], layout))
+        pool.run(train_on_rank, world_size, "ppo", given)
+        for line, expected in zip(said(given), said(plain), strict=True):
+            assert line == pytest.approx(expected, rel=2e-4, abs=1e-5), name
+        assert [e["reply"] for e in examples(given)] == [e["reply"] for e in examples(plain)]
+        for folder in ("", "critic") if variant != "grpo" else ("",):
+            theirs, ours = weights(plain, folder), weights(given, folder)
+            assert ours.keys() == theirs.keys() and ours
+            for key, expected_weight in theirs.items():
+                torch.testing.assert_close(ours[key], expected_weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
+    """Bit for bit: weights, average, critic, the KL's coefficient, the scores so far, what is drawn."""
+    changes: dict[str, Any] = {"ppo": {"ema": 0.9}, "train": {"steps": 4}}
+    unbroken = given_settings(files, tmp_path / "unbroken", **changes)
+    pool.run(train_on_rank, 2, "ppo", unbroken)
+    broken = given_settings(files, tmp_path / "broken", **changes)
+    broken["train"]["stop_after"] = 2
+    pool.run(train_on_rank, 2, "ppo", broken)
+    del broken["train"]["stop_after"]
+    pool.run(train_on_rank, 2, "ppo", broken)
+    assert said(broken) == said(unbroken) and examples(broken) == examples(unbroken)
+    for folder in ("", "critic"):
+        ours, theirs = weights(broken, folder, 4), weights(unbroken, folder, 4)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for given in (broken, unbroken):
+        given["state"] = json.loads(
+            (Path(given["run"]["dir"]) / "checkpoints/step-00000004/state.json").read_text()
+        )
+    assert broken["state"] == unbroken["state"] and broken["state"]["kl_coefficient"] != 0.05
+
+
+def test_the_reward_rises(files: Path, tmp_path: Path) -> None:
+    rewards = [{"function": f"{files}/rewards.py:share_of_e"}]
+    given = given_settings(
+        files,
+        tmp_path / "run",
+        ppo={"rewards": rewards, "kl_target": None, "scale_scores": False, "kl_coefficient": 0.0}
+        | {"missing_end_penalty": 0.0, "minibatches": 1, "epochs": 4, "critic": str(files / "model")},
+        train={"steps": 30, "eval_every": None},
+        optim={"lr": 1e-2, "schedule": "constant"},
+        batch={"global": 32, "micro": 16},
+    )
+    pool.run(train_on_rank, 1, "ppo", given)
+    scores = [line["objective/scores"] for line in metrics(given)]
+    assert sum(scores[-3:]) / 3 > 0.2 > 0.1 > sum(scores[:3]) / 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("broken", ["ZeroDivisionError", "rewards.py line 8", "prompts.jsonl line", "the reply"]),
+        ("slow", ["took more than 1 s for 8 replies"]),
+        ("too_few", ["7 scores for 8 replies"]),
+        ("nothing_finite", ["a score of nan"]),
+        ("leaving", ["its process ended with code 7"]),
+        ("absent", ["has no function 'absent'", "share_of_e"]),
+    ],
+)
+def test_a_function_that_fails_ends_the_run_with_what_it_said(
+    name: str, expected: list[str], files: Path, tmp_path: Path
+) -> None:
+    source = {"function": f"{files}/rewards.py:{name}", "time_limit": 1.0}
+    given = given_settings(files, tmp_path / "run", ppo={"rewards": [source]})
+    ended = command("ppo", given)
+    line = ended.stderr.splitlines()[-1]
+    assert ended.code == 2 and line.startswith("llm3d: ppo.rewards[0].function: ")
+    for words in expected:
+        assert words in line
