@@ -162,6 +162,8 @@ def _ppo_problems(config: PPOConfig) -> Iterator[str]:
             yield f"ppo.whiten_rewards: ppo.advantages {ppo.advantages} has no rewards of tokens; leave it out"
     if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
         yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
+    if ppo.kl_in_loss and ppo.kl_target is not None:
+        yield "ppo.kl_target: adapts what is subtracted from rewards; with ppo.kl_in_loss, leave it out"
     if ppo.missing_end_score is not None and ppo.missing_end_penalty:
         yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
     if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):

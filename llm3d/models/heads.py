@@ -16,7 +16,12 @@ from torch.distributed import ProcessGroup
 
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import gather_equal_gradients
-from llm3d.parallel.cross_entropy import TokenTerms, token_terms, token_terms_of_hidden
+from llm3d.parallel.cross_entropy import (
+    TokenTerms,
+    entropy_of_logits,
+    token_terms,
+    token_terms_of_hidden,
+)
 from llm3d.parallel.layers import add_to_main_grad, column_parallel_linear, vocabulary_range
 
 HeadName = Literal["language", "score"]
@@ -79,10 +84,13 @@ class LanguageModelHead(nn.Module):
         if self.temperature != 1:
             hidden = hidden / self.temperature
         if self.recompute or not torch.is_grad_enabled():
-            return token_terms_of_hidden(
+            terms = token_terms_of_hidden(
                 hidden, self.weight, targets, first_id, self.group, self.sequence_parallel
             )
-        return token_terms(self.logits(hidden), targets, first_id, self.group)
+            return terms._replace(entropy=lambda: entropy_of_logits(self.logits(hidden), self.group))
+        logits = self.logits(hidden)
+        terms = token_terms(logits, targets, first_id, self.group)
+        return terms._replace(entropy=lambda: entropy_of_logits(logits, self.group))
 
     def forward(self, hidden: Tensor, batch: Any, objective: Objective | OfLogits) -> Tensor:
         """What the objective makes of the targets' log-probabilities, or of the logits."""

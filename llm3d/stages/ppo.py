@@ -22,6 +22,7 @@ from torch import Tensor
 from llm3d.config import LoRASettings, PPOConfig, PPOSettings, check_layout, model_at
 from llm3d.data.order import derive_key, permute
 from llm3d.data.packed import PackedBatch
+from llm3d.data.pretraining import PretrainingData
 from llm3d.data.templates import load_template
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
@@ -33,7 +34,15 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer, with_epochs
 from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
 from llm3d.stages.rewards import Rewards
-from llm3d.stages.rollout import RolloutBatch, Rollouts, Writer, of_tokens, training_batches
+from llm3d.stages.rollout import (
+    RolloutBatch,
+    Rollouts,
+    Texts,
+    Writer,
+    of_tokens,
+    text_sample,
+    training_batches,
+)
 from llm3d.stages.tokenizer import end_ids, open_tokenizer
 from llm3d.stages.training import load_first_weights
 from llm3d.train.advantages import (
@@ -96,28 +105,48 @@ class PolicyObjective:
 
     settings: PPOSettings
     head: HeadName = "language"
-    sums: tuple[str, ...] = ("policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio", "loss/kl_avg")
+    sums: tuple[str, ...] = (
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "val/ratio",
+        "loss/kl_avg",
+        "policy/entropy_avg",
+        "loss/ptx_avg",
+    )
     maxima: tuple[str, ...] = ()
 
     def count(self, batch: Any) -> int:
-        return batch.num_targets if self.settings.loss_mean == "token" else batch.num_samples
+        return batch.num_terms
 
     def __call__(self, output: TokenTerms, batch: RolloutBatch) -> Tensor:
         settings, log_p, weights = self.settings, output.log_probabilities, batch.weights
         old = batch.old_log_probabilities
         loss, clipped = policy_loss(log_p, old, batch.advantages, settings)
-        kl_loss = torch.zeros_like(loss)
+        kl, entropy = torch.zeros_like(loss), torch.zeros_like(loss)
         if settings.kl_in_loss:
             kl = kl_estimate(log_p, batch.reference_log_probabilities, settings.kl_estimator)
-            kl_loss = settings.kl_coefficient * kl
+        if settings.entropy_coefficient:
+            assert output.entropy is not None, "the language head gives it"
+            entropy = output.entropy()
+        ptx = -log_p * batch.ptx_weights
+        loss = loss + settings.kl_coefficient * kl - settings.entropy_coefficient * entropy
         difference = (log_p - old).detach()
-        reported = torch.stack(
-            [0.5 * difference.square(), clipped.float(), difference.exp(), kl_loss.detach()]
-        )
-        return torch.cat([(weights * (loss + kl_loss)).sum()[None], (weights * reported).sum(1)])
+        reported = [0.5 * difference.square(), clipped.float(), difference.exp(), kl, entropy]
+        sums = (weights * torch.stack(reported)).sum(1).detach()
+        return torch.cat([((weights * loss).sum() + ptx.sum())[None], sums, ptx.sum().detach()[None]])
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        return means | {"loss/policy_avg": means["loss"] - means["loss/kl_avg"]}
+        """The policy's own loss is what is left of the loss without the terms that may be added to it."""
+        settings, means = self.settings, dict(means)
+        added = {
+            "loss/kl_avg": settings.kl_coefficient * settings.kl_in_loss,
+            "policy/entropy_avg": -settings.entropy_coefficient,
+            "loss/ptx_avg": settings.ptx_coefficient,
+        }
+        if settings.ptx_coefficient:
+            means["loss/ptx_avg"] /= settings.ptx_coefficient
+        means["loss/policy_avg"] = means["loss"] - sum(by * means[name] for name, by in added.items())
+        return {name: value for name, value in means.items() if added.get(name, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -130,7 +159,7 @@ class ValueObjective:
     maxima: tuple[str, ...] = ()
 
     def count(self, batch: Any) -> int:
-        return batch.num_targets if self.settings.loss_mean == "token" else batch.num_samples
+        return batch.num_terms
 
     def __call__(self, output: Tensor, batch: RolloutBatch) -> Tensor:
         loss, clipped = value_loss(output, batch.old_values, batch.returns, self.settings.value_clip)
@@ -147,6 +176,7 @@ class OpenedPPO(NamedTuple):
     """What a stage's settings name; see `llm3d.stages.training.Opened`.
 
     rewards: of each source, the settings of its model, or None.  critic: its settings; None: there is none.
+    texts: that the policy goes on learning.
     """
 
     config: PPOConfig
@@ -156,6 +186,7 @@ class OpenedPPO(NamedTuple):
     replies: Replies
     rewards: list[PPOConfig | None]
     critic: PPOConfig | None
+    texts: PretrainingData | None
 
     def trainer(self, mesh: Mesh) -> PPOTrainer:
         return PPOTrainer(self, mesh)
@@ -185,7 +216,16 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
         None if source.model is None else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
         for i, source in enumerate(config.ppo.rewards)
     ]
-    return OpenedPPO(config, chat, data, objective, replies, rewards, critic_settings(config, tokenizer))
+    critic = critic_settings(config, tokenizer)
+    return OpenedPPO(config, chat, data, objective, replies, rewards, critic, open_texts(config))
+
+
+def open_texts(config: PPOConfig) -> PretrainingData | None:
+    sources = [(source.path, source.weight) for source in config.ppo.ptx_data]
+    assert config.model.vocab_size is not None, "the tokenizer has told it"
+    if not sources:
+        return None
+    return PretrainingData(sources, config.data.sequence_length, config.run.seed, config.model.vocab_size)
 
 
 def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None:
@@ -423,10 +463,15 @@ class PPOTrainer(Trainer):
     def _update(self, rollouts: Rollouts, tables: dict[str, Tensor], lr: float, timing: Timing) -> StepResult:
         """Several passes over the replies; -> means over all updates."""
         policy, values = list[StepResult](), list[StepResult]()
+        by_token = self.settings.loss_mean == "token"
         for which in self._minibatches(rollouts):
-            batches = training_batches(rollouts, which, tables, self)
+            batches = training_batches(rollouts, which, tables, self, by_token)
+            mixed = batches
+            if self.opened.texts is not None:
+                texts = self._texts(rollouts, which)
+                mixed = training_batches(rollouts, which, tables, self, by_token, texts)
             with timing("update_actor"):
-                policy.append(super().step(batches, lr))
+                policy.append(super().step(mixed, lr))
             self.optimizer.update_average(self.settings.ema)
             if self.critic is not None:
                 with timing("update_critic"):
@@ -455,6 +500,13 @@ class PPOTrainer(Trainer):
             order = permute(np.arange(count), count, derive_key(self.config.run.seed, first, epoch))
             for part in np.array_split(order, self.settings.minibatches):
                 yield sorted(part.tolist())
+
+    def _texts(self, rollouts: Rollouts, which: Sequence[int]) -> Texts:
+        """As many sequences as replies, of the places in the texts' order that the replies have in the run's."""
+        assert self.opened.texts is not None
+        first = rollouts.prompts[0].number * self.config.generate.num_replies
+        samples = [text_sample(self.opened.texts.sample(first + i)) for i in which]
+        return Texts(samples, self.settings.ptx_coefficient)
 
     def _adapt(self, kl: float, num_replies: int) -> None:
         target, horizon = self.settings.kl_target, self.settings.kl_horizon

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from llm3d.config import PPOConfig
 from llm3d.data.order import derive_key
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.packing import pack
+from llm3d.data.pretraining import Sample as Window
 from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.engine import Generator, Reply
 from llm3d.generate.sampling import Sampling
@@ -235,16 +236,24 @@ def _outputs(model: Evaluator, rollouts: Rollouts, function: Objective) -> list[
 
 
 def packed_replies(
-    rollouts: Rollouts, which: Sequence[int], model: Evaluator
+    rollouts: Rollouts, which: Sequence[int], model: Evaluator, others: Sequence[Sample] = ()
 ) -> list[tuple[list[int], PackedBatch]]:
-    """This data rank's microbatches of some of the replies, and which are in each."""
+    """This data rank's microbatches of some of the replies and of other samples, and which replies are in each.
+
+    The others' sequences come after the replies.
+    """
     config, mesh = model.config, model.mesh
     layout, capacity = config.parallel, config.batch.micro * config.data.sequence_length
     ranks = mesh.data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
-    bins = pack(rollouts.lengths[list(which)], capacity, ranks)[mesh.data_rank :: mesh.data_size]
-    multiple_of = mesh.tensor_size if layout.sequence else 1
-    found = [[which[i] for i in items] for items in bins]
-    return [(replies, collate([rollouts.sample(i) for i in replies], multiple_of)) for replies in found]
+    of_others = [sum(len(sequence.ids) for sequence in sample.sequences) for sample in others]
+    lengths = np.array([*rollouts.lengths[list(which)], *of_others], dtype=np.int64)
+    found = []
+    for items in pack(lengths, capacity, ranks)[mesh.data_rank :: mesh.data_size]:
+        replies = [which[i] for i in items if i < len(which)]
+        samples = [rollouts.sample(i) for i in replies]
+        samples += [others[i - len(which)] for i in items if i >= len(which)]
+        found.append((replies, collate(samples, mesh.tensor_size if layout.sequence else 1)))
+    return found
 
 
 # ---- what models are trained on ----
@@ -252,10 +261,11 @@ def packed_replies(
 
 @dataclass(frozen=True)
 class RolloutBatch(PackedBatch):
-    """Replies to learn from; fp32 [T] each, at the places where the replies' tokens are predicted, else 0.
+    """Replies to learn from, and text that is not to be forgotten; fp32 [T] each, where a token is predicted, else 0.
 
     old_log_probabilities: by the policy that wrote them.  reference_log_probabilities: by the starting model.
-    weights: of the token in the loss.
+    weights: of a reply's token in the loss.  ptx_weights: of a text's.
+    num_terms: of the loss, in this microbatch.
     """
 
     old_log_probabilities: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -264,25 +274,61 @@ class RolloutBatch(PackedBatch):
     returns: Tensor = field(default_factory=lambda: torch.empty(0))
     old_values: Tensor = field(default_factory=lambda: torch.empty(0))
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    ptx_weights: Tensor = field(default_factory=lambda: torch.empty(0))
+    num_terms: int = 0
+
+
+class Texts(NamedTuple):
+    """To go on learning beside replies; their loss is a mean over their tokens, times a coefficient."""
+
+    samples: Sequence[Sample]
+    coefficient: float
+
+    @property
+    def num_targets(self) -> int:
+        return sum(int(seq.is_target[1:].sum()) for sample in self.samples for seq in sample.sequences)
+
+
+NO_TEXTS = Texts((), 0.0)
 
 
 def training_batches(
-    rollouts: Rollouts, which: Sequence[int], tables: dict[str, Tensor], model: Evaluator
+    rollouts: Rollouts,
+    which: Sequence[int],
+    tables: dict[str, Tensor],
+    model: Evaluator,
+    by_token: bool,
+    texts: Texts = NO_TEXTS,
 ) -> list[RolloutBatch]:
-    """This data rank's microbatches of some of the replies.
+    """This data rank's microbatches of some of the replies, and of texts.
 
     tables: names of RolloutBatch's fields, with what is known of each token of each reply.
+    by_token: a term of the loss is a token, else a reply.
     """
+    lengths = [len(tokens) for tokens in rollouts.tokens]
+    of_step = sum(lengths[i] for i in which) if by_token else len(which)
+    ptx_weight = texts.coefficient * of_step / max(1, texts.num_targets)
 
-    def laid_out(table: Tensor, replies: Sequence[int], batch: PackedBatch) -> Any:
-        rows = [table[i, : len(rollouts.tokens[i])] for i in replies]
-        return torch.zeros(len(batch.tokens)).masked_scatter(
-            batch.targets >= 0, torch.cat([*rows, torch.empty(0)])
-        )
+    def laid_out(rows: Sequence[Tensor], of_texts: float, batch: PackedBatch) -> Any:
+        places = batch.targets >= 0
+        known = torch.cat([*rows, torch.empty(0)])
+        filled = torch.cat([known, torch.full((batch.num_targets - len(known),), of_texts)])
+        return torch.zeros(len(batch.tokens)).masked_scatter(places, filled)
 
-    return [
-        RolloutBatch(
-            **vars(batch), **{name: laid_out(table, replies, batch) for name, table in tables.items()}
-        )
-        for replies, batch in packed_replies(rollouts, which, model)
-    ]
+    made = []
+    for replies, batch in packed_replies(rollouts, which, model, texts.samples):
+        values = {
+            name: laid_out([table[i, : lengths[i]] for i in replies], 0.0, batch)
+            for name, table in tables.items()
+        }
+        values["ptx_weights"] = laid_out([torch.zeros(lengths[i]) for i in replies], ptx_weight, batch)
+        values["num_terms"] = sum(lengths[i] for i in replies) if by_token else len(replies)
+        made.append(RolloutBatch(**vars(batch), **values))
+    return made
+
+
+def text_sample(sample: Window) -> Sample:
+    """A window of tokens as pretraining reads it: its documents apart, all of them learned."""
+    ids = sample.tokens[:-1].numpy().astype(np.int32)
+    parts = np.split(ids, sample.document_starts[1:])
+    return Sample(tuple(Tokens(part, np.ones(len(part), dtype=bool)) for part in parts))

@@ -13,7 +13,13 @@ from torch import Tensor
 from llm3d.kernels.backend import using
 from llm3d.parallel import cross_entropy as module
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
-from llm3d.parallel.cross_entropy import TokenTerms, cross_entropy_sum, token_terms, token_terms_of_hidden
+from llm3d.parallel.cross_entropy import (
+    TokenTerms,
+    cross_entropy_sum,
+    entropy_of_logits,
+    token_terms,
+    token_terms_of_hidden,
+)
 from llm3d.parallel.layers import vocabulary_range
 from llm3d.parallel.mesh import Mesh
 from tests import pool
@@ -244,3 +250,35 @@ def test_the_loss_takes_less_than_half_the_memory(dtype: torch.dtype) -> None:
     size = logits.nbytes
     assert ours <= 0.01 * size
     assert size + ours <= 0.5 * (size + theirs)
+
+
+def entropy_on_rank(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, with the gradient of it and of what `token_terms` makes of the same logits."""
+    group = Mesh(tensor=torch.distributed.get_world_size()).tensor
+    part = vocabulary_range(logits.shape[1], group)
+    leaf = logits[:, part.start : part.stop].clone().requires_grad_()
+    mine = leaf * 1
+    terms = token_terms(mine, targets, part.start, group)
+    entropy = entropy_of_logits(mine, group)
+    ((terms.log_probabilities + entropy) * torch.linspace(-1, 2, len(targets))).sum().backward()
+    assert leaf.grad is not None
+    return entropy.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("vocabulary", [8003, 101, 5])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_entropy_and_its_gradient_do_not_depend_on_the_ranks(
+    num_ranks: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * vocabulary * 10)  # several parts, on one process
+    exact, targets = randn(37, vocabulary, scale=3.0), some_targets(37, vocabulary)
+    parts = pool.run(entropy_on_rank, num_ranks, exact.float(), targets)
+    leaf = exact.clone().requires_grad_()
+    log_p = leaf.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    taken = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0].where(targets >= 0, 0.0)
+    ((taken + entropy) * torch.linspace(-1, 2, 37)).sum().backward()
+    for found, _ in parts:
+        torch.testing.assert_close(found.double(), entropy.detach(), rtol=1e-5, atol=1e-5)
+    assert leaf.grad is not None
+    assert_close(torch.cat([gradient for _, gradient in parts], dim=1), leaf.grad)

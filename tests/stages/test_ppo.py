@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm3d.data.corpus import tokenize_corpus
 from tests import pool
-from tests.stages.common import Settings, command, metrics
+from tests.stages.common import Settings, command, metrics, silent
 from tests.stages.post_training import (
     answer,
     question,
@@ -74,6 +75,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(directory / "prompts.jsonl", rows)
     write_rows(directory / "valid.jsonl", rows[:5])
     (directory / "rewards.py").write_text(FUNCTIONS)
+    (directory / "text.txt").write_text("What comes after one is two, and so on.\n\n" * 90)
+    with silent():
+        tokenize_corpus([directory / "text.txt"], directory / "corpus", model, separator="\n\n")
     return directory
 
 
@@ -96,6 +100,8 @@ def given_settings(files: Path, run: Path, **changes: Any) -> Settings:
     given["train"] = {"steps": 2, "eval_every": 2, **changes.get("train", {})}
     given["generate"] = {"max_new_tokens": 17, "num_replies": 2, **changes.get("generate", {})}
     given["ppo"] = ppo | changes.get("ppo", {})
+    if given["ppo"].get("ptx_coefficient"):
+        given["ppo"]["ptx_data"] = [str(files / "corpus")]
     return given
 
 
@@ -105,11 +111,13 @@ GROUPS = {
     "kl_in_loss": True,
     "kl_estimator": "k3",
     "loss_mean": "sequence",
+    "kl_target": None,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "ppo": {},
     "adapters": {"lora": {"rank": 3}},
     "grpo": {"ppo": GROUPS, "generate": {"temperature": 0.7}},
+    "texts": {"ppo": {"ptx_coefficient": 3.0, "entropy_coefficient": 0.1, "minibatches": 1}},
 }
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {"parallel": {"tensor": 2, "sequence": True}}),
