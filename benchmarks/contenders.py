@@ -12,14 +12,14 @@ from multiprocessing.connection import Connection
 
 import torch
 
-Step = Callable[[], int]  # does a piece of work; -> its tokens
+Step = Callable[[], int]  # does a piece of work; -> how much it was, in tokens or what else is counted
 MakeStep = Callable[[], Step]  # what can be pickled: a module's function, or a partial of one
 
 _WARM_UP_STEPS = 2
 
 
 def take_turns(contenders: Mapping[str, MakeStep], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Tokens a second of each contender in each round, over `steps` steps."""
+    """What each contender does a second, in each round, over `steps` steps."""
     processes = {name: _Contender(make) for name, make in contenders.items()}
     for process in processes.values():
         process.rate(_WARM_UP_STEPS)
@@ -32,12 +32,12 @@ def take_turns(contenders: Mapping[str, MakeStep], rounds: int, steps: int) -> d
     return rates
 
 
-def report(rates: Mapping[str, list[float]]) -> None:
+def report(rates: Mapping[str, list[float]], counted: str = "tokens") -> None:
     """A line of JSON for each contender: by how much the first one is faster, the median of ratios in a round."""
     first = next(iter(rates.values()))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, found in rates.items():
-        line: dict[str, object] = {"name": name, "tokens_per_s": round(statistics.median(found))}
+        line: dict[str, object] = {"name": name, f"{counted}_per_s": float(f"{statistics.median(found):.4g}")}
         if found is not first:
             ratios = sorted(our / their for our, their in zip(first, found, strict=True))
             line["llm3d_is_faster_by"] = round(statistics.median(ratios), 3)
@@ -53,7 +53,7 @@ class _Contender:
         context.Process(target=_contend, args=(make, theirs), daemon=True).start()
 
     def rate(self, steps: int) -> float:
-        """Tokens a second, over `steps` steps."""
+        """What is done a second, over `steps` steps."""
         self.connection.send(steps)
         return self.connection.recv()
 
@@ -65,5 +65,5 @@ def _contend(make: MakeStep, connection: Connection) -> None:
     step = make()
     while (steps := connection.recv()) is not None:
         started = time.perf_counter()
-        tokens = sum(step() for _ in range(steps))
-        connection.send(tokens / (time.perf_counter() - started))
+        done = sum(step() for _ in range(steps))
+        connection.send(done / (time.perf_counter() - started))

@@ -33,7 +33,7 @@ from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer, with_epochs
 from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
-from llm3d.stages.rewards import Rewards
+from llm3d.stages.rewards import RewardFunction, Rewards
 from llm3d.stages.rollout import (
     RolloutBatch,
     Rollouts,
@@ -175,7 +175,7 @@ class ValueObjective:
 class OpenedPPO(NamedTuple):
     """What a stage's settings name; see `llm3d.stages.training.Opened`.
 
-    rewards: of each source, the settings of its model, or None.  critic: its settings; None: there is none.
+    rewards: of each source, the settings of its model, or its function.  critic: its settings; None: there is none.
     texts: that the policy goes on learning.
     """
 
@@ -184,7 +184,7 @@ class OpenedPPO(NamedTuple):
     data: PromptData
     objective: PolicyObjective
     replies: Replies
-    rewards: list[PPOConfig | None]
+    rewards: list[PPOConfig | RewardFunction]
     critic: PPOConfig | None
     texts: PretrainingData | None
 
@@ -213,7 +213,9 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
     chat = ChatTokenizer(tokenizer, template)
     data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
     rewards = [
-        None if source.model is None else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
+        RewardFunction(source, f"ppo.rewards[{i}].function")
+        if source.model is None
+        else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
         for i, source in enumerate(config.ppo.rewards)
     ]
     critic = critic_settings(config, tokenizer)
@@ -335,8 +337,11 @@ class PPOTrainer(Trainer):
         if not opened.config.lora.rank:
             self.reference = Evaluator(opened.config, mesh, opened.objective)
         asked = ValueObjective(self.settings)
-        models = [None if other is None else Evaluator(other, mesh, asked) for other in opened.rewards]
-        self.rewards = Rewards(opened.config, mesh, models)
+        givers = [
+            other if isinstance(other, RewardFunction) else Evaluator(other, mesh, asked)
+            for other in opened.rewards
+        ]
+        self.rewards = Rewards(self.settings.rewards, mesh, givers)
         self.writer = Writer(self, opened.replies)
         self.kl_coefficient = self.settings.kl_coefficient
         self.spread = Spread()

@@ -109,17 +109,18 @@ class RewardFunction:
 class Rewards:
     """All of ppo.rewards, on a mesh. Every rank holds one and calls it at the same time.
 
-    models: of each source, its reward model, or None.
+    givers: of each source, its reward model or its function.
     """
 
-    def __init__(self, config: PPOConfig, mesh: Mesh, models: Sequence[Evaluator | None]) -> None:
-        self.sources, self.mesh, self.models = config.ppo.rewards, mesh, list(models)
-        self.offsets = [0.0] * len(self.models)  # subtracted from a model's scores
-        self.functions: dict[int, RewardFunction] = {}
-        with input_errors_on_all(mesh.everyone):
-            for i, source in enumerate(self.sources):
-                if source.function is not None:
-                    self.functions[i] = RewardFunction(source, f"ppo.rewards[{i}].function")
+    def __init__(
+        self, sources: Sequence[RewardSource], mesh: Mesh, givers: Sequence[Evaluator | RewardFunction]
+    ) -> None:
+        self.sources, self.mesh, self.givers = sources, mesh, list(givers)
+        self.offsets = [0.0] * len(self.givers)  # subtracted from a model's scores
+
+    @property
+    def models(self) -> list[Evaluator]:
+        return [giver for giver in self.givers if isinstance(giver, Evaluator)]
 
     def scores(self, rollouts: Rollouts, awake: Awake) -> list[Tensor]:
         """Of each source, fp32 [replies], on every rank; before weights. Raises InputError on all ranks.
@@ -127,22 +128,22 @@ class Rewards:
         awake: has a model's weights where they are needed, for the time of a block.
         """
         found = []
-        for i, model in enumerate(self.models):
-            if model is None:
-                found.append(self._by_function(self.functions[i], rollouts))
+        for giver, offset in zip(self.givers, self.offsets, strict=True):
+            if isinstance(giver, RewardFunction):
+                found.append(self._by_function(giver, rollouts))
             else:
-                with awake(model):
-                    found.append(of_replies(model, rollouts) - self.offsets[i])
+                with awake(giver):
+                    found.append(of_replies(giver, rollouts) - offset)
         return found
 
     def center(self, config: PPOConfig, template: Template) -> None:
         """Have the replies of a model's `centered_on` score 0 on average from now on."""
-        for i, (source, model) in enumerate(zip(self.sources, self.models, strict=True)):
-            if source.centered_on is not None and model is not None:
+        for i, (source, giver) in enumerate(zip(self.sources, self.givers, strict=True)):
+            if source.centered_on is not None and isinstance(giver, Evaluator):
                 with input_errors_on_all(self.mesh.everyone):
                     found, _ = read_samples(source.centered_on, "conversation", template, config.data)
                 rollouts = as_rollouts([found[j].sequences[0] for j in range(len(found))])
-                self.offsets[i] = of_replies(model, rollouts).mean().item()
+                self.offsets[i] = of_replies(giver, rollouts).mean().item()
 
     def total(self, found: Sequence[Tensor]) -> Tensor:
         return torch.stack([s.weight * x for s, x in zip(self.sources, found, strict=True)]).sum(0)

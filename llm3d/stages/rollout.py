@@ -142,12 +142,10 @@ class Writer:
         self.trainer, self.replies, config = trainer, replies, trainer.config
         assert isinstance(config, PPOConfig)
         self.config, self.layout = config, writing_layout(config)
-        same = self.layout.parallel == config.parallel and config.zero.stage != 3
-        self.mesh = trainer.mesh
         degrees = (self.layout.parallel.tensor, self.layout.parallel.pipeline)
-        if degrees != (config.parallel.tensor, config.parallel.pipeline):
-            self.mesh = trainer.mesh.narrowed(*degrees)
-        self.in_place = same
+        asked = degrees != (config.parallel.tensor, config.parallel.pipeline)
+        self.mesh = trainer.mesh.narrowed(*degrees) if asked else trainer.mesh
+        self.in_place = not asked and config.zero.stage != 3
         self.hand_over: HandOver | None = None
         self.moved: Moved | None = None  # by the last hand-over
 

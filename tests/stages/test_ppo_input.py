@@ -1,0 +1,185 @@
+"""What is wrong with settings and files of reinforcement learning is said in a line, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm3d.config import PPOConfig, make_config
+from llm3d.data.templates import load_template
+from llm3d.data.tokenizer import load_tokenizer
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.prompt_data import PromptData, read_prompt_set
+from llm3d.train.loop import Consumed
+from tests import pool
+from tests.stages.common import Settings, command
+from tests.stages.post_training import question, settings, write_model, write_reward_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("input")
+    model = write_model(directory / "model")
+    write_reward_model(directory / "reward", model)
+    write_model(directory / "other", vocab_size=300)
+    write_rows(directory / "prompts.jsonl", [{"prompt": question(i), "number": i} for i in range(11)])
+    (directory / "rewards.py").write_text("def score(prompts, replies):\n    return [0.0] * len(replies)\n")
+    return directory
+
+
+def given_settings(files: Path, **changes: Any) -> Settings:
+    given = settings(files / "model", str(files / "prompts.jsonl"), files / "run", **changes)
+    given["generate"] = {"max_new_tokens": 8, **changes.get("generate", {})}
+    given["ppo"] = {"rewards": [{"model": str(files / "reward")}], **changes.get("ppo", {})}
+    return given
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no reward": ({"ppo": {"rewards": []}}, "ppo.rewards: "),
+    "two in one": (
+        {"ppo": {"rewards": [{"model": "a", "function": "b.py:c"}]}},
+        "ppo.rewards[0]: give one of model and function",
+    ),
+    "function's name": (
+        {"ppo": {"rewards": [{"function": "score"}]}},
+        "'score' is not of the form FILE.py:NAME",
+    ),
+    "no file": (
+        {"ppo": {"rewards": [{"function": "no.py:score"}]}},
+        "ppo.rewards[0].function: no file 'no.py'",
+    ),
+    "centred function": (
+        {"ppo": {"rewards": [{"function": "no.py:score", "centered_on": "x"}]}},
+        "ppo.rewards[0].centered_on: is for a model's scores",
+    ),
+    "no group": (
+        {"ppo": {"advantages": "rloo"}},
+        "generate.num_replies: 1 leaves ppo.advantages rloo no other reply",
+    ),
+    "critic": (
+        {"ppo": {"advantages": "grpo", "critic": "x"}, "generate": {"num_replies": 2}},
+        "ppo.critic: ppo.advantages grpo has no critic",
+    ),
+    "k1 in the loss": ({"ppo": {"kl_in_loss": True}}, "ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3"),
+    "minibatches": ({"ppo": {"minibatches": 5}}, "ppo.minibatches: 5 are more than a step's 4 replies"),
+    "greedy": ({"generate": {"temperature": 0}}, "generate.temperature: 0 draws nothing"),
+    "penalty": ({"generate": {"repetition_penalty": 1.1}}, "generate.repetition_penalty: "),
+    "no room": (
+        {"generate": {"max_new_tokens": 96}},
+        "generate.max_new_tokens: 96 leaves no room for a prompt",
+    ),
+    "too long": ({"generate": {"max_new_tokens": 95}}, "holds no prompt of at most 1 tokens"),
+    "right": (
+        {"data": {"truncation": "right"}},
+        "data.truncation: right would cut off what a prompt asks for",
+    ),
+    "rollout": ({"ppo": {"rollout_tensor": 2}}, "ppo.rollout_tensor: 2 does not divide parallel.tensor 1"),
+    "ptx": ({"ppo": {"ptx_coefficient": 1.0}}, "ppo.ptx_coefficient: it and ppo.ptx_data need each other"),
+    "misspelt": ({"ppo": {"kl_coeficient": 0.1}}, "did you mean ppo.kl_coefficient?"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_named(name: str, files: Path) -> None:
+    changes, expected = WRONG[name]
+    ended = command("ppo", given_settings(files, **changes), "--check")
+    assert ended.code == 2 and expected in ended.stderr
+    assert not (files / "run").exists()
+
+
+def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
+    for setting, ppo in (
+        ("ppo.rewards[0].model", {"rewards": [{"model": str(files / "other")}]}),
+        ("ppo.critic", {"critic": str(files / "other")}),
+    ):
+        ended = command("ppo", given_settings(files, ppo=ppo), "--check")
+        assert (
+            ended.code == 2
+            and f"{setting}: " in ended.stderr
+            and "300 tokens, the policy 291" in ended.stderr
+        )
+
+
+def test_other_commands_say_that_these_settings_are_not_theirs(files: Path) -> None:
+    for name in ("eval", "memory"):
+        given = given_settings(files, data={"valid": [str(files / "prompts.jsonl")]})
+        ended = command(name, given)
+        assert ended.code == 2 and "these settings are for ppo" in ended.stderr
+
+
+# ---- prompts ----
+
+
+def data_of(files: Path, **changes: Any) -> PromptData:
+    config = make_config(given_settings(files, **changes), 1, PPOConfig)
+    template = load_template("auto", load_tokenizer(files / "model"))
+    return PromptData(config, [read_prompt_set(str(files / "prompts.jsonl"), template, config)], [])
+
+
+def test_a_step_has_the_prompts_that_its_number_gives(files: Path) -> None:
+    """Each prompt once a pass, with its row; resumed, the same; numbered over the run."""
+    pool.run(steps_on_rank, 1, files)
+
+
+def steps_on_rank(files: Path) -> None:
+    mesh, data = Mesh(), data_of(files)
+    first = [data.microbatches(step, mesh) for step in range(1, 12)]
+    seen = [prompt.row["number"] for step in first for prompt in step]
+    assert [prompt.number for step in first for prompt in step] == list(range(44))
+    for start in range(0, 44, 11):
+        assert sorted(seen[start : start + 11]) == list(range(11))
+    again = data_of(files)
+    again.resume(5, Consumed(20, 700))
+    again.record(31)
+    assert again.consumed(6) == Consumed(24, 731)
+    for step in range(6, 12):
+        numbers = [prompt.number for prompt in again.microbatches(step, mesh)]
+        assert numbers == [prompt.number for prompt in first[step - 1]]
+        assert [p.row for p in again.microbatches(step, mesh)] == [p.row for p in first[step - 1]]
+
+
+def test_prompts_without_room_for_a_reply_are_left_out_or_cut(files: Path) -> None:
+    whole = data_of(files).train[0]
+    longest = max(len(prompt.tokens) for prompt in whole.prompts)
+    few = data_of(files, generate={"max_new_tokens": 96 - longest + 2}).train[0]
+    assert few.num_too_long == sum(len(prompt.tokens) > longest - 2 for prompt in whole.prompts) > 0
+    assert len(few) + few.num_too_long == len(whole) and "left out, too long" in str(few)
+    changes: dict[str, Any] = {
+        "generate": {"max_new_tokens": 96 - longest + 2},
+        "data": {"truncation": "left"},
+    }
+    cut = data_of(files, **changes).train[0]
+    assert len(cut) == len(whole) and cut.num_cut == few.num_too_long
+    for ours, theirs in zip(cut.prompts, whole.prompts, strict=True):
+        assert (
+            len(ours.tokens) <= longest - 2
+            and (ours.tokens[1:] == theirs.tokens[1 - len(ours.tokens) :]).all()
+        )
+
+
+def test_presets_are_settings_that_load(files: Path) -> None:
+    for name in ("ppo", "ppo-n-plus", "grpo"):
+        path = Path(__file__).parents[2] / "configs" / "stages" / f"{name}.yaml"
+        source = (
+            {"model": str(files / "reward")} if name != "grpo" else {"function": f"{files}/rewards.py:score"}
+        )
+        overrides = {
+            "model.path": files / "model",
+            "data.train": f"[{files}/prompts.jsonl]",
+            "data.sequence_length": 96,
+            "generate.max_new_tokens": 8,
+            "ppo.rewards": json.dumps([source]),
+        }
+        ended = command_on(path, *(f"{key}={value}" for key, value in overrides.items()))
+        assert ended == 0
+
+
+def command_on(path: Path, *overrides: str) -> int:
+    from typer.testing import CliRunner
+
+    from llm3d.cli import app
+
+    return CliRunner().invoke(app, ["ppo", str(path), *overrides, "--check"]).exit_code
