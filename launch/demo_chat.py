@@ -52,8 +52,8 @@ def main() -> None:
     say("4. DPO with low-rank adapters: the fine-tuned model itself prefers order. On two data ranks")
     config = "configs/stages/dpo.yaml"
     run(
-        f"launch/torchrun.sh 2 dpo {config} model.path={tuned} {data} run.dir={DEMO}/dpo optim.lr=3e-4 "
-        "lora.rank=16 zero.stage=1"
+        f"launch/torchrun.sh 2 dpo {config} model.path={tuned} {data} run.dir={DEMO}/dpo optim.lr=1e-4 "
+        "lora.rank=16 zero.stage=1 dpo.rpo_alpha=1"
     )
     say("5. The adapters merged into a plain Hugging Face directory")
     run(f"llm3d export {latest(DEMO / 'dpo')} --output {DEMO}/answers --overwrite")

@@ -22,7 +22,7 @@ from llm3d.errors import InputError, TrainingAborted
 if TYPE_CHECKING:
     import torch
 
-    from llm3d.config import Config
+    from llm3d.config import Config, PPOConfig
 
 C = TypeVar("C", bound="Config")
 
@@ -433,11 +433,14 @@ def memory(
     stage: StageOption = None,
 ) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
-    from llm3d.config import load_config
+    from llm3d.config import PPOConfig, load_config
 
     asked, others = world_size_among(overrides)
     world_size = 1 if asked is None else asked
     settings = load_config(config, others, world_size, kind_of_settings(config, stage))
+    if isinstance(settings, PPOConfig):
+        print(memory_of_phases(settings, world_size, device.value))
+        return
     from llm3d.plan.memory import Work, memory_of_stages, table
     from llm3d.stages.by_settings import largest_microbatch, objective_of
     from llm3d.stages.dpo import needs_second_model
@@ -446,6 +449,15 @@ def memory(
     settings, _ = open_tokenizer(settings)
     work = Work(objective_of(settings), largest_microbatch(settings), needs_second_model(settings))
     print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
+
+
+def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
+    from llm3d.plan.phases import phases_of_stages, table
+    from llm3d.stages.ppo import open_stage
+    from llm3d.stages.ppo_roles import bytes_of_writing, roles_of
+
+    opened = open_stage(settings)
+    return table(phases_of_stages(roles_of(opened), bytes_of_writing(opened.config), world_size, device))
 
 
 # ---- kernels ----

@@ -30,7 +30,7 @@ from llm3d.models.llama import Context, LlamaStage
 from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
 
-_MAX_PREFILL_TOKENS = 8192
+MAX_PREFILL_TOKENS = 8192
 _SHARE_OF_FREE_MEMORY = 0.8  # of a GPU, that the cache may take; activations need some
 
 OnToken = Callable[[int, int, int], None]  # request, reply, token
@@ -103,7 +103,7 @@ class Generator:
             num_blocks=0,
             block_size=BLOCK_SIZE,
             max_sequences=max(most_replies, -(-max_sequences // self.num_groups)),
-            max_prefill_tokens=_MAX_PREFILL_TOKENS,
+            max_prefill_tokens=MAX_PREFILL_TOKENS,
             max_length=self.config.max_position_embeddings,
         )
         largest = sorted(map(limits.needed, requests), reverse=True)

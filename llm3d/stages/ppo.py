@@ -9,17 +9,15 @@ et al. 2024) are the same with other advantages, and without a critic.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import LoRASettings, PPOConfig, PPOSettings, check_layout, model_at
+from llm3d.config import LoRASettings, PPOConfig, check_layout, model_at
 from llm3d.data.order import derive_key, permute
 from llm3d.data.packed import PackedBatch
 from llm3d.data.pretraining import PretrainingData
@@ -28,14 +26,14 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.generate.text import Replies
 from llm3d.models.adapters import adapters_off
-from llm3d.models.heads import HeadName, LanguageModelHead
+from llm3d.models.heads import LanguageModelHead
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer, with_epochs
+from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
 from llm3d.stages.rewards import RewardFunction, Rewards
 from llm3d.stages.rollout import (
-    RolloutBatch,
     Rollouts,
     Texts,
     Writer,
@@ -47,6 +45,7 @@ from llm3d.stages.tokenizer import end_ids, open_tokenizer
 from llm3d.stages.training import load_first_weights
 from llm3d.train.advantages import (
     Advantages,
+    Spread,
     adapted_coefficient,
     generalised_advantages,
     group_advantages,
@@ -55,118 +54,11 @@ from llm3d.train.advantages import (
     token_rewards,
     whiten,
 )
-from llm3d.train.parking import Parked
+from llm3d.train.parking import Parked, what_it_keeps
+from llm3d.train.timing import Timing
 from llm3d.train.trainer import Evaluator, StepResult, Trainer
 
 _EXAMPLES = 4  # replies of a step that are written down
-
-
-# ---- losses ----
-
-
-class Losses(NamedTuple):
-    """loss: fp32 [tokens].  clipped: bool [tokens], where its gradient is cut off."""
-
-    loss: Tensor
-    clipped: Tensor
-
-
-def policy_loss(log_p: Tensor, old_log_p: Tensor, advantages: Tensor, settings: PPOSettings) -> Losses:
-    """-min(r A, clip(r, 1 - clip, 1 + clip_high) A), r = p / old p; all fp32 [tokens]. Schulman et al. 2017, eq. 7.
-
-    With dual_clip c, where A < 0 the loss is at most -c A: Ye et al. 2020, equation 5.
-    """
-    ratio = (log_p - old_log_p).exp()
-    high = settings.clip if settings.clip_high is None else settings.clip_high
-    kept = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1 - settings.clip, 1 + high)
-    loss, clipped = torch.maximum(kept, bounded), bounded > kept
-    if settings.dual_clip is not None:
-        most = torch.where(advantages < 0, -settings.dual_clip * advantages, torch.inf)
-        loss, clipped = torch.minimum(loss, most), clipped | (loss > most)
-    return Losses(loss, clipped)
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Losses:
-    """Half the squared error, or that of the value kept within clip of what it was, where that is larger.
-
-    All fp32 [tokens]. As in the code of Schulman et al. 2017 (OpenAI Baselines) and in TRL.
-    """
-    error = (values - returns).square()
-    if clip is None:
-        return Losses(0.5 * error, torch.zeros_like(error, dtype=torch.bool))
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
-    return Losses(0.5 * torch.maximum(error, bounded), bounded > error)
-
-
-@dataclass(frozen=True)
-class PolicyObjective:
-    """`policy_loss` over replies; names as TRL reports them."""
-
-    settings: PPOSettings
-    head: HeadName = "language"
-    sums: tuple[str, ...] = (
-        "policy/approxkl_avg",
-        "policy/clipfrac_avg",
-        "val/ratio",
-        "loss/kl_avg",
-        "policy/entropy_avg",
-        "loss/ptx_avg",
-    )
-    maxima: tuple[str, ...] = ()
-
-    def count(self, batch: Any) -> int:
-        return batch.num_terms
-
-    def __call__(self, output: TokenTerms, batch: RolloutBatch) -> Tensor:
-        settings, log_p, weights = self.settings, output.log_probabilities, batch.weights
-        old = batch.old_log_probabilities
-        loss, clipped = policy_loss(log_p, old, batch.advantages, settings)
-        kl, entropy = torch.zeros_like(loss), torch.zeros_like(loss)
-        if settings.kl_in_loss:
-            kl = kl_estimate(log_p, batch.reference_log_probabilities, settings.kl_estimator)
-        if settings.entropy_coefficient:
-            assert output.entropy is not None, "the language head gives it"
-            entropy = output.entropy()
-        ptx = -log_p * batch.ptx_weights
-        loss = loss + settings.kl_coefficient * kl - settings.entropy_coefficient * entropy
-        difference = (log_p - old).detach()
-        reported = [0.5 * difference.square(), clipped.float(), difference.exp(), kl, entropy]
-        sums = (weights * torch.stack(reported)).sum(1).detach()
-        return torch.cat([((weights * loss).sum() + ptx.sum())[None], sums, ptx.sum().detach()[None]])
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        """The policy's own loss is what is left of the loss without the terms that may be added to it."""
-        settings, means = self.settings, dict(means)
-        added = {
-            "loss/kl_avg": settings.kl_coefficient * settings.kl_in_loss,
-            "policy/entropy_avg": -settings.entropy_coefficient,
-            "loss/ptx_avg": settings.ptx_coefficient,
-        }
-        if settings.ptx_coefficient:
-            means["loss/ptx_avg"] /= settings.ptx_coefficient
-        means["loss/policy_avg"] = means["loss"] - sum(by * means[name] for name, by in added.items())
-        return {name: value for name, value in means.items() if added.get(name, 1.0)}
-
-
-@dataclass(frozen=True)
-class ValueObjective:
-    """`value_loss` over replies."""
-
-    settings: PPOSettings
-    head: HeadName = "score"
-    sums: tuple[str, ...] = ("val/clipfrac_avg",)
-    maxima: tuple[str, ...] = ()
-
-    def count(self, batch: Any) -> int:
-        return batch.num_terms
-
-    def __call__(self, output: Tensor, batch: RolloutBatch) -> Tensor:
-        loss, clipped = value_loss(output, batch.old_values, batch.returns, self.settings.value_clip)
-        return torch.stack([(batch.weights * loss).sum(), (batch.weights * clipped).sum()])
-
-    def report(self, means: dict[str, float]) -> dict[str, float]:
-        return means
 
 
 # ---- what the settings name ----
@@ -270,41 +162,6 @@ def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> 
 
 
 # ---- a step ----
-
-
-class Timing:
-    """Seconds of the parts of a step, by name."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict[str, float]()
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-@dataclass
-class Spread:
-    """Mean and variance of all scores so far. Welford 1962."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: Iterable[float]) -> None:
-        for value in values:
-            self.count += 1
-            before = value - self.mean
-            self.mean += before / self.count
-            self.squares += before * (value - self.mean)
-
-    @property
-    def deviation(self) -> float:
-        return math.sqrt(self.squares / max(1, self.count - 1))
 
 
 class Scored(NamedTuple):
@@ -416,7 +273,7 @@ class PPOTrainer(Trainer):
             return result
         metrics = self._about(scored, kl) | self._about_values(values, found, mask)
         metrics |= {"rollout/log_probability_gap": gap, **result.metrics}
-        metrics |= {f"timing_s/{name}": seconds for name, seconds in timing.seconds.items()}
+        metrics |= timing.metrics
         self._adapt(metrics["objective/kl"], len(rollouts))
         return result._replace(metrics=metrics, examples=self._examples(scored))
 
@@ -519,6 +376,14 @@ class PPOTrainer(Trainer):
             self.kl_coefficient = adapted_coefficient(self.kl_coefficient, kl, target, horizon, num_replies)
 
     # ---- what is said of it ----
+
+    def introduction(self) -> list[str]:
+        models: dict[str, Evaluator | None] = {"policy": self, "critic": self.critic}
+        models["reference"] = None if self.reference is self else self.reference
+        models |= {f"reward model {i}": model for i, model in enumerate(self.rewards.models)}
+        kept = [f"{name}: {what_it_keeps(model)}" for name, model in models.items() if model is not None]
+        where = "as it is trained" if self.writer.in_place else f"as {self.writer.mesh}, weights handed over"
+        return [*kept, f"the policy writes {where}"]
 
     def validate(self, batches: Iterable[Sequence[Any]]) -> dict[str, float]:
         """Of replies to the validation prompts: their scores, how far the policy has gone, how long they are."""

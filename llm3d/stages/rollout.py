@@ -143,9 +143,9 @@ class Writer:
         assert isinstance(config, PPOConfig)
         self.config, self.layout = config, writing_layout(config)
         degrees = (self.layout.parallel.tensor, self.layout.parallel.pipeline)
-        asked = degrees != (config.parallel.tensor, config.parallel.pipeline)
-        self.mesh = trainer.mesh.narrowed(*degrees) if asked else trainer.mesh
-        self.in_place = not asked and config.zero.stage != 3
+        there = (config.parallel.tensor, config.parallel.pipeline)
+        self.mesh = trainer.mesh.narrowed(*degrees) if degrees != there else trainer.mesh
+        self.in_place = writes_in_place(config)
         self.hand_over: HandOver | None = None
         self.moved: Moved | None = None  # by the last hand-over
 
@@ -183,6 +183,12 @@ class Writer:
             self.hand_over = HandOver(held, [piece.box for piece, _ in model.weights()], self.mesh.everyone)
         self.moved = self.hand_over.run(trainer.flat.held(), model.weights())
         yield Generator(self.config.model, model.stages, self.mesh, model.dtype)
+
+
+def writes_in_place(config: PPOConfig) -> bool:
+    """Whether replies are written with the weights where they are trained."""
+    layout, there = writing_layout(config).parallel, config.parallel
+    return (layout.tensor, layout.pipeline) == (there.tensor, there.pipeline) and config.zero.stage != 3
 
 
 def writing_layout(config: PPOConfig) -> PPOConfig:

@@ -224,7 +224,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
     against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
     report.say(f"kernels: {backend.describe(mesh.device)}")
     report.say(f"{FORMULA}; {against}")
-    for line in data.introduction(mesh):
+    for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
 
 

@@ -8,6 +8,9 @@ of RLHF with PPO".
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -102,3 +105,23 @@ def adapted_coefficient(
     """What the KL penalty is multiplied by next, so that a reply's KL comes to the target. Ziegler et al. 2019, 2.2."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * num_replies / horizon)
+
+
+@dataclass
+class Spread:
+    """Mean and variance of all scores so far. Welford 1962."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: Iterable[float]) -> None:
+        for value in values:
+            self.count += 1
+            before = value - self.mean
+            self.mean += before / self.count
+            self.squares += before * (value - self.mean)
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / max(1, self.count - 1))

@@ -144,7 +144,7 @@ class _Meter:
             "tokens_per_s": tokens / seconds,
             "tflops_per_device": None if per_device is None else per_device / 1e12,
             "mfu": per_device / self.peak if self.peak and per_device is not None else None,
-            "memory_gib": memory_gib(mesh.device.type),
+            "memory_gib": result.metrics.get("memory_gib", memory_gib(mesh.device.type)),
         }
 
 

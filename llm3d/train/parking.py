@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llm3d.parallel.zero.flat import FlatParameters
+from llm3d.train.trainer import Evaluator, Trainer
 
 
 class Parked:
@@ -55,3 +56,15 @@ def without_memory(tensors: Sequence[Tensor]) -> Iterator[None]:
 def _let_go(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         tensor.untyped_storage().resize_(0)
+
+
+def what_it_keeps(model: Evaluator) -> str:
+    """Of this rank's memory, between steps, for people."""
+    flat = model.flat
+    units = (*flat.units, *flat.frozen)
+    parts = {"weights": sum((unit.parameters if unit.frees else unit.whole).nbytes for unit in units)}
+    if isinstance(model, Trainer):
+        state = [tensor for tensors in model.optimizer.state.values() for tensor in tensors]
+        parts["gradients"] = sum(gradients.nbytes for gradients in flat.kept_gradients)
+        parts["optimizer"] = sum(tensor.nbytes for tensor in state)
+    return ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())

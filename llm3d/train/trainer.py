@@ -221,6 +221,10 @@ class Trainer(Evaluator):
         """What users are shown of validation data, by name; called on all ranks."""
         return self.evaluate_all(batches).report(self.objective)
 
+    def introduction(self) -> list[str]:
+        """What else is to be said when training starts."""
+        return []
+
     def flops(self, microbatches: Sequence[Batch], num_tokens: float) -> float | None:
         """Of a step with so many tokens, on all devices; attention's share is taken from this rank's microbatches."""
         data_size = self.mesh.data_size

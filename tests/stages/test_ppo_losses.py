@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from llm3d.config import PPOSettings
-from llm3d.stages.ppo import Spread, policy_loss, value_loss
+from llm3d.stages.ppo_losses import policy_loss, value_loss
 from llm3d.train.advantages import (
+    Spread,
     adapted_coefficient,
     generalised_advantages,
     group_advantages,
