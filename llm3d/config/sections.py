@@ -413,7 +413,7 @@ class PPOSettings(Section):
     """A step's updates end where the policy's KL from what wrote the replies is above this."""
 
     critic: Name | None = None
-    """The model that the critic starts from. Null: the first reward model, else the policy's with a new head."""
+    """The model that the critic starts from. Null: the first reward model, else the policy's, with a head of zeros."""
     critic_lr: float | None = Field(None, gt=0)
     """Null: optim.lr."""
     value_clip: float | None = Field(0.2, gt=0)

@@ -26,7 +26,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.generate.text import Replies
 from llm3d.models.adapters import adapters_off
-from llm3d.models.heads import LanguageModelHead
+from llm3d.models.heads import SCORE, LanguageModelHead
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer, with_epochs
@@ -211,6 +211,8 @@ class PPOTrainer(Trainer):
         for model in (self.critic, None if self.reference is self else self.reference, *self.rewards.models):
             if model is not None:
                 load_first_weights(model)
+        if self.critic is not None and self.critic.config.model.path == self.config.model.path:
+            foretell_nothing(self.critic)
         self.rewards.center(self.opened.config, self.opened.tokenizer.template)
         if self.mesh.device.type != "cpu":
             asked = (self.reference, *self.rewards.models)
@@ -440,6 +442,14 @@ class PPOTrainer(Trainer):
             }
             for i in range(min(_EXAMPLES, len(rollouts)))
         ]
+
+
+def foretell_nothing(critic: Trainer) -> None:
+    """Of a critic that starts from the policy, a head of zeros: random values would drown the first rewards."""
+    for piece, weight in critic.weights():
+        if piece.box.name == SCORE:
+            weight.zero_()
+    critic.publish()
 
 
 def _log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
