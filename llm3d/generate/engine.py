@@ -204,8 +204,10 @@ class _Run:
         samplings = [running.request.sampling for running in sequences]
         penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
         seen = [running.seen if penalised else [] for running in sequences]
-        places = torch.tensor([(r.request.seed, r.reply, len(r.tokens)) for r in sequences])
-        numbers = uniform_number(*places.t())
+        numbers = torch.zeros(len(sequences), dtype=torch.float64)
+        if any(sampling.temperature for sampling in samplings):
+            places = torch.tensor([(r.request.seed, r.reply, len(r.tokens)) for r in sequences])
+            numbers = uniform_number(*places.t())
 
         def choice(logits: Tensor) -> Tensor:
             rows = logits[inputs.rows] if share else logits

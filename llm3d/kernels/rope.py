@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from llm3d.kernels.backend import fake, fused
+from llm3d.kernels.function import Operation
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
@@ -50,10 +50,10 @@ def rope(
     rope_tables, for the longest sequence or more. Backward: the inverse rotation, over
     the gradient that it is given: the result is to be split into queries, keys and values, and not used otherwise.
     """
-    return _Rope.apply(qkv, head_dim, cos, sin, cu_seqlens, num_rotated)
+    return _Rope.of(qkv, head_dim, cos, sin, cu_seqlens, num_rotated)
 
 
-class _Rope(Function):
+class _Rope(Operation):
     @staticmethod
     def forward(
         ctx: Any,

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from llm3d.kernels.backend import fake, fused
+from llm3d.kernels.function import Operation
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -18,10 +18,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Keeps only gate_up for backward, which writes its gradient over it: nothing else may need it by then.
     """
-    return _SwiGLU.apply(gate_up)
+    return _SwiGLU.of(gate_up)
 
 
-class _SwiGLU(Function):
+class _SwiGLU(Operation):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.distributed import ProcessGroup
 
+from llm3d.kernels.function import Operation
 from llm3d.kernels.paper import is_cuda
 
 # torch 2.13 renamed these two; 2.10 to 2.12 have only the old names.
@@ -73,7 +73,7 @@ class SumInFlight:
         return into.copy_(parts[0])
 
 
-class _AllReduce(Function):
+class _AllReduce(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         dist.all_reduce(x, group=group)
@@ -85,7 +85,7 @@ class _AllReduce(Function):
         return grads[0], None
 
 
-class _ReduceScatterTokens(Function):
+class _ReduceScatterTokens(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
@@ -96,7 +96,7 @@ class _ReduceScatterTokens(Function):
         return gather_rows(grads[0], ctx.group)[0], None
 
 
-class _GatherEqualGradients(Function):
+class _GatherEqualGradients(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group, ctx.rows = group, len(x)
@@ -115,7 +115,7 @@ def all_reduce_partial_sums(x: Tensor, group: ProcessGroup) -> Tensor:
     Each rank sends about 2 (n - 1) / n of x. Backward: identity (the gradient is the same on all ranks).
     Shoeybi et al. 2019, section 3, the operator g.
     """
-    return x if group.size() == 1 else _AllReduce.apply(x, group)
+    return x if group.size() == 1 else _AllReduce.of(x, group)
 
 
 def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -125,7 +125,7 @@ def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
     Each rank sends (n - 1) / n of x. Backward: all_gather of the tokens.
     Sequence parallelism, Korthikanti et al. 2022, section 4.2.2.
     """
-    return x if group.size() == 1 else _ReduceScatterTokens.apply(x, group)
+    return x if group.size() == 1 else _ReduceScatterTokens.of(x, group)
 
 
 def gather_equal_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -134,7 +134,7 @@ def gather_equal_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
     x: [tokens / n, ...] -> [tokens, ...]. Each rank receives n - 1 times x. Backward: this rank's share of the
     gradient, which every rank has whole; nothing is sent.
     """
-    return x if group.size() == 1 else _GatherEqualGradients.apply(x, group)
+    return x if group.size() == 1 else _GatherEqualGradients.of(x, group)
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
+from llm3d.kernels.function import Operation
 from llm3d.kernels.noise import keep_mask
 from llm3d.kernels.paper import is_cuda
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
@@ -130,7 +130,7 @@ class VocabParallelEmbedding(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y = _Embedding.apply(self.weight, tokens, self.vocabulary.start)
+        y = _Embedding.of(self.weight, tokens, self.vocabulary.start)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
         return reduce(y, self.group)
 
@@ -149,11 +149,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return _RMSNorm.of(x, self.weight, self.eps)
 
     def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x + residual, written over x, and its norm: one pass over memory where there is a fused kernel."""
-        return _AddRMSNorm.apply(x, residual, self.weight, self.eps)
+        return _AddRMSNorm.of(x, residual, self.weight, self.eps)
 
 
 def split_evenly(extent: int, group: ProcessGroup) -> range:
@@ -194,7 +194,7 @@ def _linear(
 ) -> Tensor:
     active = [each for each in adapters if isinstance(each, LowRankAdapter) and each.enabled]
     factors = [factor for adapter in active for factor in (adapter.a, adapter.b)]  # for autograd to see
-    return _Linear.apply(x, weight, group, sequence_parallel, active, keys, *factors)
+    return _Linear.of(x, weight, group, sequence_parallel, active, keys, *factors)
 
 
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
@@ -229,7 +229,7 @@ def _add(weight: ShardedParameter, gradient: Tensor) -> None:
         accumulate_(weight.main_grad, gradient)
 
 
-class _Linear(Function):
+class _Linear(Operation):
     """x W^T and what adapters add to it; with a group, column-parallel over it.
 
     Collectives run beside matrix products: see the order of the lines in backward.
@@ -293,7 +293,7 @@ def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFl
     return SumInFlight(x, group) if sequence else dist.all_reduce(x, group=group, async_op=True)
 
 
-class _Embedding(Function):
+class _Embedding(Operation):
     @staticmethod
     def forward(ctx: Any, weight: ShardedParameter, tokens: Tensor, first: int) -> Tensor:
         local = tokens - first
@@ -324,7 +324,7 @@ class _Embedding(Function):
         return None, None, None
 
 
-class _RMSNorm(Function):
+class _RMSNorm(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: ShardedParameter, eps: float) -> Tensor:
         y, inverse_rms = rms_norm_forward(x, weight, eps)
@@ -342,7 +342,7 @@ class _RMSNorm(Function):
         return grad_input, None, None
 
 
-class _AddRMSNorm(Function):
+class _AddRMSNorm(Operation):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: ShardedParameter, eps: float

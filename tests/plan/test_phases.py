@@ -87,7 +87,6 @@ def planned(given: Settings, world_size: int) -> list[Phases]:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "tensor": (2, {"parallel": {"tensor": 2}}),
     "sharded": (2, {"zero": {"stage": 3}}),
     "handed over": (2, {"parallel": {"tensor": 2}, "ppo": {"rollout_tensor": 1}}),
     "adapters": (1, {"lora": {"rank": 4}}),
