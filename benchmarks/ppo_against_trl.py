@@ -2,7 +2,8 @@
 
     python benchmarks/ppo_against_trl.py --model SFT --reward-model REWARD --data prompts.jsonl [--rounds 5]
 
-A step writes a batch of replies, has them scored, and trains policy and critic on them, in fp32. TRL 1.9 is the last
+A step writes a batch of replies, has them scored, and trains policy and critic on them. In bf16 both keep fp32 weights
+and moments; TRL runs under autocast. TRL 1.9 is the last
 with a PPOTrainer (trl.experimental.ppo); it runs its own loop, held up between steps, without saving or logging to
 files. Both write at most --new-tokens to each prompt, with the same temperature, epochs and microbatches. llm3d tells
 glibc to keep freed memory, and so is TRL here. The two take turns, each in a process of its own; a figure is the median
@@ -38,12 +39,13 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a Hugging Face directory with a tokenizer")
     parser.add_argument("--reward-model", required=True, help="the same, for sequence classification")
     parser.add_argument("--data", required=True, help="JSON lines with a question or prompt each")
+    parser.add_argument("--compute", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batch", type=int, default=32, help="replies a step")
     parser.add_argument("--new-tokens", type=int, default=53)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"fp32, {arguments.epochs} epochs, transformers {version('transformers')}")
+    print(f"{arguments.compute}, {arguments.epochs} epochs, transformers {version('transformers')}")
     contenders = {"llm3d": partial(llm3d_step, arguments), "TRL": partial(trl_step, arguments)}
     report(take_turns(contenders, arguments.rounds, 1), "replies")
 
@@ -67,6 +69,7 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
     settings = {
         "run": {"dir": str(directory)},
         "model": {"path": arguments.model},
+        "precision": {"compute": arguments.compute},
         "data": {"train": [str(data)], "sequence_length": 512, "template": "alpaca"},
         "batch": {"global": arguments.batch, "micro": MICRO},
         "generate": {
@@ -142,7 +145,7 @@ def trl_step(arguments: argparse.Namespace) -> Step:
             output_dir=tempfile.mkdtemp(),
             report_to=[],
             use_cpu=True,
-            bf16=False,
+            bf16=arguments.compute == "bf16",
             gradient_checkpointing=False,
             learning_rate=3e-6,
             per_device_train_batch_size=MICRO,

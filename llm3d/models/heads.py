@@ -96,7 +96,18 @@ class LanguageModelHead(nn.Module):
         """What the objective makes of the targets' log-probabilities, or of the logits."""
         if isinstance(objective, OfLogits):
             return objective.function(self.logits(hidden))
-        return objective(self.token_terms(hidden, batch.targets), batch)
+        return objective(self._terms(hidden, batch), batch)
+
+    def _terms(self, hidden: Tensor, batch: Any) -> TokenTerms:
+        """Of every token; where prompts make up much of the batch, computed for those alone that are targets.
+
+        Not under sequence parallelism, where the tokens are not yet gathered.
+        """
+        targets, wanted = batch.targets, batch.num_targets
+        if self.sequence_parallel or not 0 < 4 * wanted < 3 * len(targets):
+            return self.token_terms(hidden, targets)
+        places = torch.nonzero_static(targets >= 0, size=wanted)[:, 0]
+        return self.token_terms(hidden[places], targets[places]).spread(places, len(targets))
 
 
 class ScoreHead(nn.Module):

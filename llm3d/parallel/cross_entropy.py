@@ -36,6 +36,21 @@ class TokenTerms(NamedTuple):
     )
     entropy: Callable[[], Tensor] | None = None  # of each token's distribution, computed when it is asked for
 
+    def spread(self, places: Tensor, num_tokens: int) -> TokenTerms:
+        """These as terms of more tokens, of which the others' are 0. places: int64 [tokens], theirs among them."""
+
+        def among_all(x: Tensor) -> Tensor:
+            return x.new_zeros(num_tokens).index_copy(0, places, x)
+
+        log_p, normaliser, total, below, entropy = self
+        return TokenTerms(
+            among_all(log_p),
+            among_all(normaliser),
+            among_all(total),
+            among_all(below),
+            entropy and (lambda: among_all(entropy())),
+        )
+
 
 def cross_entropy_sum(
     terms: TokenTerms,
