@@ -3,11 +3,11 @@
     python benchmarks/ppo_against_trl.py --model SFT --reward-model REWARD --data prompts.jsonl [--rounds 5]
 
 A step writes a batch of replies, has them scored, and trains policy and critic on them. In bf16 both keep fp32 weights
-and moments; TRL runs under autocast. TRL 1.9 is the last
-with a PPOTrainer (trl.experimental.ppo); it runs its own loop, held up between steps, without saving or logging to
-files. Both write at most --new-tokens to each prompt, with the same temperature, epochs and microbatches. llm3d tells
-glibc to keep freed memory, and so is TRL here. The two take turns, each in a process of its own; a figure is the median
-over rounds of the ratio within a round. llm3d also says which parts of its step take how much of it.
+and moments; TRL runs under autocast. TRL 1.9 is the last with a PPOTrainer (trl.experimental.ppo); it runs its own
+loop, held up between steps, without saving or logging to files. Both write at most --new-tokens to each prompt, with
+the same temperature, epochs and microbatches. llm3d tells glibc to keep freed memory, and so is TRL here. The two take
+turns, each in a process of its own; a figure is the median over rounds of the ratio within a round. llm3d also says
+which parts of its step take how much of it.
 """
 
 from __future__ import annotations

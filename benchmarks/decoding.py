@@ -1,0 +1,110 @@
+"""Tokens a second while text is written, beside what memory allows: weights and cache read once for each token.
+
+    python benchmarks/decoding.py --preset llama-1b [--compute bf16] [--batches 1 64] [--context 512] [--new-tokens 128]
+
+Random weights; prompts of --context tokens, each reply as long as the next. Reading the prompts is not counted: it is
+timed by itself, with replies of one token. The bandwidth is that of a copy on the same device, bytes read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from llm3d.config import make_config
+from llm3d.generate.engine import Generator
+from llm3d.generate.sampling import Sampling
+from llm3d.generate.scheduler import Request
+from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.train.trainer import Evaluator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="llama-1b")
+    parser.add_argument("--compute", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    mesh = Mesh(device=start_process_group())
+    bandwidth = copy_bandwidth(mesh.device)
+    print(f"torch {torch.__version__}, {mesh.device.type}, a copy moves {bandwidth / 1e9:,.0f} GB/s")
+    model = Evaluator(settings(arguments), mesh)
+    model.initialise()
+    weights = sum(unit.whole.nbytes for unit in model.flat.units)
+    for batch in arguments.batches:
+        rate = decode_rate(model, arguments, batch)
+        length = arguments.context + arguments.new_tokens / 2
+        read = weights + batch * length * bytes_a_token(model)
+        floor = bandwidth / read * batch
+        line = {"batch": batch, "tokens_per_s": round(rate, 1), "memory_allows": round(floor, 1)}
+        print(json.dumps(line | {"share": round(rate / floor, 3)}), flush=True)
+
+
+def settings(arguments: argparse.Namespace) -> Any:
+    length = arguments.context + arguments.new_tokens
+    given = {
+        "run": {"dir": "unused"},
+        "model": {"preset": arguments.preset, "vocab_size": 32000},
+        "precision": {"compute": arguments.compute},
+        "data": {"train": ["unused"], "sequence_length": length},
+        "batch": {"global": 1},
+        "optim": {"lr": 1},
+        "train": {"steps": 1},
+    }
+    return make_config(given, 1)
+
+
+def bytes_a_token(model: Evaluator) -> int:
+    """Of keys and values."""
+    shape = model.config.model
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
+
+
+def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int) -> float:
+    """Tokens a second, the median of some rounds."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, 32000, (batch, arguments.context), generator=generator).tolist()
+    writer = Generator(model.config.model, model.stages, model.mesh, model.dtype)
+
+    def write(num_tokens: int) -> None:
+        requests = [Request(p, num_tokens, lambda _: False, Sampling(temperature=0)) for p in prompts]
+        writer.generate(requests, max_sequences=batch)
+
+    write(2)
+    rates = []
+    for _ in range(arguments.rounds):
+        reading, whole = (seconds(partial(write, n), model.mesh.device) for n in (1, arguments.new_tokens))
+        rates.append(batch * (arguments.new_tokens - 1) / (whole - reading))
+    return statistics.median(rates)
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    times = [seconds(partial(target.copy_, source), device) for _ in range(7)]  # type: ignore[arg-type]
+    return 2 * source.nbytes / statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
