@@ -18,7 +18,7 @@ from learning import curve, llm3d, rows, write
 PROMPTS = 2000
 COMMON = (
     "data.sequence_length=256 generate.max_new_tokens=112 generate.max_sequences=64 batch.global=64 batch.micro=8 "
-    "precision.compute=bf16 optim.lr=1e-5 optim.warmup_steps=2 optim.weight_decay=0 optim.schedule=constant "
+    "precision.compute=bf16 optim.lr=5e-5 optim.warmup_steps=2 optim.weight_decay=0 optim.schedule=constant "
     "train.eval_every=5 train.eval_steps=1 ppo.epochs=2 ppo.minibatches=2 ppo.lam=1.0 "
     "checkpoint.every=10 checkpoint.keep=1"
 )

@@ -411,12 +411,16 @@ def export(
             help="The model that adapters are for. [default: the one that they name]", show_default=False
         ),
     ] = None,
+    average: Annotated[
+        bool,
+        typer.Option("--average", help="The average of the weights over training, of a run with ppo.ema."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face directory, adapters merged into their base."""
     from llm3d.stages.export import export
 
-    print(export(checkpoint, output, base, overwrite))
+    print(export(checkpoint, output, base, overwrite, average))
 
 
 class Where(str, Enum):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from llm3d.config import LoRASettings, ModelConfig
 from llm3d.config.explain import validate
@@ -13,24 +16,30 @@ from llm3d.data.atomic import new_directory
 from llm3d.data.tokenizer import SIDE_FILES, load_tokenizer, read_json
 from llm3d.errors import InputError
 from llm3d.models.adapters import scale
-from llm3d.models.hugging_face import config_of_scores
+from llm3d.models.hugging_face import config_of_scores, weight_files
 from llm3d.models.merge import write_merged
-from llm3d.parallel.box_files import BoxWriter
+from llm3d.parallel.box_files import BoxReader, BoxWriter
+from llm3d.parallel.boxes import Box
 from llm3d.stages.reward import padding_token
 from llm3d.train import manifest
 from llm3d.train.checkpoint import checked_weights
+from llm3d.train.optimizer import AVERAGE
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-def export(source: Path, output: Path, base: str | None = None, overwrite: bool = False) -> str:
+def export(
+    source: Path, output: Path, base: str | None = None, overwrite: bool = False, average: bool = False
+) -> str:
     """Write `output`, complete or not at all; -> what it is, for people.
 
     source: a checkpoint, or a PEFT directory.  base: of the adapters, where they do not name it themselves.
-    Raises InputError.
+    average: the average of the weights over training (ppo.ema) in their place. Raises InputError.
     """
     adapter = _adapter(source)
+    if adapter is not None and average:
+        raise InputError("--average: of adapters no average can be exported; leave it out")
     if adapter is None and base is not None:
         raise InputError(f"--base: {source} holds a whole model, which needs none")
     taken = checked_weights(source, "model") if adapter is None else _base(adapter, base)
@@ -39,6 +48,9 @@ def export(source: Path, output: Path, base: str | None = None, overwrite: bool 
             raise InputError(f"--output: {output} is what is exported; name another directory")
     try:
         with new_directory(output, overwrite, CONFIG) as partial:
+            if average:
+                _write_average(source, taken, partial)
+                return f"{output}: the average of the weights of {source}"
             if adapter is None:
                 _copy(taken, partial, [path.name for path in taken.iterdir()])
                 return f"{output}: the model of {source}"
@@ -46,6 +58,34 @@ def export(source: Path, output: Path, base: str | None = None, overwrite: bool 
             return f"{output}: the adapters of {source} merged into {taken}"
     except OSError as error:
         raise InputError(f"{error.filename or output}: {error.strerror or error}") from None
+
+
+def _write_average(checkpoint: Path, model: Path, output: Path) -> None:
+    """The files of the model, with the average of each tensor, which lies with the optimiser's state."""
+    found, reader, weights = manifest.read_manifest(checkpoint), BoxReader(checkpoint), BoxReader(model)
+    files = weight_files(weights)
+    writer = BoxWriter(output)
+    for file in sorted(set(files.values())):
+        entries = []
+        for name in (name for name, where in files.items() if where == file):
+            if f"{AVERAGE}/{name}" not in found.tensors:
+                raise InputError(
+                    f"{checkpoint}: holds no average of {name}; the run has to be one with ppo.ema"
+                )
+            stored = weights.whole(file, name)
+            assert stored is not None, "the file names what it has"
+            box = Box.whole(name, stored.box.shape)
+            values = torch.empty(box.shape)
+            at = replace(box, name=f"{AVERAGE}/{name}")
+            boxes = found.boxes(at.name)
+            for one in boxes:
+                reader.check(one)
+            reader.read(at, boxes, values)
+            entries.append((name, box, values.to(weights.tensor(stored).dtype)))
+        writer.tensors(file, entries)
+    if writer.failure is not None:
+        raise InputError(writer.failure)
+    _copy(model, output, [path.name for path in model.iterdir() if path.suffix != ".safetensors"])
 
 
 def _adapter(source: Path) -> Path | None:

@@ -18,6 +18,8 @@ from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.parallel.zero.offload import Chunk, Offload
 from llm3d.parallel.zero.unit import FlatUnit
 
+AVERAGE = "average"  # the name of an average of the weights among what checkpoints hold
+
 
 class Optimizer:
     """Steps this rank's shard of each unit of `flat`.
@@ -141,7 +143,7 @@ class Optimizer:
         """What a checkpoint holds beside the model's weights: tensors laid out like `flat.parameters`."""
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         if self.average is not None:
-            moments["average"] = self.average
+            moments[AVERAGE] = self.average
         return moments if self.flat.dtype == torch.float32 else {"master": self.master, **moments}
 
     @property

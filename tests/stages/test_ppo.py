@@ -11,11 +11,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm3d.data.chat import read_samples
 from llm3d.data.corpus import tokenize_corpus
+from llm3d.errors import InputError
+from llm3d.parallel.mesh import Mesh
+from llm3d.stages.export import export
+from llm3d.stages.ppo import OpenedPPO
+from llm3d.stages.rollout import as_rollouts
 from tests import pool
 from tests.stages.common import Settings, command, metrics, silent
 from tests.stages.post_training import (
     answer,
+    conversations,
+    opened_stage,
     question,
     settings,
     train_on_rank,
@@ -205,6 +213,70 @@ def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
             (Path(given["run"]["dir"]) / "checkpoints/step-00000004/state.json").read_text()
         )
     assert broken["state"] == unbroken["state"] and broken["state"]["kl_coefficient"] != 0.05
+
+
+def test_the_average_of_the_weights_is_a_model(files: Path, tmp_path: Path) -> None:
+    """From the first weights on, each update takes it a little towards where they are; under any layout."""
+    averages = []
+    for name, world_size, layout in (
+        ("one", 1, {}),
+        ("two", 2, {"zero": {"stage": 2}, "parallel": {"tensor": 1}}),
+    ):
+        changes: dict[str, Any] = {"ppo": {"ema": 0.25, "epochs": 1, "minibatches": 1}, **layout}
+        given = given_settings(files, tmp_path / name, train={"steps": 2}, checkpoint={"every": 1}, **changes)
+        pool.run(train_on_rank, world_size, "ppo", given)
+        checkpoint = Path(given["run"]["dir"]) / "checkpoints" / "step-00000002"
+        exported = tmp_path / f"{name}-average"
+        export(checkpoint, exported, average=True)
+        averages.append(load_file(exported / "model.safetensors"))
+        first = load_file(files / "model" / "model.safetensors")
+        after = [weights(given, "", step) for step in (1, 2)]
+        for key, found in averages[-1].items():
+            expected = 0.25 * (0.25 * first[key] + 0.75 * after[0][key]) + 0.75 * after[1][key]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert (exported / "config.json").is_file() and (exported / "tokenizer.json").is_file()
+    for key, found in averages[1].items():
+        torch.testing.assert_close(found, averages[0][key], rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        export(files / "model", tmp_path / "nothing", average=True)
+
+
+def test_weights_that_write_something_else_end_the_run(files: Path, tmp_path: Path) -> None:
+    ended = command("ppo", given_settings(files, tmp_path / "run", ppo={"log_probability_gate": 1e-12}))
+    assert ended.code == 3 and "above ppo.log_probability_gate 1e-12" in ended.stderr
+
+
+def test_updates_stop_where_the_policy_has_gone_far_enough(files: Path, tmp_path: Path) -> None:
+    given = given_settings(
+        files, tmp_path / "run", ppo={"stop_kl": 1e-9}, train={"steps": 1, "eval_every": None}
+    )
+    pool.run(train_on_rank, 1, "ppo", given)
+    assert metrics(given)[0]["updates"] == 2, "the first has not moved yet"
+
+
+def centered_on_rank(given: Settings, path: str) -> tuple[float, float]:
+    """The mean score of a file's replies, and of what was subtracted from each."""
+    opened = opened_stage("ppo", given)
+    assert isinstance(opened, OpenedPPO)
+    trainer = opened.trainer(Mesh(opened.config.parallel.tensor))
+    opened.prepare(trainer)
+    samples, _ = read_samples(path, "conversation", opened.tokenizer.template, opened.config.data)
+    rollouts = as_rollouts([samples[i].sequences[0] for i in range(len(samples))])
+    (scores,) = trainer.rewards.scores(rollouts, trainer.awake)
+    return scores.mean().item(), trainer.rewards.offsets[0]
+
+
+def test_replies_that_a_reward_is_centered_on_score_nothing_on_average(files: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "conversations.jsonl", conversations(7))
+    source = {"model": str(files / "reward"), "centered_on": path}
+    found = []
+    for tensor, zero in ((1, 0), (2, 0), (1, 3)):
+        layout = {"parallel": {"tensor": tensor}, "zero": {"stage": zero}}
+        given = given_settings(files, tmp_path / "run", ppo={"rewards": [source]}, **layout)
+        found += pool.run(centered_on_rank, 1 if tensor == 1 and not zero else 2, given, path)
+    for mean, offset in found:
+        assert mean == pytest.approx(0, abs=1e-5) and abs(offset) > 0.01
+        assert offset == pytest.approx(found[0][1], rel=1e-4)
 
 
 def test_the_reward_rises(files: Path, tmp_path: Path) -> None:
