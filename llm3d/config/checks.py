@@ -173,6 +173,8 @@ def _ppo_problems(config: PPOConfig) -> Iterator[str]:
         yield f"ppo.minibatches: {ppo.minibatches} are more than a step's {replies} replies"
     if not writes.temperature:
         yield "generate.temperature: 0 draws nothing; the policy learns from what it tries"
+    if config.lora.dropout:
+        yield f"lora.dropout: {config.lora.dropout} would change what replies were written with; leave it out"
     if writes.repetition_penalty != 1:
         yield "generate.repetition_penalty: replies would not be drawn as the policy would; leave it out"
     if writes.max_new_tokens >= config.data.sequence_length:

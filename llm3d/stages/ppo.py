@@ -203,6 +203,8 @@ class PPOTrainer(Trainer):
         self.kl_coefficient = self.settings.kl_coefficient
         self.spread = Spread()
         self.parked: dict[Evaluator, Parked] = {}
+        if self.settings.ema:
+            self.optimizer.start_average()
         for model in {self, self.reference}:
             set_temperature(model, opened.config.generate.temperature)
 

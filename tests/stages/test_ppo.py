@@ -208,6 +208,11 @@ def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
     for folder in ("", "critic"):
         ours, theirs = weights(broken, folder, 4), weights(unbroken, folder, 4)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    averages = [tmp_path / f"{name}-average" for name in ("broken", "unbroken")]
+    for given, exported in zip((broken, unbroken), averages, strict=True):
+        export(Path(given["run"]["dir"]) / "checkpoints" / "step-00000004", exported, average=True)
+    ours, theirs = (load_file(exported / "model.safetensors") for exported in averages)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for given in (broken, unbroken):
         given["state"] = json.loads(
             (Path(given["run"]["dir"]) / "checkpoints/step-00000004/state.json").read_text()

@@ -67,6 +67,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "minibatches": ({"ppo": {"minibatches": 5}}, "ppo.minibatches: 5 are more than a step's 4 replies"),
     "greedy": ({"generate": {"temperature": 0}}, "generate.temperature: 0 draws nothing"),
     "penalty": ({"generate": {"repetition_penalty": 1.1}}, "generate.repetition_penalty: "),
+    "dropout": ({"lora": {"rank": 2, "dropout": 0.1}}, "lora.dropout: 0.1 would change what replies"),
     "no room": (
         {"generate": {"max_new_tokens": 96}},
         "generate.max_new_tokens: 96 leaves no room for a prompt",
