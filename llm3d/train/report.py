@@ -89,18 +89,17 @@ class Report:
             self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}")
 
     def _write(self, metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-        step = metrics["step"]
+        step, writing = metrics["step"], self._metrics.name
         try:
             self._metrics.write(json.dumps(metrics) + "\n")
             self._metrics.flush()
             if examples:
+                writing = str(self._run_dir / EXAMPLES)
                 lines = [json.dumps({"step": step, **example}, ensure_ascii=False) for example in examples]
-                with (self._run_dir / EXAMPLES).open("a", encoding="utf-8") as file:
+                with open(writing, "a", encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
         except OSError as error:
-            raise TrainingAborted(
-                f"{self._run_dir}: {error.strerror}; earlier checkpoints are whole"
-            ) from None
+            raise TrainingAborted(f"{writing}: {error.strerror}; earlier checkpoints are whole") from None
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 if name != "step" and value is not None:

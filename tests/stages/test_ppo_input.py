@@ -105,10 +105,22 @@ def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
 
 
 def test_other_commands_say_that_these_settings_are_not_theirs(files: Path) -> None:
-    for name in ("eval", "memory"):
-        given = given_settings(files, data={"valid": [str(files / "prompts.jsonl")]})
-        ended = command(name, given)
-        assert ended.code == 2 and "these settings are for ppo" in ended.stderr
+    given = given_settings(files, data={"valid": [str(files / "prompts.jsonl")]})
+    ended = command("eval", given)
+    assert ended.code == 2 and "these settings are for ppo" in ended.stderr
+
+
+def test_memory_is_told_by_role_and_phase(files: Path) -> None:
+    ended = command("memory", given_settings(files), "--device", "cpu")
+    assert ended.code == 0
+    for line in (
+        "policy, gradients",
+        "critic, moments",
+        "reward model 0",
+        "peak, writing",
+        "peak, update of the critic",
+    ):
+        assert line in ended.stdout
 
 
 # ---- prompts ----
