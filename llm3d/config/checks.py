@@ -14,6 +14,7 @@ from llm3d.config.sections import (
     LoRASettings,
     LossScaleConfig,
     PPOConfig,
+    PPOSettings,
     RewardConfig,
 )
 from llm3d.errors import InputError
@@ -155,15 +156,18 @@ def _ppo_problems(config: PPOConfig) -> Iterator[str]:
                 f"generate.num_replies: {writes.num_replies} leaves ppo.advantages {ppo.advantages} no other reply to "
                 "compare with; the least is 2"
             )
-        for name in ("critic", "critic_lr"):
-            if getattr(ppo, name) is not None:
-                yield f"ppo.{name}: ppo.advantages {ppo.advantages} has no critic; leave it out"
-        if ppo.whiten_rewards:
-            yield f"ppo.whiten_rewards: ppo.advantages {ppo.advantages} has no rewards of tokens; leave it out"
+        for name in ("critic", "critic_lr", "value_clip", "gamma", "lam", "whiten_rewards"):
+            if getattr(ppo, name) != PPOSettings.model_fields[name].default:
+                yield f"ppo.{name}: ppo.advantages {ppo.advantages} scores whole replies, with no critic; leave it out"
     if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
         yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
     if ppo.kl_in_loss and ppo.kl_target is not None:
         yield "ppo.kl_target: adapts what is subtracted from rewards; with ppo.kl_in_loss, leave it out"
+    if ppo.kl_target is None and ppo.kl_horizon != PPOSettings.model_fields["kl_horizon"].default:
+        yield "ppo.kl_horizon: needs ppo.kl_target"
+    for name in ("format", "turns"):
+        if getattr(config.data, name) != ChatDataConfig.model_fields[name].default:
+            yield f"data.{name}: prompts have one format, and no replies; leave it out"
     if ppo.missing_end_score is not None and ppo.missing_end_penalty:
         yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
     if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):

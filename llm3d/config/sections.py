@@ -476,6 +476,10 @@ class GenerateSettings(Section):
     cache_gib: float | None = Field(None, gt=0)
     """Memory for keys and values on a rank. Null: what max_sequences of the longest take, of a GPU what it has left."""
 
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_gib is None else int(self.cache_gib * 2**30)
+
 
 class Config(Section):
     """What the settings of every stage have in common."""

@@ -91,11 +91,13 @@ class PlacedPrompt(NamedTuple):
         return [message._asdict() for message in self.messages] if several else self.messages[0].content
 
 
-def read_prompts(path: str, columns: Mapping[str, str]) -> list[PlacedPrompt]:
+def read_prompts(
+    path: str, columns: Mapping[str, str], skip_bad: bool = False
+) -> tuple[list[PlacedPrompt], Counts]:
     """The prompts in a file, the files of a directory or those that fit a pattern, in order.
 
     columns: for fields of a prompt, the columns that hold them; those of other fields do not matter.
-    Raises InputError for those that cannot be used, and where there are none.
+    Raises InputError for those that cannot be used, without skip_bad, and where there are none.
     """
     counts = Counts()
     mapping = {field: column for field, column in columns.items() if field in PROMPT_FIELDS}
@@ -104,11 +106,12 @@ def read_prompts(path: str, columns: Mapping[str, str]) -> list[PlacedPrompt]:
         for record, item in _rows(path, "prompt", "auto", mapping, counts)
         if isinstance(item, Prompt)
     ]
-    if counts.bad:
+    if counts.bad and not skip_bad:
         raise InputError("\n".join(_named(path, counts)))
     if not found:
         raise InputError(f"{path}: holds no prompt")
-    return found
+    counts.samples = len(found)
+    return found, counts
 
 
 def _rows(

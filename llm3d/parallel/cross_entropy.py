@@ -104,8 +104,8 @@ def token_terms_of_hidden(
 def entropy_of_logits(logits: Tensor, group: ProcessGroup) -> Tensor:
     """fp32 [tokens]: the entropy of softmax(logits), in nats, the same on all ranks of the group.
 
-    logits: [tokens, vocabulary part]; they stay as they are, and where `token_terms` overwrites them this comes first:
-    it is to be called after it. Of each token a rank sends 12 bytes. Backward communicates nothing.
+    logits: [tokens, vocabulary part]. Where `token_terms` is made of the same, call this after it: backward then reads
+    them here before it overwrites them there. Of each token a rank sends 20 bytes. Backward communicates nothing.
     """
     return _Entropy.apply(logits, group)
 

@@ -105,13 +105,16 @@ class PromptEncoder:
             raise InputError(f"{prompt.where}: {error}") from None
 
     def request(self, tokens: Sequence[int], number: int) -> Request:
-        """number: of the prompt; the same number and run.seed draw the same."""
-        asked = self.config.generate
-        sampling = Sampling(
-            asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty
-        )
-        seed = derive_key(self.config.run.seed, number) >> 1
-        return Request(tokens, asked.max_new_tokens, self.replies.ends, sampling, asked.num_replies, seed)
+        """number: of the prompt."""
+        return request_for(self.config, self.replies, tokens, number)
+
+
+def request_for(config: Config, replies: Replies, tokens: Sequence[int], number: int) -> Request:
+    """What `generate` asks for, of one prompt; the same number and run.seed draw the same."""
+    asked = config.generate
+    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
+    seed = derive_key(config.run.seed, number) >> 1
+    return Request(tokens, asked.max_new_tokens, replies.ends, sampling, asked.num_replies, seed)
 
 
 def generation_layout(config: C) -> C:
@@ -158,8 +161,7 @@ class Writer:
         """
         mesh, asked = self.mesh, self.config.generate
         requests = [self.encoder.request(tokens, first + i) for i, tokens in enumerate(prompts)]
-        cache_bytes = None if asked.cache_gib is None else int(asked.cache_gib * 2**30)
-        self.generator.check(requests, cache_bytes)  # the same on every rank
+        self.generator.check(requests, asked.cache_bytes)  # the same on every rank
         mine = range(mesh.data_rank, len(prompts), mesh.data_size)
         so_far: list[int] = []
 
@@ -170,7 +172,10 @@ class Writer:
 
         with input_errors_on_all(mesh.everyone):
             found = self.generator.generate(
-                [requests[i] for i in mine], asked.max_sequences, cache_bytes, on_token if told else None
+                [requests[i] for i in mine],
+                asked.max_sequences,
+                asked.cache_bytes,
+                on_token if told else None,
             )
         written = [
             self._written(i, reply) for i, replies in zip(mine, found, strict=True) for reply in replies
@@ -210,7 +215,7 @@ def check(config: Config, wanted: Wanted) -> Opened:
     if wanted.prompts is None:
         return Opened(encoder, [], [])
     columns = config.data.columns if isinstance(config.data, ChatDataConfig) else {}
-    found = read_prompts(wanted.prompts, columns)
+    found, _ = read_prompts(wanted.prompts, columns)
     return Opened(encoder, [encoder.tokens_of(prompt) for prompt in found], [p.shown for p in found])
 
 

@@ -35,8 +35,8 @@ from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
 from llm3d.stages.rewards import RewardFunction, Rewards
 from llm3d.stages.rollout import (
     Rollouts,
+    RolloutWriter,
     Texts,
-    Writer,
     of_tokens,
     text_sample,
     training_batches,
@@ -199,7 +199,7 @@ class PPOTrainer(Trainer):
             for other in opened.rewards
         ]
         self.rewards = Rewards(self.settings.rewards, mesh, givers)
-        self.writer = Writer(self, opened.replies)
+        self.writer = RolloutWriter(self, opened.replies)
         self.kl_coefficient = self.settings.kl_coefficient
         self.spread = Spread()
         self.parked: dict[Evaluator, Parked] = {}
@@ -249,7 +249,7 @@ class PPOTrainer(Trainer):
         settings, timing = self.settings, Timing(self.mesh.device)
         scored = self._scored(prompts, timing)
         rollouts, mask = scored.rollouts, scored.rollouts.mask
-        self.opened.data.record(int(rollouts.lengths.sum()))
+        self.opened.data.record(rollouts.num_tokens)
         gap = masked_mean((rollouts.written_log_probabilities - scored.log_probabilities).abs(), mask).item()
         if not gap <= settings.log_probability_gate:
             said = f"log-probabilities of replies are on average {gap:.3g} from what they were written with"
@@ -278,6 +278,9 @@ class PPOTrainer(Trainer):
         metrics = self._about(scored, kl) | self._about_values(values, found, mask)
         metrics |= {"rollout/log_probability_gap": gap, **result.metrics}
         metrics |= timing.metrics
+        if self.writer.moved is not None:
+            metrics["timing_s/hand_over"] = self.writer.moved.seconds  # part of gen
+            metrics["rollout/handed_over_mib"] = self.writer.moved.received_bytes / 2**20
         self._adapt(metrics["objective/kl"], len(rollouts))
         return result._replace(metrics=metrics, examples=self._examples(scored))
 

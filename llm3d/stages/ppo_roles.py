@@ -68,8 +68,7 @@ def bytes_of_writing(config: PPOConfig) -> int:
     num_layers = max(stages or spread_layers(model.num_hidden_layers, layout.parallel.pipeline))
     block = 2 * BLOCK_SIZE * heads * model.head_dim * size * num_layers
     cache = block * sequences * -(-layout.data.sequence_length // BLOCK_SIZE)
-    if asked.cache_gib is not None:
-        cache = min(cache, int(asked.cache_gib * 2**30))
+    cache = cache if asked.cache_bytes is None else min(cache, asked.cache_bytes)
     longest = layout.data.sequence_length - asked.max_new_tokens
     tokens = min(sequences * longest, max(MAX_PREFILL_TOKENS, longest))
     width = 6 * model.hidden_size + 3 * model.intermediate_size // tensor

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm3d.config import ChatDataConfig, PPOConfig
-from llm3d.data.chat import PlacedPrompt, read_prompts
+from llm3d.data.chat import Counts, PlacedPrompt, read_prompts
 from llm3d.data.order import Blend, sample_window
 from llm3d.data.samples import Tokens, without_start
 from llm3d.data.templates import Template
@@ -40,38 +40,33 @@ class PromptSet:
 
     path: str
     prompts: list[Prompt]
-    num_too_long: int = 0
-    num_cut: int = 0
+    counts: Counts
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __str__(self) -> str:
-        parts = [f"{self.path}: {len(self.prompts):,} prompts"]
-        parts += [f"{self.num_too_long:,} left out, too long"] if self.num_too_long else []
-        parts += [f"{self.num_cut:,} cut"] if self.num_cut else []
-        return ", ".join(parts)
-
 
 def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptSet:
     """The prompts in a file that leave room for a reply. Raises InputError where there are none, or one is bad."""
-    data = config.data
-    room = data.sequence_length - config.generate.max_new_tokens
-    found, num_too_long, num_cut = list[Prompt](), 0, 0
-    for placed in read_prompts(path, data.columns):
-        tokens = _encoded(placed, template)
+    data, room = config.data, config.data.sequence_length - config.generate.max_new_tokens
+    placed, counts = read_prompts(path, data.columns, data.skip_bad)
+    found = list[Prompt]()
+    for prompt in placed:
+        tokens = _encoded(prompt, template)
+        if len(tokens) > room and data.truncation == "drop":
+            counts.too_long += 1
+            continue
         if len(tokens) > room:
-            if data.truncation == "drop":
-                num_too_long += 1
-                continue
-            tokens, num_cut = _cut(tokens, room, template.tokenizer), num_cut + 1
-        found.append(Prompt(len(found), tokens, placed.shown, placed.row, placed.where))
+            tokens = _cut(tokens, room, template.tokenizer)
+            counts.cut += 1
+        found.append(Prompt(len(found), tokens, prompt.shown, prompt.row, prompt.where))
     if not found:
         raise InputError(
             f"{path}: holds no prompt of at most {room} tokens, data.sequence_length {data.sequence_length} less "
             f"generate.max_new_tokens {config.generate.max_new_tokens}; raise the one or lower the other"
         )
-    return PromptSet(path, found, num_too_long, num_cut)
+    counts.samples = len(found)
+    return PromptSet(path, found, counts)
 
 
 def _encoded(placed: PlacedPrompt, template: Template) -> np.ndarray:
@@ -145,15 +140,10 @@ class PromptData:
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
         batch, steps = self.config.batch.global_size, self.config.train.steps
-        passes = (
-            steps
-            * batch
-            / sum(
-                source.weight * size for source, size in zip(self.config.data.train, self.sizes, strict=True)
-            )
-        )
+        pairs = zip(self.config.data.train, self.sizes, strict=True)
+        passes = steps * batch / sum(source.weight * size for source, size in pairs)
         return [
-            *map(str, (*self.train, *self.valid)),
+            *(f"{found.path}: {found.counts}" for found in (*self.train, *self.valid)),
             f"{batch:,} prompts a step, {self.config.generate.num_replies} replies to each; "
             f"by step {steps} it has read them {passes:.2f} times",
         ]

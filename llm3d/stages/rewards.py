@@ -22,7 +22,7 @@ from llm3d.errors import InputError
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.rollout import Rollouts, as_rollouts, of_replies
+from llm3d.stages.rollout import Rollouts, of_replies
 from llm3d.train.trainer import Evaluator
 
 _SECONDS_TO_START = 120.0
@@ -133,7 +133,7 @@ class Rewards:
                 found.append(self._by_function(giver, rollouts))
             else:
                 with awake(giver):
-                    found.append(of_replies(giver, rollouts) - offset)
+                    found.append(of_replies(giver, rollouts.samples) - offset)
         return found
 
     def center(self, config: PPOConfig, template: Template) -> None:
@@ -142,8 +142,7 @@ class Rewards:
             if source.centered_on is not None and isinstance(giver, Evaluator):
                 with input_errors_on_all(self.mesh.everyone):
                     found, _ = read_samples(source.centered_on, "conversation", template, config.data)
-                rollouts = as_rollouts([found[j].sequences[0] for j in range(len(found))])
-                self.offsets[i] = of_replies(giver, rollouts).mean().item()
+                self.offsets[i] = of_replies(giver, [found[j] for j in range(len(found))]).mean().item()
 
     def total(self, found: Sequence[Tensor]) -> Tensor:
         return torch.stack([s.weight * x for s, x in zip(self.sources, found, strict=True)]).sum(0)

@@ -17,21 +17,18 @@ import torch
 from torch import Tensor
 
 from llm3d.config import PPOConfig
-from llm3d.data.order import derive_key
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.packing import pack
 from llm3d.data.pretraining import Sample as Window
 from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.sampling import Sampling
-from llm3d.generate.scheduler import Request
 from llm3d.generate.text import Replies
 from llm3d.models.heads import Objective
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.reshard import HandOver, Moved
-from llm3d.stages.generate import generation_layout
+from llm3d.stages.generate import generation_layout, request_for
 from llm3d.stages.prompt_data import Prompt
 from llm3d.train.parking import without_memory
 from llm3d.train.trainer import Evaluator, Trainer
@@ -65,10 +62,14 @@ class Rollouts:
         return Sample((Tokens(np.concatenate([prompt, tokens]), is_target),))
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of prompts with replies: int64 [replies]."""
+    def samples(self) -> list[Sample]:
+        return [self.sample(i) for i in range(len(self))]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompts, each with its reply."""
         pairs = zip(self.prompts, self.tokens, strict=True)
-        return np.array([len(prompt.tokens) + len(tokens) for prompt, tokens in pairs], dtype=np.int64)
+        return sum(len(prompt.tokens) + len(tokens) for prompt, tokens in pairs)
 
 
 def gathered(
@@ -103,20 +104,6 @@ def gathered(
     )
 
 
-def as_rollouts(sequences: Sequence[Tokens]) -> Rollouts:
-    """Given conversations, the last reply of each taken as written here."""
-    starts = [int(np.flatnonzero(~tokens.is_target)[-1]) + 1 for tokens in sequences]
-    pairs = list(zip(starts, sequences, strict=True))
-    longest = max(len(tokens.ids) - start for start, tokens in pairs)
-    return Rollouts(
-        prompts=[Prompt(i, tokens.ids[:start], None, {}, "") for i, (start, tokens) in enumerate(pairs)],
-        tokens=[tokens.ids[start:] for start, tokens in pairs],
-        texts=[""] * len(pairs),
-        ended=[True] * len(pairs),
-        written_log_probabilities=torch.zeros(len(pairs), longest),
-    )
-
-
 def _rows(payload: bytes) -> list[tuple[int, bool, np.ndarray, np.ndarray]]:
     """Of each reply: its prompt's place, whether it ended, its tokens and their log-probabilities."""
     (count,) = np.frombuffer(payload, np.int64, 1)
@@ -131,7 +118,7 @@ def _rows(payload: bytes) -> list[tuple[int, bool, np.ndarray, np.ndarray]]:
     return [(int(place), ended, tokens[part].copy(), log_p[part].copy()) for place, ended, part in parts]
 
 
-class Writer:
+class RolloutWriter:
     """A policy under training, which replies to prompts. Every rank holds one and calls it at the same time.
 
     It writes where it is trained, or, where another layout is asked for or weights are spread over data ranks, in a
@@ -151,24 +138,14 @@ class Writer:
 
     def write(self, prompts: Sequence[Prompt]) -> Rollouts:
         """generate.num_replies to each prompt, which alone, with its number and run.seed, says what is drawn."""
-        asked, seed = self.config.generate, self.config.run.seed
-        sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p)
-        mine = range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
+        asked, mine = self.config.generate, range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
         requests = [
-            Request(
-                prompts[i].tokens.tolist(),
-                asked.max_new_tokens,
-                self.replies.ends,
-                sampling,
-                asked.num_replies,
-                derive_key(seed, prompts[i].number) >> 1,
-            )
+            request_for(self.config, self.replies, prompts[i].tokens.tolist(), prompts[i].number)
             for i in mine
         ]
-        cache_bytes = None if asked.cache_gib is None else int(asked.cache_gib * 2**30)
         idle = without_memory(self.trainer.flat.kept_gradients)
         with idle, self._generator() as generator, input_errors_on_all(self.mesh.everyone):
-            found = generator.generate(requests, asked.max_sequences, cache_bytes)
+            found = generator.generate(requests, asked.max_sequences, asked.cache_bytes)
         return gathered(prompts, mine, found, self.replies.text, self.mesh)
 
     @contextmanager
@@ -214,50 +191,42 @@ def of_tokens(model: Evaluator, rollouts: Rollouts, function: Objective) -> Tens
         return function(output, batch)[batch.targets >= 0]
 
     table = torch.zeros(rollouts.mask.shape)
-    for replies, numbers in _outputs(model, rollouts, at_targets):
+    for replies, numbers in _outputs(model, rollouts.samples, at_targets):
         lengths = [len(rollouts.tokens[i]) for i in replies]
         for i, part in zip(replies, numbers.split(lengths), strict=True):
             table[i, : len(part)] = part
     return all_reduce_sum(table, model.mesh.everyone)
 
 
-def of_replies(model: Evaluator, rollouts: Rollouts) -> Tensor:
-    """The score head's number at the last token of each reply: fp32 [replies], on every rank."""
-    scores = torch.zeros(len(rollouts))
-    for replies, numbers in _outputs(model, rollouts, lambda output, batch: output[batch.last_tokens]):
-        scores[replies] = numbers
+def of_replies(model: Evaluator, samples: Sequence[Sample]) -> Tensor:
+    """The score head's number at the last token of each sample's one sequence: fp32 [samples], on every rank."""
+    scores = torch.zeros(len(samples))
+    for which, numbers in _outputs(model, samples, lambda output, batch: output[batch.last_tokens]):
+        scores[which] = numbers
     return all_reduce_sum(scores, model.mesh.everyone)
 
 
-def _outputs(model: Evaluator, rollouts: Rollouts, function: Objective) -> list[tuple[list[int], Tensor]]:
-    """Of this rank's microbatches: which replies are in each, and the numbers; on the ranks that tell the others."""
+def _outputs(
+    model: Evaluator, samples: Sequence[Sample], function: Objective
+) -> list[tuple[list[int], Tensor]]:
+    """Of this rank's microbatches: which samples are in each, and the numbers; on the ranks that tell the others."""
     mesh = model.mesh
-    packed = packed_replies(rollouts, range(len(rollouts)), model)
+    packed = packed_samples(samples, model)
     outputs = model.outputs([batch.to(mesh.device) for _, batch in packed], function)
     if outputs is None or mesh.tensor_rank:
         return []
-    return [(replies, output.cpu()) for (replies, _), output in zip(packed, outputs, strict=True)]
+    return [(which, output.cpu()) for (which, _), output in zip(packed, outputs, strict=True)]
 
 
-def packed_replies(
-    rollouts: Rollouts, which: Sequence[int], model: Evaluator, others: Sequence[Sample] = ()
-) -> list[tuple[list[int], PackedBatch]]:
-    """This data rank's microbatches of some of the replies and of other samples, and which replies are in each.
-
-    The others' sequences come after the replies.
-    """
+def packed_samples(samples: Sequence[Sample], model: Evaluator) -> list[tuple[list[int], PackedBatch]]:
+    """This data rank's microbatches, and which samples are in each, in rising order."""
     config, mesh = model.config, model.mesh
     layout, capacity = config.parallel, config.batch.micro * config.data.sequence_length
     ranks = mesh.data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
-    of_others = [sum(len(sequence.ids) for sequence in sample.sequences) for sample in others]
-    lengths = np.array([*rollouts.lengths[list(which)], *of_others], dtype=np.int64)
-    found = []
-    for items in pack(lengths, capacity, ranks)[mesh.data_rank :: mesh.data_size]:
-        replies = [which[i] for i in items if i < len(which)]
-        samples = [rollouts.sample(i) for i in replies]
-        samples += [others[i - len(which)] for i in items if i >= len(which)]
-        found.append((replies, collate(samples, mesh.tensor_size if layout.sequence else 1)))
-    return found
+    lengths = [sum(len(sequence.ids) for sequence in sample.sequences) for sample in samples]
+    bins = pack(np.array(lengths, dtype=np.int64), capacity, ranks)[mesh.data_rank :: mesh.data_size]
+    multiple_of = mesh.tensor_size if layout.sequence else 1
+    return [(items.tolist(), collate([samples[i] for i in items], multiple_of)) for items in bins]
 
 
 # ---- what models are trained on ----
@@ -320,7 +289,9 @@ def training_batches(
         return torch.zeros(len(batch.tokens)).masked_scatter(places, filled)
 
     made = []
-    for replies, batch in packed_replies(rollouts, which, model, texts.samples):
+    samples = [*(rollouts.sample(i) for i in which), *texts.samples]
+    for items, batch in packed_samples(samples, model):
+        replies = [which[i] for i in items if i < len(which)]  # texts come after them
         values = {
             name: laid_out([table[i, : lengths[i]] for i in replies], 0.0, batch)
             for name, table in tables.items()

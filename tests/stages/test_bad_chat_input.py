@@ -392,9 +392,7 @@ CASES = [pytest.param(wrong, stage, id=f"{stage}-{wrong.name}") for wrong in TAB
 
 
 @pytest.fixture
-def run_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def run_settings(tmp_path: Path) -> Settings:
     model = write_model(tmp_path / "model")
     return settings(model, str(tmp_path / "train.jsonl"), tmp_path / "run")
 

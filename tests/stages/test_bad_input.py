@@ -294,9 +294,7 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture
-def run_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def run_settings(tmp_path: Path) -> Settings:
     write_corpus(tmp_path / "train", 1000)
     write_corpus(tmp_path / "valid", 100, seed=1)
     return settings(tmp_path)

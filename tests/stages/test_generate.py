@@ -33,9 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def given(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def given(model: Path, tmp_path: Path) -> Settings:
     generate = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
     return settings(model, "unused.jsonl", tmp_path / "run", sft={}, generate=generate)
 

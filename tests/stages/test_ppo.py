@@ -17,7 +17,7 @@ from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.export import export
 from llm3d.stages.ppo import OpenedPPO
-from llm3d.stages.rollout import as_rollouts
+from llm3d.stages.rollout import of_replies
 from tests import pool
 from tests.stages.common import Settings, command, metrics, silent
 from tests.stages.post_training import (
@@ -68,12 +68,6 @@ def talkative(prompts, replies):
 '''
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ppo")
@@ -120,6 +114,7 @@ GROUPS = {
     "kl_estimator": "k3",
     "loss_mean": "sequence",
     "kl_target": None,
+    "kl_horizon": 10000.0,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "ppo": {},
@@ -266,9 +261,9 @@ def centered_on_rank(given: Settings, path: str) -> tuple[float, float]:
     trainer = opened.trainer(Mesh(opened.config.parallel.tensor))
     opened.prepare(trainer)
     samples, _ = read_samples(path, "conversation", opened.tokenizer.template, opened.config.data)
-    rollouts = as_rollouts([samples[i].sequences[0] for i in range(len(samples))])
-    (scores,) = trainer.rewards.scores(rollouts, trainer.awake)
-    return scores.mean().item(), trainer.rewards.offsets[0]
+    (offset,), (model,) = trainer.rewards.offsets, trainer.rewards.models
+    scores = of_replies(model, [samples[i] for i in range(len(samples))]) - offset
+    return scores.mean().item(), offset
 
 
 def test_replies_that_a_reward_is_centered_on_score_nothing_on_average(files: Path, tmp_path: Path) -> None:
@@ -289,7 +284,13 @@ def test_the_reward_rises(files: Path, tmp_path: Path) -> None:
     given = given_settings(
         files,
         tmp_path / "run",
-        ppo={"rewards": rewards, "kl_target": None, "scale_scores": False, "kl_coefficient": 0.0}
+        ppo={
+            "rewards": rewards,
+            "kl_target": None,
+            "kl_horizon": 10000.0,
+            "scale_scores": False,
+            "kl_coefficient": 0.0,
+        }
         | {"missing_end_penalty": 0.0, "minibatches": 1, "epochs": 4, "critic": str(files / "model")},
         train={"steps": 24, "eval_every": None},
         optim={"lr": 1e-2, "schedule": "constant"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -14,7 +14,6 @@ from llm3d.data.tokenizer import load_tokenizer
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.prompt_data import PromptData, read_prompt_set
 from llm3d.train.loop import Consumed
-from tests import pool
 from tests.stages.common import Settings, command
 from tests.stages.post_training import question, settings, write_model, write_reward_model, write_rows
 
@@ -61,8 +60,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "critic": (
         {"ppo": {"advantages": "grpo", "critic": "x"}, "generate": {"num_replies": 2}},
-        "ppo.critic: ppo.advantages grpo has no critic",
+        "ppo.critic: ppo.advantages grpo scores whole replies, with no critic",
     ),
+    "no values": (
+        {"ppo": {"advantages": "grpo", "lam": 0.5}, "generate": {"num_replies": 2}},
+        "ppo.lam: ppo.advantages grpo scores whole replies, with no critic",
+    ),
+    "horizon": ({"ppo": {"kl_horizon": 5}}, "ppo.kl_horizon: needs ppo.kl_target"),
+    "turns": ({"data": {"turns": "last"}}, "data.turns: prompts have one format, and no replies"),
     "k1 in the loss": ({"ppo": {"kl_in_loss": True}}, "ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3"),
     "minibatches": ({"ppo": {"minibatches": 5}}, "ppo.minibatches: 5 are more than a step's 4 replies"),
     "greedy": ({"generate": {"temperature": 0}}, "generate.temperature: 0 draws nothing"),
@@ -134,12 +139,8 @@ def data_of(files: Path, **changes: Any) -> PromptData:
 
 def test_a_step_has_the_prompts_that_its_number_gives(files: Path) -> None:
     """Each prompt once a pass, with its row; resumed, the same; numbered over the run."""
-    pool.run(steps_on_rank, 1, files)
-
-
-def steps_on_rank(files: Path) -> None:
-    mesh, data = Mesh(), data_of(files)
-    first = [data.microbatches(step, mesh) for step in range(1, 12)]
+    data, anywhere = data_of(files), cast(Mesh, None)  # the prompts are the same on every rank
+    first = [data.microbatches(step, anywhere) for step in range(1, 12)]
     seen = [prompt.row["number"] for step in first for prompt in step]
     assert [prompt.number for step in first for prompt in step] == list(range(44))
     for start in range(0, 44, 11):
@@ -149,23 +150,34 @@ def steps_on_rank(files: Path) -> None:
     again.record(31)
     assert again.consumed(6) == Consumed(24, 731)
     for step in range(6, 12):
-        numbers = [prompt.number for prompt in again.microbatches(step, mesh)]
-        assert numbers == [prompt.number for prompt in first[step - 1]]
-        assert [p.row for p in again.microbatches(step, mesh)] == [p.row for p in first[step - 1]]
+        found, expected = again.microbatches(step, anywhere), first[step - 1]
+        assert [(p.number, p.row) for p in found] == [(p.number, p.row) for p in expected]
+
+
+def test_prompts_that_cannot_be_used_are_named_or_left_out(files: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text((files / "prompts.jsonl").read_text() + '{"prompt": null}\n{"prompt": 7}\n')
+    given = given_settings(files)
+    given["data"]["train"] = [str(path)]
+    ended = command("ppo", given, "--check")
+    assert ended.code == 2 and "line 12" in ended.stderr and "line 13" in ended.stderr
+    config = make_config(given | {"data": {**given["data"], "skip_bad": True}}, 1, PPOConfig)
+    found = read_prompt_set(str(path), load_template("auto", load_tokenizer(files / "model")), config)
+    assert len(found) == 11 and str(found.counts) == "11 samples, 2 left out that cannot be used"
 
 
 def test_prompts_without_room_for_a_reply_are_left_out_or_cut(files: Path) -> None:
     whole = data_of(files).train[0]
     longest = max(len(prompt.tokens) for prompt in whole.prompts)
     few = data_of(files, generate={"max_new_tokens": 96 - longest + 2}).train[0]
-    assert few.num_too_long == sum(len(prompt.tokens) > longest - 2 for prompt in whole.prompts) > 0
-    assert len(few) + few.num_too_long == len(whole) and "left out, too long" in str(few)
+    assert few.counts.too_long == sum(len(prompt.tokens) > longest - 2 for prompt in whole.prompts) > 0
+    assert len(few) + few.counts.too_long == len(whole) and "left out, too long" in str(few.counts)
     changes: dict[str, Any] = {
         "generate": {"max_new_tokens": 96 - longest + 2},
         "data": {"truncation": "left"},
     }
     cut = data_of(files, **changes).train[0]
-    assert len(cut) == len(whole) and cut.num_cut == few.num_too_long
+    assert len(cut) == len(whole) and cut.counts.cut == few.counts.too_long
     for ours, theirs in zip(cut.prompts, whole.prompts, strict=True):
         assert (
             len(ours.tokens) <= longest - 2

@@ -23,7 +23,7 @@ from llm3d.train.advantages import (
     whiten,
 )
 
-TRL = json.loads((Path(__file__).parent.parent / "train" / "trl-0.9.4.json").read_text())["cases"]
+TRL = json.loads((Path(__file__).parent / "trl-0.9.4.json").read_text())["cases"]
 
 
 def settings(**given: Any) -> PPOSettings:

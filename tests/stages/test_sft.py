@@ -28,9 +28,7 @@ REMARK = re.compile(r"step (\d+): to \.\.\.'.*?' it replies (.*)")
 
 
 @pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def given(tmp_path: Path) -> Settings:
     model = write_model(tmp_path / "model", initializer_range=0.3)
     made = settings(model, write_rows(tmp_path / "train.jsonl", conversations(9)), tmp_path / "run")
     made["data"]["valid"] = [write_rows(tmp_path / "valid.jsonl", conversations(3)[::-1])]
