@@ -31,10 +31,6 @@ def open_chat_stage(config: Config) -> OpenedChat:
 
 
 def objective_of(config: Config) -> Objective:
-    if isinstance(config, PPOConfig):
-        raise InputError(
-            "these settings are for ppo, which trains several models; --stage names another stage"
-        )
     if isinstance(config, RewardConfig):
         return reward.RewardObjective(config.reward)
     return dpo.PreferenceObjective(config.dpo) if isinstance(config, DPOConfig) else next_token(config)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +22,17 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm3d.config import Config, DPOConfig, DPOSettings
-from llm3d.config.presets import hugging_face_directory
+from llm3d.config.presets import adapter_directory, hugging_face_directory
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError
-from llm3d.models.adapters import adapters_off
 from llm3d.models.heads import HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.stages.chat_data import ChatData, OpenedChat, open_chat
 from llm3d.stages.training import load_first_weights, seen_by_first_rank
+from llm3d.train.starting_model import StartingModel
 from llm3d.train.trainer import Evaluator
 
 _STORED = "log_probabilities"
@@ -140,17 +141,28 @@ def needs_second_model(config: Config) -> bool:
 
 def ask_reference(model: Evaluator) -> None:
     """Have the starting model complete the microbatches that the model is going to see."""
-    reference = model
     if needs_second_model(model.config):
         reference = Evaluator(model.config, model.mesh, model.objective)
         load_first_weights(reference)
-    model.completed = partial(with_reference, reference)
+        model.completed = partial(with_reference, reference, nullcontext)
+    else:
+        if model.config.lora.path:
+            load_first_weights(model)
+        model.completed = partial(with_reference, model, StartingModel(model).restored)
 
 
-def with_reference(reference: Evaluator, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
-    """With the log-probabilities, on the last pipeline stage, where they are needed; others' stay as they are."""
-    with adapters_off(reference.stages):
-        found = reference.outputs(microbatches, sequence_log_probabilities)
+def with_reference(
+    reference: Evaluator,
+    awake: Callable[[], AbstractContextManager[None]],
+    microbatches: Sequence[PackedBatch],
+) -> Sequence[PackedBatch]:
+    """With the log-probabilities, on the last pipeline stage, where they are needed; others' stay as they are.
+
+    awake: the model is the reference for the time of a block. Nothing is random in it.
+    """
+    asked = [replace(batch, keys=None, noise=None) for batch in microbatches]
+    with awake():
+        found = reference.outputs(asked, sequence_log_probabilities)
     if found is None:
         return microbatches
     return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
@@ -178,19 +190,18 @@ def know_reference(model: Evaluator, data: ChatData) -> None:
 
 @torch.no_grad()
 def reference_log_probabilities(model: Evaluator, data: ChatData, number: int) -> Tensor:
-    """Of all sequences of a set, by the weights as they are, without adapters: fp32 [sequences], on every rank."""
+    """Of all sequences of a set, by the weights as they are: fp32 [sequences], on every rank."""
     mesh, found = model.mesh, torch.zeros(data.sets[number].num_sequences)
-    with adapters_off(model.stages):
-        for packed in data.everything(number, mesh):
-            batches = [batch.to(mesh.device) for _, batch in packed]
-            outputs = model.outputs(batches, sequence_log_probabilities)
-            if outputs is None or mesh.tensor_rank:
-                continue
-            for (places, _), output in zip(packed, outputs, strict=True):
-                spans = [data.sequences(place) for place in places]
-                lengths = [span.stop - span.start for span in spans]
-                for span, part in zip(spans, output.cpu().split(lengths), strict=True):
-                    found[span] = part
+    for packed in data.everything(number, mesh):
+        batches = [batch.to(mesh.device) for _, batch in packed]
+        outputs = model.outputs(batches, sequence_log_probabilities)
+        if outputs is None or mesh.tensor_rank:
+            continue
+        for (places, _), output in zip(packed, outputs, strict=True):
+            spans = [data.sequences(place) for place in places]
+            lengths = [span.stop - span.start for span in spans]
+            for span, part in zip(spans, output.cpu().split(lengths), strict=True):
+                found[span] = part
     dist.all_reduce(found, group=mesh.everyone)
     return found
 
@@ -199,11 +210,13 @@ def reference_key(config: Config, samples: SampleSet) -> str:
     """16 hex digits that change when the samples, the starting model or its precision do."""
     assert config.model.path is not None, "checked with the settings"
     directory = hugging_face_directory(config.model.path)
-    files = sorted([*directory.glob("*.safetensors"), directory / "config.json"])
+    directories = [directory, *([adapter_directory(config.lora.path)] if config.lora.path else [])]
+    patterns = ("*.safetensors", "*config.json")
+    files = sorted(file for each in directories for pattern in patterns for file in each.glob(pattern))
     described = [
         samples.digest,
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        str(directory.resolve()),
+        [str(each.resolve()) for each in directories],
         config.precision.compute,
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

@@ -1,19 +1,22 @@
-"""An objective's numbers on the validation data, by a run's latest checkpoint or the model that the settings name."""
+"""What a stage says of its validation data, by a run's latest checkpoint or the model that the settings name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-from llm3d.config import Config, PretrainConfig
+from llm3d.config import Config, PPOConfig, PretrainConfig
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.stages import ppo
 from llm3d.stages.by_settings import objective_of, open_chat_stage
 from llm3d.stages.language_data import ValidationData
+from llm3d.stages.ppo import OpenedPPO
 from llm3d.stages.tokenizer import open_tokenizer
-from llm3d.stages.training import latest_model
+from llm3d.stages.training import checkpoint_to_resume, first_state, latest_model
 from llm3d.train.loop import EvaluationData
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.trainer import Evaluator
@@ -34,15 +37,20 @@ def run(config: Config) -> None:
         with input_errors_on_all(whole_world()):
             opened = check(config)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
-        source, result = evaluate_latest(opened, mesh)
-        if mesh.rank == 0:
+        if isinstance(opened, OpenedPPO):
+            source, numbers, terms = evaluate_replies(opened, mesh)
+        else:
+            source, result = evaluate_latest(opened, mesh)
             numbers = result.report(opened.objective)
+            terms = f"{result.num_terms:,} " + (
+                "tokens" if isinstance(opened.objective, NextToken) else "samples"
+            )
+        if mesh.rank == 0:
             said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-            terms = "tokens" if isinstance(opened.objective, NextToken) else "samples"
-            print(f"{source}: {said} on {result.num_terms:,} {terms}")
+            print(f"{source}: {said} on {terms}")
 
 
-def check(config: Config) -> Validation:
+def check(config: Config) -> Validation | OpenedPPO:
     """Open what the settings name; raise InputError where it cannot be used."""
     backend.use(config.kernels.backend, device_of_this_process())
     if not config.data.valid:
@@ -50,6 +58,8 @@ def check(config: Config) -> Validation:
     if isinstance(config, PretrainConfig):
         pretraining, _ = open_tokenizer(config)
         return Validation(pretraining, ValidationData(pretraining), objective_of(pretraining))
+    if isinstance(config, PPOConfig):
+        return ppo.open_stage(config)
     data = config.data.model_copy(update={"train": ()})  # is not read
     opened = open_chat_stage(config.model_copy(update={"data": data}))
     return Validation(opened.config, opened.data, opened.objective, opened.prepare)
@@ -59,3 +69,13 @@ def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
     """Where the weights came from, and their numbers; the same on every rank."""
     model, source = latest_model(opened.config, mesh, opened.objective, opened.prepare)
     return source, model.evaluate_all(opened.data.evaluation(mesh))
+
+
+def evaluate_replies(opened: OpenedPPO, mesh: Mesh) -> tuple[str, dict[str, float], str]:
+    """Where the policy's weights came from, what its replies to the validation prompts are worth, and to how many."""
+    trainer, run_dir = opened.trainer(mesh), Path(opened.config.run.dir)
+    checkpoint = checkpoint_to_resume(opened.config, run_dir, mesh)
+    opened.prepare(trainer)
+    _, source = first_state(trainer, checkpoint)
+    batches = list(opened.data.evaluation(mesh))
+    return source, trainer.validate(batches), f"{sum(map(len, batches)):,} prompts"

@@ -9,7 +9,7 @@ et al. 2024) are the same with other advantages, and without a critic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from llm3d.data.templates import load_template
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.generate.text import Replies
-from llm3d.models.adapters import adapters_off
 from llm3d.models.heads import SCORE, LanguageModelHead
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
@@ -55,6 +54,7 @@ from llm3d.train.advantages import (
     whiten,
 )
 from llm3d.train.parking import Parked, what_it_keeps
+from llm3d.train.starting_model import StartingModel
 from llm3d.train.timing import Timing
 from llm3d.train.trainer import Evaluator, StepResult, Trainer
 
@@ -137,6 +137,14 @@ def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None
     return critic.model_copy(update={"lora": lora, "optim": optim})
 
 
+def critic_has_base_of(opened: OpenedPPO, reward_model: PPOConfig) -> bool:
+    """Whether a reward model is what the critic started from, and can be asked of it."""
+    critic, start = opened.critic, reward_model.model.path
+    if critic is None or not critic.lora.rank or start == opened.config.model.path:
+        return False
+    return critic.model.path == start
+
+
 def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> PPOConfig:
     """The settings of a model that stands beside the policy, under its layout. Raises InputError where it cannot."""
     model = model_at(path)
@@ -193,36 +201,42 @@ class PPOTrainer(Trainer):
         self.reference: Evaluator = self
         if not opened.config.lora.rank:
             self.reference = Evaluator(opened.config, mesh, opened.objective)
-        asked = ValueObjective(self.settings)
-        givers = [
-            other if isinstance(other, RewardFunction) else Evaluator(other, mesh, asked)
-            for other in opened.rewards
-        ]
-        self.rewards = Rewards(self.settings.rewards, mesh, givers)
+        self.rewards = Rewards(self.settings.rewards, mesh, [self._giver(other) for other in opened.rewards])
         self.writer = RolloutWriter(self, opened.replies)
         self.kl_coefficient = self.settings.kl_coefficient
         self.spread = Spread()
-        self.parked: dict[Evaluator, Parked] = {}
+        self.asked: dict[Evaluator, Callable[[], AbstractContextManager[None]]] = {}
         if self.settings.ema:
             self.optimizer.start_average()
         for model in {self, self.reference}:
             set_temperature(model, opened.config.generate.temperature)
 
+    def _giver(self, source: PPOConfig | RewardFunction) -> Evaluator | RewardFunction:
+        if isinstance(source, RewardFunction):
+            return source
+        if self.critic is not None and critic_has_base_of(self.opened, source):
+            return self.critic
+        return Evaluator(source, self.mesh, ValueObjective(self.settings))
+
     def load_companions(self) -> None:
-        """Give the other models their first weights."""
-        for model in (self.critic, None if self.reference is self else self.reference, *self.rewards.models):
-            if model is not None:
+        """Give the other models their first weights, and have those that are only asked ready for it."""
+        trained: list[Evaluator] = [self] if self.critic is None else [self, self.critic]
+        asked = dict.fromkeys([self.reference, *self.rewards.models])
+        for model in dict.fromkeys([*trained, *asked]):
+            if model is not self or self.config.lora.path:
                 load_first_weights(model)
         if self.critic is not None and self.critic.config.model.path == self.config.model.path:
             foretell_nothing(self.critic)
         self.rewards.center(self.opened.config, self.opened.tokenizer.template)
-        if self.mesh.device.type != "cpu":
-            asked = (self.reference, *self.rewards.models)
-            self.parked = {m: Parked(m.flat) for m in asked if m is not None and m is not self}
+        for model in asked:
+            if model in trained:
+                self.asked[model] = StartingModel(model).restored
+            elif self.mesh.device.type != "cpu":
+                self.asked[model] = Parked(model.flat).on_the_device
 
     def awake(self, model: Evaluator) -> AbstractContextManager[None]:
-        """Have the weights of a model that is only asked on the device, for the time of the block."""
-        return self.parked[model].on_the_device() if model in self.parked else nullcontext()
+        """Have a model that is only asked as it started, and on the device, for the time of the block."""
+        return self.asked[model]() if model in self.asked else nullcontext()
 
     def publish(self) -> None:
         super().publish()
@@ -292,7 +306,7 @@ class PPOTrainer(Trainer):
             raw = self.rewards.scores(rollouts, self.awake)
         with timing("old_log_prob"):
             log_p = of_tokens(self, rollouts, _log_probabilities)
-        with timing("ref"), self.awake(self.reference), adapters_off(self.reference.stages):
+        with timing("ref"), self.awake(self.reference):
             reference = of_tokens(self.reference, rollouts, _log_probabilities)
         return Scored(rollouts, raw, self._shaped(self.rewards.total(raw), rollouts), log_p, reference)
 
@@ -385,12 +399,21 @@ class PPOTrainer(Trainer):
     # ---- what is said of it ----
 
     def introduction(self) -> list[str]:
-        models: dict[str, Evaluator | None] = {"policy": self, "critic": self.critic}
-        models["reference"] = None if self.reference is self else self.reference
-        models |= {f"reward model {i}": model for i, model in enumerate(self.rewards.models)}
-        kept = [f"{name}: {what_it_keeps(model)}" for name, model in models.items() if model is not None]
+        roles: dict[str, Evaluator | None] = {
+            "policy": self,
+            "critic": self.critic,
+            "reference": self.reference,
+        }
+        roles |= {f"reward model {i}": model for i, model in enumerate(self.rewards.models)}
+        first_role: dict[Evaluator, str] = {}
+        lines = list[str]()
+        for role, model in roles.items():
+            if model is not None:
+                first = first_role.setdefault(model, role)
+                keeps = what_it_keeps(model) if first == role else f"the {first} as it started"
+                lines.append(f"{role}: {keeps}")
         where = "as it is trained" if self.writer.in_place else f"as {self.writer.mesh}, weights handed over"
-        return [*kept, f"the policy writes {where}"]
+        return [*lines, f"the policy writes {where}"]
 
     def validate(self, batches: Iterable[Sequence[Any]]) -> dict[str, float]:
         """Of replies to the validation prompts: their scores, how far the policy has gone, how long they are."""

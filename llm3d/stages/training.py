@@ -133,12 +133,17 @@ def first_state(trainer: Trainer, checkpoint: Path | None) -> tuple[dict[str, An
 
 def load_first_weights(model: Evaluator) -> str:
     """Those that the settings name, or random ones; -> where they came from."""
+    return load_model(model, model.config.lora.path)
+
+
+def load_model(model: Evaluator, adapter: str | None) -> str:
+    """The same with these adapters, PEFT's or a checkpoint's."""
     config = model.config
     if config.model.path is None:
         model.initialise()
         return f"random weights, seed {config.run.seed}"
-    load_pretrained(Path(config.model.path), model)
-    return config.model.path + (f" and {config.lora.path}" if config.lora.path else "")
+    load_pretrained(Path(config.model.path), model, adapter)
+    return config.model.path + (f" and {adapter}" if adapter else "")
 
 
 def latest_model(
@@ -157,12 +162,10 @@ def latest_model(
             f"run.dir: {config.run.dir} has no checkpoint; train first, or name one with "
             "checkpoint.resume=PATH or model.path=PATH"
         )
-    if checkpoint is not None and config.lora.rank:
-        config = config.model_copy(update={"lora": config.lora.model_copy(update={"path": str(checkpoint)})})
     model = Evaluator(config, mesh, objective)
     prepare(model)
     if checkpoint is None or config.lora.rank:
-        return model, load_first_weights(model)
+        return model, load_model(model, str(checkpoint) if checkpoint else config.lora.path)
     load_weights(checkpoint, model)
     return model, str(checkpoint)
 

@@ -92,7 +92,7 @@ def command(name: str, given: Settings, *overrides: str) -> Ended:
     with TemporaryDirectory() as directory:
         config = Path(directory) / "config.yaml"
         config.write_text(yaml.safe_dump(given))
-        result = CliRunner().invoke(app, [name, str(config), *overrides])
+        result = CliRunner().invoke(app, [*name.split(), str(config), *overrides])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Ended(result.exit_code, result.stdout, result.stderr)

@@ -87,17 +87,35 @@ def test_the_first_loss_is_that_of_a_model_that_is_its_reference(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_with_adapters_the_reference_is_the_model_without_them(model: Path, tmp_path: Path) -> None:
-    plain = given_settings(model, tmp_path, "plain", train={"steps": 1})
-    pool.run(train_on_rank, 1, "dpo", plain)
-    adapted = given_settings(model, tmp_path, "adapted", lora={"rank": 3})
-    pool.run(trained_and_said_on_rank, 1, "dpo", adapted, [[1, 2]])
-    lora = {"path": str(tmp_path / "adapted" / "checkpoints" / "step-00000002")}
-    again = given_settings(model, tmp_path, "again", lora=lora, train={"steps": 1})
-    pool.run(train_on_rank, 1, "dpo", again)
-    torch.testing.assert_close(stored(again), stored(plain), rtol=0, atol=0)
-    (first,) = metrics(again)
-    assert first["loss"] != pytest.approx(math.log(2), rel=1e-4), "the adapters are at work in the policy"
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> dict[str, str]:
+    """Settings that go on from trained adapters."""
+    given = given_settings(model, tmp_path, "adapted", lora={"rank": 3})
+    pool.run(trained_and_said_on_rank, 1, "dpo", given, [[1, 2]])
+    return {"path": str(tmp_path / "adapted" / "checkpoints" / "step-00000002")}
+
+
+def test_with_new_adapters_the_reference_is_the_model_without_them(model: Path, tmp_path: Path) -> None:
+    kept = []
+    for name, lora in (("plain", {}), ("adapted", {"rank": 3})):
+        given = given_settings(model, tmp_path, name, lora=lora, train={"steps": 1})
+        pool.run(train_on_rank, 1, "dpo", given)
+        kept.append(stored(given))
+    torch.testing.assert_close(*kept, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_adapters_that_go_on_leave_what_they_were(
+    reference: str, model: Path, adapter: dict[str, str], tmp_path: Path
+) -> None:
+    """Each of their first losses is that of a model that is its own reference, whatever the layout."""
+    for name, (world_size, layout) in LAYOUTS.items():
+        changes: dict[str, Any] = {"lora": adapter, "train": {"steps": 2}, "dpo": {"reference": reference}}
+        given = given_settings(model, tmp_path, name, **changes, **layout)
+        pool.run(train_on_rank, world_size, "dpo", given)
+        first, second = metrics(given)
+        assert first["loss"] == pytest.approx(math.log(2), rel=1e-6), name
+        assert second["loss"] != pytest.approx(math.log(2), rel=1e-4), name
 
 
 def test_without_a_reference_the_rewards_are_log_probabilities(model: Path, tmp_path: Path) -> None:
@@ -118,11 +136,16 @@ def numbers(given: Settings) -> list[dict[str, float]]:
     return [{key: line[key] for key in line if key.startswith(ours)} for line in metrics(given)]
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 3, "dropout": 0.3}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("kind", ["all weights", "new adapters", "adapters that go on"])
 def test_asked_at_each_step_it_says_what_it_would_have_said_beforehand(
-    lora: dict[str, Any], model: Path, tmp_path: Path
+    kind: str, model: Path, adapter: dict[str, str], tmp_path: Path
 ) -> None:
-    changes = {"lora": lora, "train": {"steps": 3, "eval_every": 2}}
+    loras: dict[str, dict[str, Any]] = {
+        "all weights": {},
+        "new adapters": {"rank": 3, "dropout": 0.3},
+        "adapters that go on": {**adapter, "dropout": 0.3},
+    }
+    changes = {"lora": loras[kind], "train": {"steps": 3, "eval_every": 2}}
     cached = given_settings(model, tmp_path, "cached", **changes)
     pool.run(train_on_rank, 1, "dpo", cached)
     for name, (world_size, layout) in LAYOUTS.items():
@@ -133,8 +156,12 @@ def test_asked_at_each_step_it_says_what_it_would_have_said_beforehand(
         assert stored(given) == {}
 
 
-def test_a_run_that_asks_goes_on_as_if_it_had_not_stopped(model: Path, tmp_path: Path) -> None:
-    given, whole = (given_settings(model, tmp_path, n, dpo={"reference": "live"}) for n in ("run", "whole"))
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "adapters that go on"])
+def test_a_run_that_asks_goes_on_as_if_it_had_not_stopped(
+    adapted: bool, model: Path, adapter: dict[str, str], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"dpo": {"reference": "live"}, "lora": adapter if adapted else {}}
+    given, whole = (given_settings(model, tmp_path, name, **changes) for name in ("run", "whole"))
     assert command("dpo", given, "train.stop_after=2").code == command("dpo", given).code == 0
     assert command("dpo", whole).code == 0
     assert numbers(given) == numbers(whole)
@@ -196,3 +223,15 @@ def test_it_is_computed_again_for_another_model(
     assert command("dpo", given).code == 0
     assert computed == [0, 1, 2] and len(stored(given).keys() - before.keys()) == 3
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_it_is_computed_again_for_other_adapters(
+    model: Path, adapter: dict[str, str], tmp_path: Path, computed: list[int]
+) -> None:
+    given = given_settings(model, tmp_path, lora=adapter, train={"steps": 2, "stop_after": 1})
+    assert command("dpo", given).code == 0
+    assert command("dpo", given | {"train": {"steps": 2}}).code == 0
+    assert computed == [0, 1, 2], "the run that goes on takes what is there"
+    os.utime(Path(adapter["path"]) / "adapter" / "adapter_model.safetensors", ns=(1, 1))
+    assert command("dpo", given | {"train": {"steps": 3}}).code == 0
+    assert computed == [0, 1, 2] * 2

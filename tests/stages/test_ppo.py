@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,69 @@ def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
             (Path(given["run"]["dir"]) / "checkpoints/step-00000004/state.json").read_text()
         )
     assert broken["state"] == unbroken["state"] and broken["state"]["kl_coefficient"] != 0.05
+
+
+@pytest.mark.parametrize("zero", [0, 3], ids=["one process", "sharded"])
+def test_a_critic_with_adapters_is_asked_for_the_reward_model_it_started_from(
+    zero: int, files: Path, tmp_path: Path
+) -> None:
+    """And says what a reward model of its own would, bit for bit, in a run that goes on as well."""
+    shutil.copytree(files / "reward", tmp_path / "another")
+    runs = []
+    for name, reward in (("shared", files / "reward"), ("apart", tmp_path / "another")):
+        ppo = {"rewards": [{"model": str(reward)}], "critic": str(files / "reward")}
+        changes: dict[str, Any] = {"lora": {"rank": 3}, "ppo": ppo, "zero": {"stage": zero}}
+        given = given_settings(files, tmp_path / name, **changes)
+        models = pool.run(models_on_rank, 2 if zero else 1, given)
+        assert models[0] == {"shared": 2, "apart": 3}[name]
+        for stop_after in (1, None):
+            given["train"] = {"steps": 2, "eval_every": 2, "stop_after": stop_after}
+            pool.run(train_on_rank, 2 if zero else 1, "ppo", given)
+        runs.append(given)
+    shared, apart = runs
+    assert said(shared) == said(apart) and examples(shared) == examples(apart)
+    ours, theirs = weights(shared, "critic"), weights(apart, "critic")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    first = load_file(files / "reward" / "model.safetensors")["score.weight"]
+    assert not torch.equal(ours["base_model.model.score.weight"], first), "the critic's head is trained"
+
+
+def models_on_rank(given: Settings) -> int:
+    """That a run has in memory."""
+    opened = opened_stage("ppo", given)
+    assert isinstance(opened, OpenedPPO)
+    trainer = opened.trainer(Mesh())
+    return len({trainer, trainer.critic, trainer.reference, *trainer.rewards.models})
+
+
+def test_adapters_that_go_on_leave_what_they_were(files: Path, tmp_path: Path) -> None:
+    """The reference is the policy as it started, in a run that is resumed as well."""
+    adapted = given_settings(files, tmp_path / "adapted", lora={"rank": 3})
+    pool.run(train_on_rank, 1, "ppo", adapted)
+    lora = {"path": str(tmp_path / "adapted" / "checkpoints" / "step-00000002")}
+    whole, broken = (given_settings(files, tmp_path / name, lora=lora) for name in ("whole", "broken"))
+    pool.run(train_on_rank, 1, "ppo", whole)
+    for stop_after in (1, None):
+        broken["train"]["stop_after"] = stop_after
+        pool.run(train_on_rank, 2, "ppo", broken)
+    first, second = (line["objective/kl"] for line in said(whole))
+    assert first == pytest.approx(0, abs=1e-5) and abs(second) > 1e-4
+    for line, expected in zip(said(broken), said(whole), strict=True):
+        assert line == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+def test_an_evaluation_says_what_the_run_said_last(files: Path, tmp_path: Path) -> None:
+    for name, changes in (("all", {}), ("adapters", {"lora": {"rank": 3}})):
+        given = given_settings(files, tmp_path / name, **changes)
+        assert command("ppo", given).code == 0
+        last = {k.removeprefix("valid_"): v for k, v in metrics(given)[-1].items() if k.startswith("valid_")}
+        ended = command("eval", given)
+        source, _, rest = ended.stdout.partition(": ")
+        numbers, _, counted = rest.partition(" on ")
+        assert source.endswith("step-00000002") and counted == "5 prompts\n"
+        assert dict(part.rsplit(" ", 1) for part in numbers.split(", ")) == {
+            k: f"{v:.4f}" for k, v in last.items()
+        }
 
 
 def test_the_average_of_the_weights_is_a_model(files: Path, tmp_path: Path) -> None:

@@ -109,9 +109,8 @@ def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
         )
 
 
-def test_other_commands_say_that_these_settings_are_not_theirs(files: Path) -> None:
-    given = given_settings(files, data={"valid": [str(files / "prompts.jsonl")]})
-    ended = command("eval", given)
+def test_data_show_says_that_these_settings_are_not_its(files: Path) -> None:
+    ended = command("data show", given_settings(files))
     assert ended.code == 2 and "these settings are for ppo" in ended.stderr
 
 
