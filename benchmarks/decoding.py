@@ -1,6 +1,7 @@
 """Tokens a second while text is written, beside what memory allows: weights and cache read once for each token.
 
     python benchmarks/decoding.py --preset llama-1b [--compute bf16] [--batches 1 64] [--context 512] [--new-tokens 128]
+        [--no-graphs]
 
 Random weights; prompts of --context tokens, each reply as long as the next. Reading the prompts is not counted: it is
 timed by itself, with replies of one token. The bandwidth is that of a copy on the same device, bytes read and written.
@@ -20,6 +21,7 @@ import torch
 
 from llm3d.config import make_config
 from llm3d.generate.engine import Generator
+from llm3d.generate.replay import recorder
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh, start_process_group
@@ -36,6 +38,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="record the step on a GPU"
+    )
     arguments = parser.parse_args()
     mesh = Mesh(device=start_process_group())
     bandwidth = copy_bandwidth(mesh.device)
@@ -76,7 +81,8 @@ def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int) -> 
     """Tokens a second, the median of some rounds."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 32000, (batch, arguments.context), generator=generator).tolist()
-    writer = Generator(model.config.model, model.stages, model.mesh, model.dtype)
+    record = recorder(model.mesh.device, arguments.graphs)
+    writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, record)
 
     def write(num_tokens: int) -> None:
         requests = [Request(p, num_tokens, lambda _: False, Sampling(temperature=0)) for p in prompts]

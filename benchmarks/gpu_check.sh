@@ -50,10 +50,16 @@ if has pydantic && has omegaconf; then
         LLM3D_KERNELS=$kernels part "throughput-llama-1b-$kernels" 60 "$python" benchmarks/throughput.py llama-1b \
             --sequence-length 4096 --micro 2 --microbatches 2
     done
-    part generation-tests 120 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/generate tests/stages
+    part generation-tests 60 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/generate
+    if has transformers; then
+        part ppo-tests 90 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/stages
+    else
+        summary+=("PPO's tests: not run, for transformers is not installed")
+    fi
     for preset in llama-1b llama-7b; do
         part "decoding-$preset" 90 "$python" benchmarks/decoding.py --preset "$preset"
     done
+    part decoding-llama-1b-no-graphs 60 "$python" benchmarks/decoding.py --preset llama-1b --no-graphs
     part training-7b-offload 150 "$python" benchmarks/throughput.py llama-7b --sequence-length 4096 --micro 1 \
         --recompute selective --gradients bf16 --offload --steps 3 --trace "$results/training-7b-offload.json"
     gzip -f "$results/training-7b-offload.json" 2>/dev/null

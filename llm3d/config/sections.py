@@ -476,6 +476,9 @@ class GenerateSettings(Section):
     cache_gib: float | None = Field(None, gt=0)
     """Memory for keys and values on a rank. Null: what max_sequences of the longest take, of a GPU what it has left."""
 
+    cuda_graphs: bool = True
+    """On a GPU, record the step that gives each running reply a token more, and play it again."""
+
     @property
     def cache_bytes(self) -> int | None:
         return None if self.cache_gib is None else int(self.cache_gib * 2**30)

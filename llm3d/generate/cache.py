@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm3d.generate.replay import few_sizes
 from llm3d.generate.scheduler import Decode, Prefill, Running, Work
 from llm3d.kernels.attention import attention
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
@@ -21,7 +22,7 @@ class Inputs(NamedTuple):
     """What a stage needs to run some work, on its device.
 
     tokens: int64 [tokens].  positions: of each in its sequence.  slots: where its keys and values go; -1: nowhere.
-    cu_seqlens: int32, of prompts laid end to end.
+    starts: int32, 0 and the number of tokens.  cu_seqlens: int32, of prompts laid end to end.
     block_table, lengths: of replies that get a token more; None where prompts are read.
     rows: int64 [sequences], after which token each sequence goes on.
     copies: blocks that are to be copied, int64 [2, blocks]: part of a prompt, for its replies after the first.
@@ -30,6 +31,7 @@ class Inputs(NamedTuple):
     tokens: Tensor
     positions: Tensor
     slots: Tensor
+    starts: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     block_table: Tensor | None
@@ -43,9 +45,13 @@ class Inputs(NamedTuple):
         )
 
 
-def inputs_of(work: Work, multiple_of: int = 1) -> Inputs:
-    """multiple_of: tokens are padded to a multiple of it."""
-    return _prefill(work, multiple_of) if isinstance(work, Prefill) else _decode(work, multiple_of)
+def inputs_of(work: Work, multiple_of: int = 1, width: int | None = None) -> Inputs:
+    """multiple_of: tokens are padded to a multiple of it.
+
+    width: of block tables; replies that get a token more then come in few shapes, padded with empty ones. None: no more
+    of either than is needed.
+    """
+    return _prefill(work, multiple_of) if isinstance(work, Prefill) else _decode(work, multiple_of, width)
 
 
 def _prefill(work: Prefill, multiple_of: int) -> Inputs:
@@ -68,6 +74,7 @@ def _prefill(work: Prefill, multiple_of: int) -> Inputs:
         tokens=_padded(prompts, padding, 0),
         positions=_padded(positions, padding, 0),
         slots=_padded(slots, padding, -1),
+        starts=torch.tensor([0, sum(segments)], dtype=torch.int32),
         cu_seqlens=torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32),
         max_seqlen=max(segments),
         block_table=None,
@@ -86,15 +93,16 @@ def _padded(parts: Sequence[np.ndarray], padding: int, value: int) -> Tensor:
     return torch.from_numpy(np.concatenate([*parts, np.full(padding, value)]).astype(np.int64))
 
 
-def _decode(work: Decode, multiple_of: int) -> Inputs:
+def _decode(work: Decode, multiple_of: int, width: int | None) -> Inputs:
     running = work.sequences
-    padding = -len(running) % multiple_of
+    count = len(running) if width is None else few_sizes(len(running))
+    padding = count + -count % multiple_of - len(running)
     lengths = [r.length for r in running]
     places = [length - 1 for length in lengths]
     slots = [
         r.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for r, i in zip(running, places, strict=True)
     ]
-    table = np.zeros((len(running) + padding, -(-max(lengths) // BLOCK_SIZE)), dtype=np.int32)
+    table = np.zeros((len(running) + padding, width or -(-max(lengths) // BLOCK_SIZE)), dtype=np.int32)
     for row, r in zip(table, running, strict=False):
         used = r.blocks[: len(row)]
         row[: len(used)] = used
@@ -103,6 +111,7 @@ def _decode(work: Decode, multiple_of: int) -> Inputs:
         tokens=torch.tensor([r.tokens[-1] for r in running] + none),
         positions=torch.tensor(places + none),
         slots=torch.tensor(slots + [-1] * padding),
+        starts=torch.tensor([0, len(running) + padding], dtype=torch.int32),
         cu_seqlens=torch.empty(0, dtype=torch.int32),
         max_seqlen=0,
         block_table=torch.from_numpy(table),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
 from llm3d.generate.cache import BLOCK_SIZE, Cache, Inputs, inputs_of
+from llm3d.generate.replay import Record, Replayed
 from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
 from llm3d.kernels.noise import uniform_number
@@ -51,10 +52,19 @@ class Generator:
     """
 
     def __init__(
-        self, config: ModelConfig, stages: Sequence[LlamaStage], mesh: Mesh, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        stages: Sequence[LlamaStage],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        record: Record | None = None,
     ) -> None:
-        """stages: this rank's, as training has them; where they are several, only one group is under way."""
+        """stages: this rank's, as training has them; where they are several, only one group is under way.
+
+        record: with it, a token more for each running reply is recorded and played again; not under ZeRO stage 3.
+        """
         self.config, self.stages, self.mesh, self.dtype = config, list(stages), mesh, dtype
+        self.record = record
         self.num_groups = mesh.pipeline_size if len(self.stages) == 1 else 1
         frequencies = self.stages[0].rope_frequencies
         assert isinstance(frequencies, Tensor)
@@ -133,6 +143,8 @@ class _Run:
         self.generator, self.scheduler, self.on_token = generator, scheduler, on_token
         self.mesh, self.tables = generator.mesh, generator.tables
         self.cache = Cache(generator.stages, scheduler.limits.num_blocks, generator.dtype, self.mesh.device)
+        self.replayed = Replayed(generator.record) if generator.record else None
+        self.width = scheduler.limits.blocks(scheduler.longest) if generator.record else None
         self.under_way: list[Work | None] = [None] * generator.num_groups  # of each group
         self.chosen: list[Tensor] = [torch.empty(0)] * generator.num_groups  # on the last stage
         self.sent: deque[tuple[dist.Work, Tensor]] = deque()
@@ -176,17 +188,13 @@ class _Run:
     def _do(self, group: int, work: Work) -> None:
         """This rank's part of the work."""
         multiple_of = self.generator.stages[0].tokens_a_row
-        inputs = inputs_of(work, multiple_of).to(self.mesh.device)
-        cos, sin = (table[inputs.positions] for table in self.tables)
-        one_stretch = torch.tensor([0, len(cos)], dtype=torch.int32).to(cos.device, non_blocking=True)
-        context = Context(cos, sin, one_stretch, self.cache.attention(inputs))
+        inputs = inputs_of(work, multiple_of, self.width).to(self.mesh.device)
         for stage in self.generator.stages:
-            if stage.embedding is not None:
-                hidden = stage.embedding(inputs.tokens)
-            else:
+            hidden = None
+            if stage.embedding is None:
                 shape = (len(inputs.tokens) // multiple_of, self.generator.config.hidden_size)
                 hidden = self._receive(shape, self.generator.dtype)
-            hidden = stage.through_layers(hidden, context)
+            hidden = self._through(stage, inputs, hidden)
             if stage.head is None:
                 self._send(hidden)
                 continue
@@ -194,6 +202,41 @@ class _Run:
             if self.mesh.pipeline_size > 1:
                 self._send(self.chosen[group])
         self.cache.copy(inputs.copies)
+
+    def _through(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
+        """hidden: None where the stage has the embedding."""
+        if self.replayed is None or inputs.block_table is None:
+            return self._layers(stage, inputs, hidden)
+
+        def layers(changing: Sequence[Tensor]) -> Tensor:
+            tokens, positions, slots, starts, block_table, lengths, *received = changing
+            read = inputs._replace(
+                tokens=tokens,
+                positions=positions,
+                slots=slots,
+                starts=starts,
+                block_table=block_table,
+                lengths=lengths,
+            )
+            return self._layers(stage, read, received[0] if received else None)
+
+        known = [
+            inputs.tokens,
+            inputs.positions,
+            inputs.slots,
+            inputs.starts,
+            inputs.block_table,
+            inputs.lengths,
+        ]
+        changing = [x for x in (*known, hidden) if x is not None]
+        return self.replayed(stage, layers, changing)
+
+    def _layers(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
+        cos, sin = (table[inputs.positions] for table in self.tables)
+        if hidden is None:
+            assert stage.embedding is not None
+            hidden = stage.embedding(inputs.tokens)
+        return stage.through_layers(hidden, Context(cos, sin, inputs.starts, self.cache.attention(inputs)))
 
     def _choose(
         self, head: nn.Module, hidden: Tensor, inputs: Inputs, sequences: Sequence[Running]

@@ -104,6 +104,7 @@ class Scheduler:
     def __init__(self, requests: Sequence[Request], num_groups: int, limits: Limits) -> None:
         self.limits = limits
         self.waiting = deque(enumerate(requests))
+        self.longest = max(map(limits.longest, requests), default=0)  # of all sequences that there can be
         self.groups: list[list[Running]] = [[] for _ in range(num_groups)]
         self.free = list(range(limits.num_blocks))[::-1]
         self.users = [0] * limits.num_blocks

@@ -13,6 +13,7 @@ import torch
 from llm3d.data.pretraining import Sample, collate
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import Generator, Reply
+from llm3d.generate.replay import Play
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh
@@ -107,6 +108,33 @@ def write_on_rank(path: Path, layout: Layout, calls: Sequence[Call]) -> list[lis
     return [told_as_written(generator, call) for call in calls]
 
 
+class PlayedAgain:
+    """What a CPU can do of recording: the function, called again, on the places that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.recorded = self.played = 0
+
+    def __call__(self, function: Play) -> Play:
+        self.recorded += 1
+
+        def play() -> torch.Tensor:
+            self.played += 1
+            return function()
+
+        return play
+
+
+def recorded_on_rank(
+    path: Path, layout: Layout, call: Call
+) -> tuple[list[list[Reply]], list[list[Reply]], PlayedAgain]:
+    """As it is written step by step, and with steps recorded."""
+    model, record = evaluator(path, layout), PlayedAgain()
+    plain, recording = (
+        Generator(model.config.model, model.stages, model.mesh, model.dtype, how) for how in (None, record)
+    )
+    return told_as_written(plain, call), told_as_written(recording, call), record
+
+
 def told_as_written(generator: Generator, call: Call) -> list[list[Reply]]:
     told: dict[tuple[int, int], list[int]] = {}
     replies = generator.generate(
@@ -195,6 +223,18 @@ def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, P
         for replies, wanted in zip(write(path, layout, drawn(), 5), expected, strict=True):
             assert replies[0].tokens == wanted[0].tokens
             assert replies[0].log_probabilities == pytest.approx(wanted[0].log_probabilities, abs=1e-4)
+
+
+def test_recorded_steps_write_what_steps_write(models: dict[str, Path]) -> None:
+    for layout in LAYOUTS:
+        call = Call(drawn(), 5)
+        for plain, recording, record in pool.run(
+            recorded_on_rank, layout.world_size, models["llama-2"], layout, call
+        ):
+            assert [[r.tokens for r in several] for several in recording] == [
+                [r.tokens for r in several] for several in plain
+            ]
+            assert 0 < record.recorded <= 4 * layout.chunks < record.played, "for each size of 1, 2, 4 and 8"
 
 
 def test_several_replies_to_a_prompt_are_as_if_drawn_apart(models: dict[str, Path]) -> None:

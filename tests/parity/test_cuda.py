@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from llm3d.parallel.mesh import start_process_group
+from tests.gpu import RUNS_ON_GPU
 from tests.parity.harness import Layout, train_on_rank
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-
-@pytest.fixture(autouse=True)
-def world_of_one() -> Iterator[None]:
-    start_process_group()
-    yield
-    dist.destroy_process_group()
+pytestmark = RUNS_ON_GPU
 
 
 @pytest.mark.parametrize("offload", [0.0, 0.5, 1.0])

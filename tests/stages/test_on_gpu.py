@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.parallel.mesh import Mesh
 from llm3d.stages.training import train_stage
+from tests.gpu import RUNS_ON_GPU
 from tests.stages.common import Settings, metrics, silent
 from tests.stages.post_training import (
     answer,
@@ -24,17 +23,7 @@ from tests.stages.post_training import (
 )
 from tests.stages.test_ppo import examples
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
-
-
-@pytest.fixture(autouse=True)
-def world_of_one() -> Iterator[None]:
-    start_process_group()
-    yield
-    dist.destroy_process_group()
+pytestmark = RUNS_ON_GPU
 
 
 def trained(directory: Path, device: str, **changes: Any) -> Settings:

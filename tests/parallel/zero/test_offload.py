@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from llm3d.parallel.zero.offload import Chunk, Offload
-
-ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+from tests.gpu import ON_GPU
 
 
 @pytest.mark.parametrize(
