@@ -4,18 +4,22 @@
 
 SFT and REWARD are checkpoints of fine-tuning and of a reward model on grade-school mathematics (learning.py trains
 both). The form is that of rewards.py: two lines with a calculation each, then the answer. The commands are shown as
-they run; DIR gets the runs and reinforcing.png.
+they run; DIR gets the runs and reinforcing.png. In the end it says whether what was asked of them beforehand holds: on
+held-out prompts, the form's share rises from under 20 % to over 80 % while replies stay within MAX_KL of the starting
+model's, and the reward model's score rises at every evaluation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from learning import curve, llm3d, rows, write
 
 PROMPTS = 2000
+MAX_KL = 25.0  # nats a reply, on average over the prompts of an evaluation
 COMMON = (
     "data.sequence_length=256 generate.max_new_tokens=112 generate.max_sequences=64 batch.global=64 batch.micro=8 "
     "precision.compute=bf16 optim.lr=5e-5 optim.warmup_steps=2 optim.weight_decay=0 optim.schedule=constant "
@@ -49,6 +53,22 @@ def main() -> None:
             f"run.dir={output}/{name}"
         )
     draw(output)
+    sys.exit(0 if holds(output) else 1)
+
+
+def holds(output: Path) -> bool:
+    """Whether what was asked beforehand does; said for each of it."""
+    first = curve(output / "form", "objective/scores")[1][0]
+    form, model = (curve(output / name, "valid_objective/scores")[1] for name in ("form", "model"))
+    furthest = max(curve(output / "form", "valid_objective/kl")[1])
+    asked = {
+        f"form from {first:.3f} to {form[-1]:.3f}": first < 0.2 and form[-1] > 0.8,
+        f"form, KL at most {furthest:.1f} nats": furthest < MAX_KL,
+        f"score {', '.join(f'{score:.2f}' for score in model)}": model == sorted(model),
+    }
+    for what, held in asked.items():
+        print(f"{'holds' if held else 'DOES NOT HOLD'}: {what}")
+    return all(asked.values())
 
 
 def draw(output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,15 @@ def _file_cache(stat: Path, prefix: str) -> int:
 
 def allocated_bytes() -> int:
     """What this process has from the C library now, all threads together. Needs glibc 2.33."""
-    asked = ctypes.CDLL(None).mallinfo2
-    asked.restype = _MallInfo
-    info = asked()
+    info = _mallinfo2()()
     return int(info.uordblks + info.hblkhd)
+
+
+@functools.cache
+def _mallinfo2() -> Any:
+    found = ctypes.CDLL(None).mallinfo2
+    found.restype = _MallInfo
+    return found
 
 
 class _MallInfo(ctypes.Structure):
@@ -98,5 +104,6 @@ class PeakAllocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.peak = max(self.peak, allocated_bytes() - self.before)
+        if any(returned.alias_info is None for returned in func._schema.returns):  # not a view, not in place
+            self.peak = max(self.peak, allocated_bytes() - self.before)
         return result

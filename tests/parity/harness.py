@@ -78,7 +78,7 @@ class Run:
     weights: dict[str, Tensor] = field(default_factory=dict)  # after the last
 
 
-def train(layout: Layout, steps: int = 5) -> Run:
+def train(layout: Layout, steps: int = 3) -> Run:
     """Train on the pool's first ranks and put the parts together."""
     return put_together(pool.run(train_on_rank, layout.world_size, layout, steps))
 
@@ -152,7 +152,7 @@ def sections(layout: Layout) -> dict[str, Any]:
         "lora": {},
         "optim": {"lr": LEARNING_RATE},
         "kernels": {},
-        "train": {"steps": 5},
+        "train": {"steps": 3},
         "checkpoint": {},
         "log": {},
         "generate": {},

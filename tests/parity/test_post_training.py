@@ -87,7 +87,7 @@ def _tokens(random: np.random.Generator, low: int, high: int, learned: bool) -> 
     return Tokens(ids, np.full(len(ids), learned))
 
 
-def train_on_rank(stage: str, layout: Layout, steps: int = 5) -> OnRank:
+def train_on_rank(stage: str, layout: Layout, steps: int = 3) -> OnRank:
     config, mesh = settings(stage, layout), Mesh(layout.tensor, layout.pipeline)
     data = ChatData(config, [random_samples(stage)], [])
     trainer = Trainer(config, mesh, objective(config))

@@ -102,7 +102,7 @@ def batches_of_stage(stage: str, layout: Layout, mesh: Mesh) -> Sequence[Batch]:
     return [collate(samples[i : i + layout.micro]) for i in range(0, len(samples), layout.micro)]
 
 
-def measure_on_rank(stage: str, layout: Layout) -> tuple[int, int]:
+def measure_on_rank(stage: str, layout: Layout, num_peaks: int = 3) -> tuple[int, int]:
     """Bytes that live between steps, of the model and its optimiser, and at the peak of one, the least of some."""
     before = live_bytes()
     mesh, config = Mesh(layout.tensor, layout.pipeline), config_of_stage(stage, layout)
@@ -121,12 +121,12 @@ def measure_on_rank(stage: str, layout: Layout) -> tuple[int, int]:
     kept = live_bytes() - before - data
     peaks = []
     for _ in range(
-        3
-    ):  # of which some may meet what is allocated once and kept, as matrix products' workspaces
+        num_peaks
+    ):  # some may meet what is allocated once and kept, as matrix products' workspaces
         with PeakAllocated() as allocated:
             step()
         peaks.append(allocated.peak)
-    return kept, kept + min(peaks)
+    return kept, kept + min(peaks, default=0)
 
 
 def largest_of_stages(parts: list[tuple[int, int]], layout: Layout) -> list[tuple[int, int]]:
@@ -172,7 +172,7 @@ def test_what_is_kept_is_what_zero_promises(stage: int, data: int) -> None:
     promised = {1: 4 + 12 / data, 2: 2 + 14 / data, 3: 16 / data}[stage]
     num_parameters = settings(layout).model.num_parameters()
     layer = 2 * (num_parameters - 2 * VOCABULARY * 192) / 16
-    for kept, _ in pool.run(measure_on_rank, data, "pretrain", layout):
+    for kept, _ in pool.run(measure_on_rank, data, "pretrain", layout, 0):
         assert abs(kept - promised * num_parameters) < 0.05 * promised * num_parameters + layer
 
 
