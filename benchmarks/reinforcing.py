@@ -5,8 +5,8 @@
 SFT and REWARD are checkpoints of fine-tuning and of a reward model on grade-school mathematics (learning.py trains
 both). The form is that of rewards.py: two lines with a calculation each, then the answer. The commands are shown as
 they run; DIR gets the runs and reinforcing.png. In the end it says whether what was asked of them beforehand holds: on
-held-out prompts, the form's share rises from under 20 % to over 80 % while replies stay within MAX_KL of the starting
-model's, and the reward model's score rises at every evaluation.
+held-out prompts, the form's share rises from under 20 %, at the first step's, to over 80 % while replies stay within
+MAX_KL of the starting model's, and the reward model's score rises from evaluation to evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 from learning import curve, llm3d, rows, write
@@ -64,7 +65,7 @@ def holds(output: Path) -> bool:
     asked = {
         f"form from {first:.3f} to {form[-1]:.3f}": first < 0.2 and form[-1] > 0.8,
         f"form, KL at most {furthest:.1f} nats": furthest < MAX_KL,
-        f"score {', '.join(f'{score:.2f}' for score in model)}": model == sorted(model),
+        f"score {', '.join(f'{score:.2f}' for score in model)}": all(a < b for a, b in pairwise(model)),
     }
     for what, held in asked.items():
         print(f"{'holds' if held else 'DOES NOT HOLD'}: {what}")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.generate.replay import few_sizes
+from llm3d.generate.replay import padded_count
 from llm3d.generate.scheduler import Decode, Prefill, Running, Work
 from llm3d.kernels.attention import attention
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
@@ -95,7 +95,7 @@ def _padded(parts: Sequence[np.ndarray], padding: int, value: int) -> Tensor:
 
 def _decode(work: Decode, multiple_of: int, width: int | None) -> Inputs:
     running = work.sequences
-    count = len(running) if width is None else few_sizes(len(running))
+    count = len(running) if width is None else padded_count(len(running))
     padding = count + -count % multiple_of - len(running)
     lengths = [r.length for r in running]
     places = [length - 1 for length in lengths]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
 from llm3d.generate.cache import BLOCK_SIZE, Cache, Inputs, inputs_of
-from llm3d.generate.replay import Record, Replayed
+from llm3d.generate.replay import Recorder, Replayed
 from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
 from llm3d.kernels.noise import uniform_number
@@ -32,6 +32,7 @@ from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
 
 MAX_PREFILL_TOKENS = 8192
+_READ = ("tokens", "positions", "slots", "starts", "block_table", "lengths")  # of Inputs, by layers
 _SHARE_OF_FREE_MEMORY = 0.8  # of a GPU, that the cache may take; activations need some
 
 OnToken = Callable[[int, int, int], None]  # request, reply, token
@@ -57,14 +58,15 @@ class Generator:
         stages: Sequence[LlamaStage],
         mesh: Mesh,
         dtype: torch.dtype,
-        record: Record | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         """stages: this rank's, as training has them; where they are several, only one group is under way.
 
-        record: with it, a token more for each running reply is recorded and played again; not under ZeRO stage 3.
+        recorder: with it, what gives each running reply a token more is recorded and played again; not under ZeRO
+            stage 3, which gathers weights to where there is room.
         """
         self.config, self.stages, self.mesh, self.dtype = config, list(stages), mesh, dtype
-        self.record = record
+        self.recorder = recorder
         self.num_groups = mesh.pipeline_size if len(self.stages) == 1 else 1
         frequencies = self.stages[0].rope_frequencies
         assert isinstance(frequencies, Tensor)
@@ -124,6 +126,7 @@ class Generator:
         if cache_bytes is None:
             if self.mesh.device.type != "cuda":
                 return None
+            torch.cuda.empty_cache()  # what other phases have left counts as free
             cache_bytes = int(_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.mesh.device)[0])
         blocks = torch.tensor(-(cache_bytes // self._bytes_a_block()), device=self.mesh.device)
         return -int(all_reduce_max(blocks, self.mesh.model))
@@ -143,8 +146,8 @@ class _Run:
         self.generator, self.scheduler, self.on_token = generator, scheduler, on_token
         self.mesh, self.tables = generator.mesh, generator.tables
         self.cache = Cache(generator.stages, scheduler.limits.num_blocks, generator.dtype, self.mesh.device)
-        self.replayed = Replayed(generator.record) if generator.record else None
-        self.width = scheduler.limits.blocks(scheduler.longest) if generator.record else None
+        self.replayed = Replayed(generator.recorder()) if generator.recorder else None
+        self.width = scheduler.limits.blocks(scheduler.longest) if generator.recorder else None
         self.under_way: list[Work | None] = [None] * generator.num_groups  # of each group
         self.chosen: list[Tensor] = [torch.empty(0)] * generator.num_groups  # on the last stage
         self.sent: deque[tuple[dist.Work, Tensor]] = deque()
@@ -208,28 +211,12 @@ class _Run:
         if self.replayed is None or inputs.block_table is None:
             return self._layers(stage, inputs, hidden)
 
-        def layers(changing: Sequence[Tensor]) -> Tensor:
-            tokens, positions, slots, starts, block_table, lengths, *received = changing
-            read = inputs._replace(
-                tokens=tokens,
-                positions=positions,
-                slots=slots,
-                starts=starts,
-                block_table=block_table,
-                lengths=lengths,
-            )
-            return self._layers(stage, read, received[0] if received else None)
+        def layers(changing: dict[str, Tensor]) -> Tensor:
+            read = {name: changing[name] for name in _READ}
+            return self._layers(stage, inputs._replace(**read), changing.get("hidden"))  # type: ignore[arg-type]
 
-        known = [
-            inputs.tokens,
-            inputs.positions,
-            inputs.slots,
-            inputs.starts,
-            inputs.block_table,
-            inputs.lengths,
-        ]
-        changing = [x for x in (*known, hidden) if x is not None]
-        return self.replayed(stage, layers, changing)
+        changing = {name: getattr(inputs, name) for name in _READ}
+        return self.replayed(stage, layers, changing if hidden is None else changing | {"hidden": hidden})
 
     def _layers(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
         cos, sin = (table[inputs.positions] for table in self.tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,16 @@ from llm3d.kernels.backend import fused
 
 Play = Callable[[], Tensor]
 Record = Callable[[Play], Play]
+Recorder = Callable[[], Record]
 
 
-def few_sizes(count: int) -> int:
-    """The next of the sizes 1, 2, 4, 8, 16, 24, 32, ..."""
-    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+def padded_count(count: int) -> int:
+    """The next of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ..., which are few."""
+    above = 1 << (count - 1).bit_length()
+    return above * 3 // 4 if above > 16 and count <= above * 3 // 4 else above
 
 
-def recorder(device: torch.device, wanted: bool) -> Record | None:
+def recorder(device: torch.device, wanted: bool) -> Recorder | None:
     """CUDA graphs, where they are wanted and the kernels in use can be in one."""
     if (
         not wanted
@@ -27,11 +29,13 @@ def recorder(device: torch.device, wanted: bool) -> Record | None:
         or fused("kv_cache_append_", torch.empty(0, device=device)) is None
     ):
         return None
-    return CudaGraphs()
+    return CudaGraphs
 
 
 class CudaGraphs:
-    """Records what a function launches. The graphs take turns with the memory that they need meanwhile."""
+    """Records what a function launches. The graphs take turns with the memory that they need meanwhile, which is gone
+    with the last of them: other graphs want another of these.
+    """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -49,7 +53,7 @@ class CudaGraphs:
 
 
 class _Recording(NamedTuple):
-    places: Sequence[Tensor]
+    places: dict[str, Tensor]
     play: Play
 
 
@@ -65,17 +69,17 @@ class Replayed:
         self.recordings: dict[Hashable, _Recording] = {}
 
     def __call__(
-        self, name: Hashable, function: Callable[[Sequence[Tensor]], Tensor], inputs: Sequence[Tensor]
+        self, of: Hashable, function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]
     ) -> Tensor:
-        """name: of the function; it reads what changes from the inputs alone."""
-        key = (name, *(tuple(x.shape) for x in inputs))
+        """of: tells functions apart, each of which reads what changes from its inputs alone."""
+        key = (of, *(tuple(x.shape) for x in inputs.values()))
         if key not in self.seen:
             self.seen.add(key)
             return function(inputs)
         if key not in self.recordings:
-            places = [x.clone() for x in inputs]
+            places = {name: x.clone() for name, x in inputs.items()}
             self.recordings[key] = _Recording(places, self.record(lambda: function(places)))
         recording = self.recordings[key]
-        for place, x in zip(recording.places, inputs, strict=True):
-            place.copy_(x)
+        for name, x in inputs.items():
+            recording.places[name].copy_(x)
         return recording.play()

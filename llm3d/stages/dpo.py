@@ -31,7 +31,7 @@ from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.stages.chat_data import ChatData, OpenedChat, open_chat
-from llm3d.stages.training import load_first_weights, seen_by_first_rank
+from llm3d.stages.training import load_first_adapters, load_first_weights, seen_by_first_rank
 from llm3d.train.starting_model import StartingModel
 from llm3d.train.trainer import Evaluator
 
@@ -146,8 +146,7 @@ def ask_reference(model: Evaluator) -> None:
         load_first_weights(reference)
         model.completed = partial(with_reference, reference, nullcontext)
     else:
-        if model.config.lora.path:
-            load_first_weights(model)
+        load_first_adapters(model)
         model.completed = partial(with_reference, model, StartingModel(model).restored)
 
 
@@ -211,7 +210,7 @@ def reference_key(config: Config, samples: SampleSet) -> str:
     assert config.model.path is not None, "checked with the settings"
     directory = hugging_face_directory(config.model.path)
     directories = [directory, *([adapter_directory(config.lora.path)] if config.lora.path else [])]
-    patterns = ("*.safetensors", "*config.json")
+    patterns = ("*.safetensors", "config.json", "adapter_config.json")
     files = sorted(file for each in directories for pattern in patterns for file in each.glob(pattern))
     described = [
         samples.digest,

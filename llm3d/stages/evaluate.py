@@ -17,6 +17,7 @@ from llm3d.stages.language_data import ValidationData
 from llm3d.stages.ppo import OpenedPPO
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.stages.training import checkpoint_to_resume, first_state, latest_model
+from llm3d.train.checkpoint import step_of_checkpoint
 from llm3d.train.loop import EvaluationData
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.trainer import Evaluator
@@ -58,10 +59,12 @@ def check(config: Config) -> Validation | OpenedPPO:
     if isinstance(config, PretrainConfig):
         pretraining, _ = open_tokenizer(config)
         return Validation(pretraining, ValidationData(pretraining), objective_of(pretraining))
+    config = config.model_copy(update={"data": config.data.model_copy(update={"train": ()})})  # is not read
     if isinstance(config, PPOConfig):
-        return ppo.open_stage(config)
-    data = config.data.model_copy(update={"train": ()})  # is not read
-    opened = open_chat_stage(config.model_copy(update={"data": data}))
+        without_texts = config.ppo.model_copy(update={"ptx_data": ()})
+        opened_ppo = ppo.open_stage(config.model_copy(update={"ppo": without_texts}))
+        return opened_ppo._replace(critic=None)  # is not asked
+    opened = open_chat_stage(config)
     return Validation(opened.config, opened.data, opened.objective, opened.prepare)
 
 
@@ -75,6 +78,8 @@ def evaluate_replies(opened: OpenedPPO, mesh: Mesh) -> tuple[str, dict[str, floa
     """Where the policy's weights came from, what its replies to the validation prompts are worth, and to how many."""
     trainer, run_dir = opened.trainer(mesh), Path(opened.config.run.dir)
     checkpoint = checkpoint_to_resume(opened.config, run_dir, mesh)
+    if checkpoint is not None:
+        step_of_checkpoint(checkpoint, trainer)  # whether it is this model's, before anything is loaded
     opened.prepare(trainer)
     _, source = first_state(trainer, checkpoint)
     batches = list(opened.data.evaluation(mesh))

@@ -41,7 +41,7 @@ from llm3d.stages.rollout import (
     training_batches,
 )
 from llm3d.stages.tokenizer import end_ids, open_tokenizer
-from llm3d.stages.training import load_first_weights
+from llm3d.stages.training import load_first_adapters, load_first_weights
 from llm3d.train.advantages import (
     Advantages,
     Spread,
@@ -137,7 +137,7 @@ def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None
     return critic.model_copy(update={"lora": lora, "optim": optim})
 
 
-def critic_has_base_of(opened: OpenedPPO, reward_model: PPOConfig) -> bool:
+def critic_started_from(opened: OpenedPPO, reward_model: PPOConfig) -> bool:
     """Whether a reward model is what the critic started from, and can be asked of it."""
     critic, start = opened.critic, reward_model.model.path
     if critic is None or not critic.lora.rank or start == opened.config.model.path:
@@ -214,7 +214,7 @@ class PPOTrainer(Trainer):
     def _giver(self, source: PPOConfig | RewardFunction) -> Evaluator | RewardFunction:
         if isinstance(source, RewardFunction):
             return source
-        if self.critic is not None and critic_has_base_of(self.opened, source):
+        if self.critic is not None and critic_started_from(self.opened, source):
             return self.critic
         return Evaluator(source, self.mesh, ValueObjective(self.settings))
 
@@ -222,8 +222,9 @@ class PPOTrainer(Trainer):
         """Give the other models their first weights, and have those that are only asked ready for it."""
         trained: list[Evaluator] = [self] if self.critic is None else [self, self.critic]
         asked = dict.fromkeys([self.reference, *self.rewards.models])
+        load_first_adapters(self)
         for model in dict.fromkeys([*trained, *asked]):
-            if model is not self or self.config.lora.path:
+            if model is not self:
                 load_first_weights(model)
         if self.critic is not None and self.critic.config.model.path == self.config.model.path:
             foretell_nothing(self.critic)

@@ -13,7 +13,7 @@ from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import MAX_PREFILL_TOKENS
 from llm3d.models.build import DTYPES, spread_layers
-from llm3d.stages.ppo import OpenedPPO, critic_has_base_of
+from llm3d.stages.ppo import OpenedPPO, critic_started_from
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.rollout import RolloutBatch, writes_in_place, writing_layout
 from llm3d.train.objective import Objective
@@ -39,7 +39,7 @@ def roles_of(opened: OpenedPPO) -> list[Role]:
     if not config.lora.rank:
         found.append(Role("reference", "asked", config, policy, microbatch))
     for i, other in enumerate(opened.rewards):
-        if isinstance(other, PPOConfig) and not critic_has_base_of(opened, other):
+        if isinstance(other, PPOConfig) and not critic_started_from(opened, other):
             found.append(Role(f"reward model {i}", "asked", other, values, microbatch))
     if not writes_in_place(config):
         found.append(Role("policy that writes", "writing", writing_layout(config), policy, microbatch))

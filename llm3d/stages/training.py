@@ -18,6 +18,7 @@ from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.train.checkpoint import (
     latest_checkpoint,
+    load_adapters,
     load_checkpoint,
     load_pretrained,
     load_weights,
@@ -136,14 +137,22 @@ def load_first_weights(model: Evaluator) -> str:
     return load_model(model, model.config.lora.path)
 
 
-def load_model(model: Evaluator, adapter: str | None) -> str:
+def load_first_adapters(model: Evaluator) -> None:
+    """Those alone that training goes on from; new ones start as nothing."""
+    if model.config.lora.path:
+        load_adapters(Path(model.config.lora.path), model)
+
+
+def load_model(model: Evaluator, adapters: str | None) -> str:
     """The same with these adapters, PEFT's or a checkpoint's."""
     config = model.config
     if config.model.path is None:
         model.initialise()
         return f"random weights, seed {config.run.seed}"
-    load_pretrained(Path(config.model.path), model, adapter)
-    return config.model.path + (f" and {adapter}" if adapter else "")
+    load_pretrained(Path(config.model.path), model)
+    if adapters:
+        load_adapters(Path(adapters), model)
+    return config.model.path + (f" and {adapters}" if adapters else "")
 
 
 def latest_model(

@@ -312,19 +312,27 @@ def load_weights(path: Path, model: Evaluator) -> None:
     model.publish()
 
 
-def load_pretrained(directory: Path, model: Evaluator, adapter: str | None = None) -> None:
-    """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/; and from adapters, in
-    a PEFT directory or in a checkpoint's adapter/.
+def load_pretrained(directory: Path, model: Evaluator) -> None:
+    """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
 
     Called on all ranks. Raises InputError on every rank for weights that are missing or of another shape.
     """
     config, mesh = model.config, model.mesh
     with input_errors_on_all(mesh.everyone):
-        weights = checked_weights(Path(directory), "model", mesh.rank, mesh.size)
-        adapters = adapter and checked_weights(Path(adapter), "adapter", mesh.rank, mesh.size)
+        weights = checked_weights(directory, "model", mesh.rank, mesh.size)
     read_weights(weights, model.weights(), config.model, mesh.everyone, config.run.seed)
-    if adapters:
-        read_adapter(adapters, model.weights(), mesh.everyone)
+    model.publish()
+
+
+def load_adapters(directory: Path, model: Evaluator) -> None:
+    """Take adapters, and a score head beside them, from a PEFT directory or a checkpoint's adapter/.
+
+    Called on all ranks. Raises InputError on every rank for adapters that are not those of the model's settings.
+    """
+    mesh = model.mesh
+    with input_errors_on_all(mesh.everyone):
+        adapters = checked_weights(directory, "adapter", mesh.rank, mesh.size)
+    read_adapter(adapters, model.weights(), mesh.everyone)
     model.publish()
 
 

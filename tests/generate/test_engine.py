@@ -130,7 +130,8 @@ def recorded_on_rank(
     """As it is written step by step, and with steps recorded."""
     model, record = evaluator(path, layout), PlayedAgain()
     plain, recording = (
-        Generator(model.config.model, model.stages, model.mesh, model.dtype, how) for how in (None, record)
+        Generator(model.config.model, model.stages, model.mesh, model.dtype, how)
+        for how in (None, lambda: record)
     )
     return told_as_written(plain, call), told_as_written(recording, call), record
 

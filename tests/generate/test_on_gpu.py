@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from llm3d.generate.engine import Generator
+from llm3d.generate.engine import Generator, Reply
 from llm3d.generate.replay import recorder
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Evaluator
@@ -18,19 +19,27 @@ from tests.models.layouts import Layout, config_for
 pytestmark = RUNS_ON_GPU
 
 
-def written(path: Path, device: str, graphs: bool) -> list[list[int]]:
+def written(path: Path, device: str, graphs: bool) -> list[Reply]:
+    """Of two calls of one generator."""
     mesh = Mesh(device=device)
     model = Evaluator(config_for(path, Layout()), mesh)
     model.initialise()
-    record = recorder(mesh.device, graphs)
-    assert (record is not None) == graphs
-    generator = Generator(model.config.model, model.stages, mesh, model.dtype, record)
-    return [reply.tokens for several in told_as_written(generator, Call(drawn(), 5)) for reply in several]
+    found = recorder(mesh.device, graphs)
+    assert (found is not None) == graphs
+    generator = Generator(model.config.model, model.stages, mesh, model.dtype, found)
+    calls = Call(drawn(), 5), Call(drawn(12)[::-1], 7)
+    return [reply for call in calls for several in told_as_written(generator, call) for reply in several]
 
 
-def test_recorded_steps_write_what_steps_write(tmp_path: Path) -> None:
+def test_recorded_steps_write_what_steps_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE, **MODELS["llama-2"]}))
+    played: list[int] = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (played.append(1), replay(graph)))
     expected = written(tmp_path, "cpu", graphs=False)
-    assert written(tmp_path, "cuda", graphs=False) == expected
-    assert written(tmp_path, "cuda", graphs=True) == expected
+    for graphs in (False, True):
+        for reply, wanted in zip(written(tmp_path, "cuda", graphs), expected, strict=True):
+            assert reply.tokens == wanted.tokens
+            assert reply.log_probabilities == pytest.approx(wanted.log_probabilities, abs=1e-4)
+        assert (len(played) > 10) == graphs

@@ -220,10 +220,10 @@ def test_the_command_evaluates_what_the_settings_name(trained: dict[str, Any], t
     """The latest checkpoint; or, elsewhere, adapters or a whole model; or the model that training started from."""
     path = Path(trained["run"]["dir"]) / "checkpoints" / "step-00000004"
     base, elsewhere = trained["model"]["path"], f"run.dir={tmp_path}/elsewhere"
-    if "lora" in trained:
-        ways = [(f"{base} and {path}", ()), (f"{base} and {path}", (f"lora.path={path}", elsewhere))]
-    else:
-        ways = [(str(path), ()), (str(path), (f"checkpoint.resume={path}", elsewhere))]
+    source_of_run = f"{base} and {path}" if "lora" in trained else str(path)
+    ways = [(source_of_run, ()), (source_of_run, (f"checkpoint.resume={path}", elsewhere))]
+    if "lora" in trained and stage_of(trained) != "dpo":
+        ways.append((source_of_run, (f"lora.path={path}", elsewhere)))
     expected = numbers_of_training(trained)
     for source, words in ways:
         code, stdout, stderr = command("eval", trained, *words)
@@ -233,10 +233,12 @@ def test_the_command_evaluates_what_the_settings_name(trained: dict[str, Any], t
             expected["loss"], abs=1e-4
         )
         assert ("tokens" if stage_of(trained) == "sft" else " on 7 samples\n") in stdout
-    code, stdout, _ = command("eval", trained, elsewhere)
-    assert code == 0 and stdout.startswith(f"{base}: loss ")
-    if stage_of(trained) == "dpo":
-        assert "rewards/margins 0.0000" in stdout, "the model that training starts from is its reference"
+    starts = [(base, ()), *([(source_of_run, (f"lora.path={path}",))] if "lora" in trained else [])]
+    for start, words in starts:
+        code, stdout, _ = command("eval", trained, elsewhere, *words)
+        assert code == 0 and stdout.startswith(f"{start}: loss ")
+        if stage_of(trained) == "dpo":
+            assert "rewards/margins 0.0000" in stdout, "the model that training starts from is its reference"
 
 
 def test_only_the_validation_data_is_read(trained: dict[str, Any]) -> None:

@@ -216,22 +216,30 @@ def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
     assert broken["state"] == unbroken["state"] and broken["state"]["kl_coefficient"] != 0.05
 
 
-@pytest.mark.parametrize("zero", [0, 3], ids=["one process", "sharded"])
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (1, {}),
+        (2, {"zero": {"stage": 3}}),
+        (4, {"zero": {"stage": 1}, "parallel": {"pipeline": 2}, "precision": {"compute": "bf16"}}),
+    ],
+    ids=["one process", "sharded", "narrow"],
+)
 def test_a_critic_with_adapters_is_asked_for_the_reward_model_it_started_from(
-    zero: int, files: Path, tmp_path: Path
+    world_size: int, layout: dict[str, Any], files: Path, tmp_path: Path
 ) -> None:
     """And says what a reward model of its own would, bit for bit, in a run that goes on as well."""
     shutil.copytree(files / "reward", tmp_path / "another")
     runs = []
     for name, reward in (("shared", files / "reward"), ("apart", tmp_path / "another")):
         ppo = {"rewards": [{"model": str(reward)}], "critic": str(files / "reward")}
-        changes: dict[str, Any] = {"lora": {"rank": 3}, "ppo": ppo, "zero": {"stage": zero}}
+        changes: dict[str, Any] = {"lora": {"rank": 3}, "ppo": ppo, **layout}
         given = given_settings(files, tmp_path / name, **changes)
-        models = pool.run(models_on_rank, 2 if zero else 1, given)
+        models = pool.run(models_on_rank, world_size, given)
         assert models[0] == {"shared": 2, "apart": 3}[name]
         for stop_after in (1, None):
             given["train"] = {"steps": 2, "eval_every": 2, "stop_after": stop_after}
-            pool.run(train_on_rank, 2 if zero else 1, "ppo", given)
+            pool.run(train_on_rank, world_size, "ppo", given)
         runs.append(given)
     shared, apart = runs
     assert said(shared) == said(apart) and examples(shared) == examples(apart)
@@ -245,7 +253,7 @@ def models_on_rank(given: Settings) -> int:
     """That a run has in memory."""
     opened = opened_stage("ppo", given)
     assert isinstance(opened, OpenedPPO)
-    trainer = opened.trainer(Mesh())
+    trainer = opened.trainer(Mesh(pipeline=opened.config.parallel.pipeline))
     return len({trainer, trainer.critic, trainer.reference, *trainer.rewards.models})
 
 
