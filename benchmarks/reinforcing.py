@@ -4,7 +4,7 @@
 
 SFT and REWARD are checkpoints of fine-tuning and of a reward model on grade-school mathematics (learning.py trains
 both). The form is that of rewards.py: two lines with a calculation each, then the answer. The commands are shown as
-they run; DIR gets the runs and reinforcing.png. In the end it says whether what was asked of them beforehand holds: on
+they run; DIR gets the runs and reinforcing.png. In the end it says whether the goals are reached: on
 held-out prompts, the form's share rises from under 20 %, at the first step's, to over 80 % while replies stay within
 MAX_KL of the starting model's, and the reward model's score rises from evaluation to evaluation.
 """
@@ -54,22 +54,22 @@ def main() -> None:
             f"run.dir={output}/{name}"
         )
     draw(output)
-    sys.exit(0 if holds(output) else 1)
+    sys.exit(0 if reached(output) else 1)
 
 
-def holds(output: Path) -> bool:
-    """Whether what was asked beforehand does; said for each of it."""
+def reached(output: Path) -> bool:
+    """Whether each goal is reached; said for each."""
     first = curve(output / "form", "objective/scores")[1][0]
     form, model = (curve(output / name, "valid_objective/scores")[1] for name in ("form", "model"))
     furthest = max(curve(output / "form", "valid_objective/kl")[1])
-    asked = {
+    goals = {
         f"form from {first:.3f} to {form[-1]:.3f}": first < 0.2 and form[-1] > 0.8,
         f"form, KL at most {furthest:.1f} nats": furthest < MAX_KL,
         f"score {', '.join(f'{score:.2f}' for score in model)}": all(a < b for a, b in pairwise(model)),
     }
-    for what, held in asked.items():
-        print(f"{'holds' if held else 'DOES NOT HOLD'}: {what}")
-    return all(asked.values())
+    for what, held in goals.items():
+        print(f"{'reached' if held else 'NOT REACHED'}: {what}")
+    return all(goals.values())
 
 
 def draw(output: Path) -> None:
