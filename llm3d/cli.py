@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -332,6 +333,8 @@ def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly =
 @ends_as_promised
 def ppo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Reinforcement learning from a reward model or a function: PPO, GRPO or RLOO."""
+    if not check_only and os.environ.get("RANK", "0") == "0":
+        say_memory(config, overrides)
     train("ppo", config, overrides, check_only)
 
 
@@ -457,11 +460,23 @@ def memory(
 
 def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
     from llm3d.plan.phases import phases_of_stages, table
-    from llm3d.stages.ppo import open_stage
+    from llm3d.stages.ppo import models_of
     from llm3d.stages.ppo_roles import bytes_of_writing, roles_of
 
-    opened = open_stage(settings)
-    return table(phases_of_stages(roles_of(opened), bytes_of_writing(opened.config), world_size, device))
+    models = models_of(settings)
+    return table(phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, device))
+
+
+def say_memory(config: Path, overrides: list[str] | None) -> None:
+    """What a run will need, before it starts; what is wrong with its settings is said by the run."""
+    from llm3d.config import PPOConfig
+
+    settings = load_for_this_world(config, overrides, PPOConfig)
+    from llm3d.parallel.mesh import device_of_this_process
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    with suppress(InputError):
+        print(memory_of_phases(settings, world_size, device_of_this_process().type), flush=True)
 
 
 # ---- kernels ----

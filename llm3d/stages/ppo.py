@@ -91,10 +91,31 @@ class OpenedPPO(NamedTuple):
         return ()
 
 
-def open_stage(config: PPOConfig) -> OpenedPPO:
-    """Open what the settings name: tokenizer, template, prompts. Raises InputError where it cannot be used."""
+class Models(NamedTuple):
+    """Settings of the models that a run has: the policy's, which are the run's own; of a reference like it; the
+    critic's, None where there is none; and each reward source's, None where it is a function.
+    """
+
+    config: PPOConfig
+    tokenizer: Tokenizer
+    critic: PPOConfig | None
+    rewards: list[PPOConfig | None]
+
+
+def models_of(config: PPOConfig) -> Models:
+    """What the settings say of models. Raises InputError where they cannot stand beside each other."""
     config, tokenizer = open_tokenizer(config)
     assert tokenizer is not None, "a model to start from has a tokenizer"
+    rewards = [
+        None if source.model is None else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
+        for i, source in enumerate(config.ppo.rewards)
+    ]
+    return Models(config, tokenizer, critic_settings(config, tokenizer), rewards)
+
+
+def open_stage(config: PPOConfig) -> OpenedPPO:
+    """Open what the settings name: tokenizer, template, prompts. Raises InputError where it cannot be used."""
+    config, tokenizer, critic, models = models_of(config)
     template = load_template(config.data.template, tokenizer)
     train, valid = (
         [read_prompt_set(source.path, template, config) for source in sources]
@@ -105,12 +126,9 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
     chat = ChatTokenizer(tokenizer, template)
     data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
     rewards = [
-        RewardFunction(source, f"ppo.rewards[{i}].function")
-        if source.model is None
-        else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
-        for i, source in enumerate(config.ppo.rewards)
+        model or RewardFunction(source, f"ppo.rewards[{i}].function")
+        for i, (source, model) in enumerate(zip(config.ppo.rewards, models, strict=True))
     ]
-    critic = critic_settings(config, tokenizer)
     return OpenedPPO(config, chat, data, objective, replies, rewards, critic, open_texts(config))
 
 
@@ -137,10 +155,10 @@ def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None
     return critic.model_copy(update={"lora": lora, "optim": optim})
 
 
-def critic_started_from(opened: OpenedPPO, reward_model: PPOConfig) -> bool:
-    """Whether a reward model is what the critic started from, and can be asked of it."""
-    critic, start = opened.critic, reward_model.model.path
-    if critic is None or not critic.lora.rank or start == opened.config.model.path:
+def critic_started_from(critic: PPOConfig | None, reward_model: PPOConfig, policy: PPOConfig) -> bool:
+    """Whether a reward model is what the critic's adapters stand on, and can be asked of it."""
+    start = reward_model.model.path
+    if critic is None or not critic.lora.rank or start == policy.model.path:
         return False
     return critic.model.path == start
 
@@ -214,7 +232,7 @@ class PPOTrainer(Trainer):
     def _giver(self, source: PPOConfig | RewardFunction) -> Evaluator | RewardFunction:
         if isinstance(source, RewardFunction):
             return source
-        if self.critic is not None and critic_started_from(self.opened, source):
+        if self.critic is not None and critic_started_from(self.opened.critic, source, self.config):
             return self.critic
         return Evaluator(source, self.mesh, ValueObjective(self.settings))
 

@@ -13,7 +13,7 @@ from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import MAX_PREFILL_TOKENS
 from llm3d.models.build import DTYPES, spread_layers
-from llm3d.stages.ppo import OpenedPPO, critic_started_from
+from llm3d.stages.ppo import Models, critic_started_from
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.rollout import RolloutBatch, writes_in_place, writing_layout
 from llm3d.train.objective import Objective
@@ -29,17 +29,18 @@ class Role(NamedTuple):
     microbatch: RolloutBatch
 
 
-def roles_of(opened: OpenedPPO) -> list[Role]:
+def roles_of(models: Models) -> list[Role]:
     """Every model that a run has, the policy first."""
-    config, microbatch = opened.config, largest_microbatch(opened.config)
+    config, critic = models.config, models.critic
+    microbatch = largest_microbatch(config)
     policy, values = PolicyObjective(config.ppo), ValueObjective(config.ppo)
     found = [Role("policy", "trained", config, policy, microbatch)]
-    if opened.critic is not None:
-        found.append(Role("critic", "trained", opened.critic, values, microbatch))
+    if critic is not None:
+        found.append(Role("critic", "trained", critic, values, microbatch))
     if not config.lora.rank:
         found.append(Role("reference", "asked", config, policy, microbatch))
-    for i, other in enumerate(opened.rewards):
-        if isinstance(other, PPOConfig) and not critic_started_from(opened, other):
+    for i, other in enumerate(models.rewards):
+        if other is not None and not critic_started_from(critic, other, config):
             found.append(Role(f"reward model {i}", "asked", other, values, microbatch))
     if not writes_in_place(config):
         found.append(Role("policy that writes", "writing", writing_layout(config), policy, microbatch))

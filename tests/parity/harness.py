@@ -152,7 +152,7 @@ def sections(layout: Layout) -> dict[str, Any]:
         "lora": {},
         "optim": {"lr": LEARNING_RATE},
         "kernels": {},
-        "train": {"steps": 3},
+        "train": {"steps": 5},
         "checkpoint": {},
         "log": {},
         "generate": {},

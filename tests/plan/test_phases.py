@@ -11,7 +11,7 @@ from llm3d.config import PPOConfig, make_config
 from llm3d.generate import engine
 from llm3d.parallel.mesh import Mesh
 from llm3d.plan.phases import Phases, phases_of_stages
-from llm3d.stages.ppo import open_stage
+from llm3d.stages.ppo import models_of, open_stage
 from llm3d.stages.ppo_roles import bytes_of_writing, roles_of
 from llm3d.stages.training import load_first_weights
 from llm3d.train.trainer import Evaluator, Trainer
@@ -81,8 +81,8 @@ def kept(model: Evaluator) -> dict[str, int]:
 
 
 def planned(given: Settings, world_size: int) -> list[Phases]:
-    opened = open_stage(make_config(given, world_size, PPOConfig))
-    return phases_of_stages(roles_of(opened), bytes_of_writing(opened.config), world_size, "cpu")
+    models = models_of(make_config(given, world_size, PPOConfig))
+    return phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, "cpu")
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

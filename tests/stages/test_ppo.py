@@ -276,7 +276,8 @@ def test_adapters_that_go_on_leave_what_they_were(files: Path, tmp_path: Path) -
 def test_an_evaluation_says_what_the_run_said_last(files: Path, tmp_path: Path) -> None:
     for name, changes in (("all", {}), ("adapters", {"lora": {"rank": 3}})):
         given = given_settings(files, tmp_path / name, **changes)
-        assert command("ppo", given).code == 0
+        ended = command("ppo", given)
+        assert ended.code == 0 and "peak, update of the critic" in ended.stdout, "memory is planned first"
         last = {k.removeprefix("valid_"): v for k, v in metrics(given)[-1].items() if k.startswith("valid_")}
         ended = command("eval", given)
         source, _, rest = ended.stdout.partition(": ")

@@ -125,6 +125,9 @@ def test_memory_is_told_by_role_and_phase(files: Path) -> None:
         "peak, update of the critic",
     ):
         assert line in ended.stdout
+    source = {"function": "not/there.py:score"}
+    ended = command("memory", given_settings(files, ppo={"rewards": [source]}), "--device", "cpu")
+    assert ended.code == 0 and "reward model" not in ended.stdout, "no function is started for it"
 
 
 # ---- prompts ----
