@@ -22,7 +22,7 @@ import torch
 
 from llm3d.config import make_config
 from llm3d.generate.engine import Generator
-from llm3d.generate.replay import recorder
+from llm3d.generate.replay import recorder_for
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh, start_process_group
@@ -84,8 +84,8 @@ def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int) -> 
     """Tokens a second, the median of some rounds."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, 32000, (batch, arguments.context), generator=generator).tolist()
-    record = recorder(model.mesh.device, arguments.graphs)
-    writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, record)
+    recorder = recorder_for(model.mesh.device, arguments.graphs)
+    writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, recorder)
 
     def write(num_tokens: int) -> None:
         requests = [Request(p, num_tokens, lambda _: False, Sampling(temperature=0)) for p in prompts]

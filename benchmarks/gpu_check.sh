@@ -4,7 +4,7 @@
 # parameters with the optimizer's state in host memory (of which it takes 75 GiB).
 #   bash benchmarks/gpu_check.sh [RESULTS_DIRECTORY]
 # Needs nvcc and a Python ($PYTHON) with torch, setuptools, pytest, hypothesis and typer; training also needs pydantic
-# and OmegaConf, which may lie on PYTHONPATH. llm3d itself is taken from this checkout.
+# and OmegaConf, and PPO's tests transformers, which may lie on PYTHONPATH. llm3d itself is taken from this checkout.
 # A part that fails does not keep the next from running; the last lines say which did, and so does the exit status.
 set -uo pipefail
 cd "$(dirname "$0")/.."

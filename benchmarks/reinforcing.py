@@ -4,9 +4,9 @@
 
 SFT and REWARD are checkpoints of fine-tuning and of a reward model on grade-school mathematics (learning.py trains
 both). The form is that of rewards.py: two lines with a calculation each, then the answer. The commands are shown as
-they run; DIR gets the runs and reinforcing.png. In the end it says whether the goals are reached: on
-held-out prompts, the form's share rises from under 20 %, at the first step's, to over 80 % while replies stay within
-MAX_KL of the starting model's, and the reward model's score rises from evaluation to evaluation.
+they run; DIR gets the runs and reinforcing.png. In the end it says whether the goals are reached: the form's share
+rises from under 20 % of the first step's replies to over 80 % on held-out prompts, whose replies stay within MAX_KL of
+the starting model, and the reward model's score on held-out prompts rises from evaluation to evaluation.
 """
 
 from __future__ import annotations

@@ -333,16 +333,16 @@ def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly =
 @ends_as_promised
 def ppo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
     """Reinforcement learning from a reward model or a function: PPO, GRPO or RLOO."""
-    if not check_only and os.environ.get("RANK", "0") == "0":
-        say_memory(config, overrides)
     train("ppo", config, overrides, check_only)
 
 
 def train(stage: str, config: Path, overrides: list[str] | None, check_only: bool) -> None:
     """Run a stage of training, or only open what its settings name."""
-    from llm3d.config import STAGES
+    from llm3d.config import STAGES, PPOConfig
 
     settings = load_for_this_world(config, overrides, STAGES[stage])
+    if isinstance(settings, PPOConfig) and not check_only:
+        say_memory(settings)
     open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
     from llm3d.stages.training import check_stage, run_stage
 
@@ -467,16 +467,13 @@ def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
     return table(phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, device))
 
 
-def say_memory(config: Path, overrides: list[str] | None) -> None:
-    """What a run will need, before it starts; what is wrong with its settings is said by the run."""
-    from llm3d.config import PPOConfig
-
-    settings = load_for_this_world(config, overrides, PPOConfig)
+def say_memory(settings: PPOConfig) -> None:
+    """What a run will need, said by rank 0 before it starts; what is wrong with the settings is said by the run."""
     from llm3d.parallel.mesh import device_of_this_process
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    with suppress(InputError):
-        print(memory_of_phases(settings, world_size, device_of_this_process().type), flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(InputError):
+            print(memory_of_phases(settings, world_size_here(), device_of_this_process().type), flush=True)
 
 
 # ---- kernels ----
@@ -564,8 +561,11 @@ def load_for_this_world(config: Path, overrides: list[str] | None, kind: type[C]
     """The settings, checked before torch is imported; torchrun says how many ranks there are."""
     from llm3d.config import load_config
 
-    world_size = whole_number("environment variable WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    return load_config(config, overrides or [], world_size, kind)
+    return load_config(config, overrides or [], world_size_here(), kind)
+
+
+def world_size_here() -> int:
+    return whole_number("environment variable WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
 
 
 def world_size_among(overrides: list[str] | None) -> tuple[int | None, list[str]]:

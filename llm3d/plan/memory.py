@@ -38,7 +38,7 @@ class Memory:
     parameters: int
     gradients: int
     master: int
-    moments: int
+    moments: int  # and the average of the weights, where one is kept
     buffers: int  # ZeRO's: units gathered or being summed
     activations: int  # all else: kept for backward, passing through, and between stages
     on_host: int  # master weights and moments there, and what passes through
@@ -61,6 +61,7 @@ class Work(NamedTuple):
     objective: Objective
     microbatch: SampleBatch  # the largest that there can be; its content does not matter
     second_model: bool = False  # one that is not trained stands beside the trained one
+    averaged: bool = False  # an average of the weights is kept
 
 
 def memory_of_stages(config: Config, work: Work, world_size: int, device_type: str = "cuda") -> list[Memory]:
@@ -77,6 +78,8 @@ def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> M
     with _world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
         trainer = Trainer(config, mesh, work.objective)
+        if work.averaged:
+            trainer.optimizer.start_average()
         models = [trainer, *([Evaluator(config, mesh, work.objective)] if work.second_model else [])]
         microbatch = work.microbatch.to(META)
         batches = [microbatch] * _enough_microbatches(config, world_size, work.microbatch.num_samples)
@@ -156,7 +159,8 @@ def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
         None if master is parameters else master
         for master, parameters in zip(optimizer.master, flat.parameters, strict=True)
     ]
-    states = list(zip(separate, optimizer.exp_avg, optimizer.exp_avg_sq, strict=True))
+    average = optimizer.average or [None] * len(separate)
+    states = list(zip(separate, optimizer.exp_avg, optimizer.exp_avg_sq, average, strict=True))
     here = [state for i, state in enumerate(states) if i not in optimizer.on_host]
     there = [tensor for i in optimizer.on_host for tensor in states[i]]
     return Memory(
@@ -164,7 +168,7 @@ def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
         gradients=_bytes(
             [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
         ),
-        master=_bytes([master for master, _, _ in here]),
+        master=_bytes([master for master, *_ in here]),
         moments=_bytes([moment for _, *moments in here for moment in moments]),
         buffers=counter.buffers_at_peak,
         activations=counter.peak - counter.buffers_at_peak,

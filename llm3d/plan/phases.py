@@ -24,6 +24,8 @@ class Role(Protocol):
     def objective(self) -> Objective: ...
     @property
     def microbatch(self) -> SampleBatch: ...
+    @property
+    def averaged(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ def phases_of_stages(
     """
     plans = {
         role.name: memory_of_stages(
-            role.config, Work(role.objective, role.microbatch), world_size, device_type
+            role.config,
+            Work(role.objective, role.microbatch, averaged=role.averaged),
+            world_size,
+            device_type,
         )
         for role in roles
     }

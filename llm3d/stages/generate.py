@@ -21,7 +21,7 @@ from llm3d.data.templates import Template, load_template
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder
+from llm3d.generate.replay import recorder_for
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.generate.text import Replies, Shown
@@ -148,8 +148,8 @@ class Writer:
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "the tokenizer has told it"
         model, self.source = latest_model(self.config, mesh, NextToken(vocab_size))
-        record = recorder(mesh.device, self.config.generate.cuda_graphs)
-        self.generator = Generator(model.config.model, model.stages, mesh, model.dtype, record)
+        recorder = recorder_for(mesh.device, self.config.generate.cuda_graphs)
+        self.generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)
 
     def write(
         self,

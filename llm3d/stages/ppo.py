@@ -92,8 +92,10 @@ class OpenedPPO(NamedTuple):
 
 
 class Models(NamedTuple):
-    """Settings of the models that a run has: the policy's, which are the run's own; of a reference like it; the
-    critic's, None where there is none; and each reward source's, None where it is a function.
+    """What the settings say of models, without their weights.
+
+    config: the policy's settings and the reference's.  critic: its settings; None: there is none.
+    rewards: of each source, the settings of its model; None: it is a function.
     """
 
     config: PPOConfig

@@ -20,13 +20,17 @@ from llm3d.train.objective import Objective
 
 
 class Role(NamedTuple):
-    """kind: trained; asked now and then; or writing: the policy again, in the layout that replies are written in."""
+    """kind: trained; asked now and then; or writing: the policy again, in the layout that replies are written in.
+
+    averaged: an average of its weights is kept.
+    """
 
     name: str
     kind: str
     config: PPOConfig
     objective: Objective
     microbatch: RolloutBatch
+    averaged: bool = False
 
 
 def roles_of(models: Models) -> list[Role]:
@@ -34,7 +38,7 @@ def roles_of(models: Models) -> list[Role]:
     config, critic = models.config, models.critic
     microbatch = largest_microbatch(config)
     policy, values = PolicyObjective(config.ppo), ValueObjective(config.ppo)
-    found = [Role("policy", "trained", config, policy, microbatch)]
+    found = [Role("policy", "trained", config, policy, microbatch, averaged=bool(config.ppo.ema))]
     if critic is not None:
         found.append(Role("critic", "trained", critic, values, microbatch))
     if not config.lora.rank:

@@ -22,7 +22,7 @@ from llm3d.data.packing import pack
 from llm3d.data.pretraining import Sample as Window
 from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder
+from llm3d.generate.replay import recorder_for
 from llm3d.generate.text import Replies
 from llm3d.models.heads import Objective
 from llm3d.parallel.agreement import input_errors_on_all
@@ -152,16 +152,16 @@ class RolloutWriter:
     @contextmanager
     def _generator(self) -> Iterator[Generator]:
         trainer = self.trainer
-        record = recorder(self.mesh.device, self.config.generate.cuda_graphs)
+        recorder = recorder_for(self.mesh.device, self.config.generate.cuda_graphs)
         if self.in_place:
-            yield Generator(self.config.model, trainer.stages, trainer.mesh, trainer.dtype, record)
+            yield Generator(self.config.model, trainer.stages, trainer.mesh, trainer.dtype, recorder)
             return
         model = Evaluator(self.layout, self.mesh, trainer.objective)
         if self.hand_over is None:
             held = [piece.box for piece, _ in trainer.flat.held()]
             self.hand_over = HandOver(held, [piece.box for piece, _ in model.weights()], self.mesh.everyone)
         self.moved = self.hand_over.run(trainer.flat.held(), model.weights())
-        yield Generator(self.config.model, model.stages, self.mesh, model.dtype, record)
+        yield Generator(self.config.model, model.stages, self.mesh, model.dtype, recorder)
 
 
 def writes_in_place(config: PPOConfig) -> bool:

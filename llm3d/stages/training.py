@@ -137,14 +137,8 @@ def load_first_weights(model: Evaluator) -> str:
     return load_model(model, model.config.lora.path)
 
 
-def load_first_adapters(model: Evaluator) -> None:
-    """Those alone that training goes on from; new ones start as nothing."""
-    if model.config.lora.path:
-        load_adapters(Path(model.config.lora.path), model)
-
-
 def load_model(model: Evaluator, adapters: str | None) -> str:
-    """The same with these adapters, PEFT's or a checkpoint's."""
+    """The weights that the settings name, with these adapters, PEFT's or a checkpoint's; -> where they came from."""
     config = model.config
     if config.model.path is None:
         model.initialise()
@@ -153,6 +147,12 @@ def load_model(model: Evaluator, adapters: str | None) -> str:
     if adapters:
         load_adapters(Path(adapters), model)
     return config.model.path + (f" and {adapters}" if adapters else "")
+
+
+def load_first_adapters(model: Evaluator) -> None:
+    """The adapters alone that training goes on from, if there are any; new ones start as nothing."""
+    if model.config.lora.path:
+        load_adapters(Path(model.config.lora.path), model)
 
 
 def latest_model(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder
+from llm3d.generate.replay import recorder_for
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Evaluator
 from tests.generate.test_engine import MODELS, SHAPE, Call, drawn, told_as_written
@@ -24,9 +24,9 @@ def written(path: Path, device: str, graphs: bool) -> list[Reply]:
     mesh = Mesh(device=device)
     model = Evaluator(config_for(path, Layout()), mesh)
     model.initialise()
-    found = recorder(mesh.device, graphs)
-    assert (found is not None) == graphs
-    generator = Generator(model.config.model, model.stages, mesh, model.dtype, found)
+    recorder = recorder_for(mesh.device, graphs)
+    assert (recorder is not None) == graphs
+    generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)
     calls = Call(drawn(), 5), Call(drawn(12)[::-1], 7)
     return [reply for call in calls for several in told_as_written(generator, call) for reply in several]
 

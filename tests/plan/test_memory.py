@@ -149,7 +149,7 @@ def largest_of_stages(parts: list[tuple[int, int]], layout: Layout) -> list[tupl
         ("sft", replace(PLAIN, data=2, zero=1)),
         ("reward", replace(PLAIN, pipeline=2, schedule="gpipe")),
         ("dpo", replace(PLAIN, micro=4, tensor=2, sequence=True)),
-        ("sft-lora", replace(PLAIN, micro=8)),
+        ("sft-lora", PLAIN),
         ("reward-lora", replace(PLAIN, tensor=2, data=2, zero=2, compute="bf16")),
         ("dpo-lora", replace(PLAIN, micro=4, pipeline=2, data=2, zero=3)),
     ],

@@ -87,9 +87,9 @@ def planned(given: Settings, world_size: int) -> list[Phases]:
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "sharded": (2, {"zero": {"stage": 3}}),
+    "sharded": (2, {"zero": {"stage": 3}, "ppo": {"ema": 0.9}}),
     "handed over": (2, {"parallel": {"tensor": 2}, "ppo": {"rollout_tensor": 1}}),
-    "adapters": (1, {"lora": {"rank": 4}}),
+    "adapters": (1, {"lora": {"rank": 4}, "ppo": {"ema": 0.9}}),
 }
 
 

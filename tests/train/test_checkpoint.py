@@ -153,9 +153,9 @@ RESUMED_BY = {
 @pytest.mark.parametrize("saved_by", SAVED_BY, ids=str)
 def test_any_layout_continues_what_any_other_saved(saved_by: Layout, tmp_path: Path) -> None:
     first = run(saved_by, tmp_path, 0, 2, save_at=(2,))
-    expected = run(saved_by, tmp_path, 2, 3)
+    expected = run(saved_by, tmp_path, 2, 4)
     for layout in RESUMED_BY[saved_by.model]:
-        resumed = run(layout, tmp_path, 2, 3)
+        resumed = run(layout, tmp_path, 2, 4)
         assert_equal(resumed.before, first.pieces)
         assert resumed.losses == pytest.approx(expected.losses, rel=1e-5)
         assert resumed.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
