@@ -87,8 +87,9 @@ class PlacedPrompt(NamedTuple):
     @property
     def shown(self) -> Any:
         """For people and functions: a prompt of one message is its text, another a list of role and content."""
-        several = len(self.messages) > 1
-        return [message._asdict() for message in self.messages] if several else self.messages[0].content
+        if len(self.messages) == 1:
+            return self.messages[0].content
+        return [{"role": m.role, "content": m.content, **m.extra} for m in self.messages]
 
 
 def read_prompts(

@@ -15,27 +15,40 @@ A prompt or a reply is a string or a list of messages. history: earlier turns, p
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
 from llm3d.data.documents import HALF_A_PAIR, has_half_a_pair, json_kind
 from llm3d.errors import InputError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Kind = Literal["conversation", "comparison", "prompt"]
+
+Fields = Mapping[str, Any]  # JSON values by name
 
 
 class Message(NamedTuple):
+    """is_learned: False for a reply that is context alone.
+
+    extra: what else of the message a chat template may read: tool_calls, reasoning_content, name, ...
+    """
+
     role: Role
     content: str
+    is_learned: bool = True
+    extra: Fields = {}  # noqa: RUF012 (nothing writes to it)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Maybe a system message, then user and assistant in turn; the assistant has the last word."""
+    """Maybe a system message, then user and assistant in turn; the assistant has the last word.
+
+    template_kwargs: what the chat template reads beside messages: tools, documents, enable_thinking, ...
+    """
 
     messages: tuple[Message, ...]
+    template_kwargs: Fields = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Comparison:
     replies: tuple[tuple[Message, ...], ...]
     ranks: tuple[float, ...]
     margin: float | None = None
+    template_kwargs: Fields = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Prompt:
     """What is to be replied to: as a conversation's messages, up to a user's."""
 
     messages: tuple[Message, ...]
+    template_kwargs: Fields = field(default_factory=dict)
 
 
 Item = Conversation | Comparison | Prompt
@@ -162,7 +177,7 @@ def _read_ranked(values: Values) -> Comparison:
     if len(sides) < 2:
         raise ValueError(f"fewer than two responses ({len(sides)}); a comparison needs two")
     prompt, replies = _divided(_prompt(values, "prompt"), sides)
-    if len(set(replies)) < len(replies):
+    if any(replies[i] == replies[j] for i in range(len(replies)) for j in range(i)):
         raise ValueError("two responses are the same")
     return Comparison(prompt, replies, _ranks(values, len(replies)))
 
@@ -279,7 +294,7 @@ def _checked(messages: Iterable[Message], ends: Role) -> tuple[Message, ...]:
     """Messages in their right order. Raises ValueError."""
     messages = tuple(messages)
     turns = messages[1:] if messages and messages[0].role == "system" else messages
-    for i, (role, content) in enumerate(turns):
+    for i, (role, content, *_) in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if role == "system":
             raise ValueError("a system message that is not the first message")

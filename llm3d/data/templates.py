@@ -187,10 +187,10 @@ class Template:
 
     def _stretches(self, messages: Sequence[Message], prompt: bool = False) -> list["_Stretch"]:
         """Special tokens, and the texts between them, cut only where a reply starts."""
-        questions = (content for role, content in messages if role == "user")
+        questions = (message.content for message in messages if message.role == "user")
         has_input = INPUT_HEADING in next(questions, "")
         stretches: list[_Stretch] = []
-        for part, reply in self._parts.of(tuple(role for role, _ in messages), has_input, prompt):
+        for part, reply in self._parts.of(tuple(role for role, *_ in messages), has_input, prompt):
             what = part.text(messages) if isinstance(part, _Content) else part
             last = stretches[-1] if stretches else None
             if isinstance(what, str) and last and isinstance(last.what, str) and last.reply == reply:
