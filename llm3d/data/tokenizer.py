@@ -33,6 +33,22 @@ COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
 META_SPACE = "\u2581"  # how sentencepiece writes a space inside its pieces
 LONG_TEXT = 1 << 22  # characters above which any text is encoded in parts, to bound memory
 SENTENCEPIECE_TEXT = 1 << 14  # the same where parts are faster and provably the same
+HARD_TEXTS = (  # on which tokenizers that are nearly the same differ
+    "",
+    "abcd",
+    " a",
+    "  a   b ",
+    " ",
+    "    ",
+    "\n",
+    "\n\n\n x\r\n\ty",
+    "x\n    if y:\n        return  z\n",
+    "\u2581a \u2581\u2581 b\u2581",
+    "Don't they'll; 12345.678 <x> [y]",
+    "\N{GRINNING FACE}\u4f60\u597d \u00e9e\u0301\ufb01\u00a0\u3000\u200d\ufe0f",
+    "\0\x01\x7f\ufeff\ufffd\u2028",
+    "<s></s><unk><0x41><|im_start|><|end_of_text|>",
+)
 
 
 class Tokenizer(ABC):
@@ -163,6 +179,36 @@ class Tokenizer(ABC):
                 shutil.copyfile(source, directory / name)
         if not (directory / "tokenizer_config.json").exists():
             write_json(directory / "tokenizer_config.json", self._config())
+
+    def difference_from(self, other: "Tokenizer") -> str | None:
+        """One line on token ids that mean something else in another tokenizer; None where all mean the same.
+
+        Which tokens are bos and eos is no such difference: that is for the use of a tokenizer, not for its ids.
+        """
+        if self.special_tokens != other.special_tokens:
+            mine, others = self.special_tokens.items(), other.special_tokens.items()
+            text, index = min(mine ^ others, key=lambda item: (item[1], item[0]))
+            return f"the special token {text!r} has the id {index} in one of the two alone"
+        if self.digest == other.digest:
+            return None
+        for index in range(max(self.vocab_size, other.vocab_size)):
+            mine, others = self._token_or_none(index), other._token_or_none(index)
+            if mine != others:
+                return f"the token {index} is {mine!r} in one and {others!r} in the other"
+        texts = [*HARD_TEXTS, *self._sampled_texts()]
+        for text, ids, other_ids in zip(
+            texts, self.encode_batch(texts), other.encode_batch(texts), strict=True
+        ):
+            if ids != other_ids:
+                return f"the text {text!r} is {ids} in one and {other_ids} in the other"
+        return None
+
+    def _token_or_none(self, index: int) -> str | None:
+        return self.token(index) if index < self.vocab_size else None
+
+    def _sampled_texts(self) -> list[str]:
+        """Texts of tokens all over the vocabulary: how they are put together is found by encoding them."""
+        return [self.decode([index]) for index in range(0, self.vocab_size, 1 + self.vocab_size // 4096)]
 
     @abstractmethod
     def _config(self) -> dict[str, Any]: ...

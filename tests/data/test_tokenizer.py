@@ -197,3 +197,36 @@ def test_a_model_that_puts_a_space_before_every_text_round_trips(tmp_path):
     ids, lengths = tokenizer.encode_documents(texts, tokenizer.eos_id)
     assert lengths.tolist() == [len(ids) + 1 for ids in tokenizer.encode_batch(texts)]
     assert tokenizer_module.META_SPACE in tokenizer.decode(ids.tolist())
+
+
+def write_letters(path, letters="abcd", merges=(("a", "b"), ("b", "c")), special=("<s>", "</s>")):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = [*letters, *sorted(map("".join, merges))]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({word: i for i, word in enumerate(words)}, list(merges))
+    )
+    made.add_special_tokens([tokenizers.AddedToken(text, special=True) for text in special])
+    path.mkdir()
+    made.save(str(path / "tokenizer.json"))
+    return load_tokenizer(path)
+
+
+def test_tokenizers_differ_where_an_id_means_something_else(tmp_path):
+    given = {
+        "exchanged": {"letters": "abdc"},
+        "merged in another order": {"merges": (("b", "c"), ("a", "b"))},
+        "special": {"special": ("</s>", "<s>")},
+        "more": {"special": ("<s>", "</s>", "<pad>")},
+    }
+    one, same = (write_letters(tmp_path / name) for name in ("one", "same"))
+    (tmp_path / "same" / "tokenizer.json").write_text(
+        json.dumps(json.loads(one.file.read_text()), indent=None)
+    )
+    same = load_tokenizer(tmp_path / "same")
+    assert (
+        one.digest != same.digest and one.difference_from(same) is None and one.difference_from(one) is None
+    )
+    for name, changes in given.items():
+        other = write_letters(tmp_path / name, **changes)
+        for said in (one.difference_from(other), other.difference_from(one)):
+            assert said is not None and "\n" not in said
