@@ -39,7 +39,6 @@ from llm3d.config.sections import (
     RewardSource,
     SFTConfig,
     ZeroConfig,
-    whole,
 )
 from llm3d.config.settings_file import read_settings, settings_to_yaml
 from llm3d.errors import InputError
@@ -75,7 +74,6 @@ __all__ = [
     "load_config",
     "make_config",
     "model_at",
-    "with_steps",
     "with_vocab_size",
 ]
 
@@ -142,33 +140,13 @@ def with_vocab_size(config: C, vocab_size: int) -> C:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def with_steps(config: C, steps: int) -> C:
-    """The same settings with the number of steps that train.epochs take. Raises InputError where they do not fit."""
-    update: dict[str, Any] = {"train": config.train.model_copy(update={"steps": steps})}
-    if config.optim.schedule == "wsd" and config.optim.decay_steps is None:
-        update["optim"] = config.optim.model_copy(update={"decay_steps": _decay_steps(steps)})
-    config = config.model_copy(update=update)
-    check_layout(config, None)
-    return config
-
-
 # ---- defaults that depend on other sections ----
 
 
 def _with_defaults(settings: Mapping[Any, Any], kind: type[Config]) -> dict[Any, Any]:
     """A section that is absent or empty takes its defaults, or has its own settings named as missing."""
     filled = {name: given for name, given in settings.items() if given is not None or name == "recompute"}
-    filled = {name: {} for name in kind.model_fields if name not in ("model", "recompute")} | filled
-    optim, train = filled["optim"], filled["train"]
-    if isinstance(optim, dict) and optim.get("schedule") == "wsd" and optim.get("decay_steps") is None:
-        steps = whole(train.get("steps")) if isinstance(train, dict) else None
-        if isinstance(steps, int) and steps:
-            filled["optim"] = optim | {"decay_steps": _decay_steps(steps)}
-    return filled
-
-
-def _decay_steps(steps: int) -> int:
-    return max(1, steps // 10)
+    return {name: {} for name in kind.model_fields if name not in ("model", "recompute")} | filled
 
 
 # ---- sections that name a directory ----

@@ -108,9 +108,14 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
     if optim.decay_steps is not None and optim.schedule != "wsd":
         yield f"optim.decay_steps: only with optim.schedule wsd, not {optim.schedule}; set it to null"
-    elif steps and optim.warmup_steps + (optim.decay_steps or 0) > steps:
-        decay = f" + optim.decay_steps {optim.decay_steps}" if optim.decay_steps else ""
-        yield f"optim.warmup_steps: {optim.warmup_steps}{decay} is above train.steps {steps}"
+    if optim.decay_ratio is not None and optim.schedule != "wsd":
+        yield f"optim.decay_ratio: only with optim.schedule wsd, not {optim.schedule}; set it to null"
+    if optim.warmup_ratio is not None and optim.warmup_steps:
+        yield f"optim.warmup_ratio: in place of optim.warmup_steps, which is {optim.warmup_steps}; set one to 0 or null"
+    if optim.decay_ratio is not None and optim.decay_steps is not None:
+        yield f"optim.decay_ratio: in place of optim.decay_steps, which is {optim.decay_steps}; set one to null"
+    if (optim.warmup_ratio or 0) + (optim.decay_ratio or 0) > 1:
+        yield f"optim.warmup_ratio: {optim.warmup_ratio} + optim.decay_ratio {optim.decay_ratio} is above 1"
     if isinstance(config.train, EpochsConfig) and not (steps or config.train.epochs):
         yield "train.steps: missing; give it, or train.epochs"
     if config.train.eval_every is not None and not config.data.valid:

@@ -18,6 +18,7 @@ def whole(value: object) -> object:
 Whole = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -256,11 +257,18 @@ class OptimConfig(Section):
 
     lr: float = Field(gt=0)
     min_lr: float = Field(default_factory=lambda data: float(f"{0.1 * data['lr']:.15g}"), ge=0)
-    """The learning rate at the last step. Default: 0.1 x lr."""
+    """Least learning rate, where the schedule ends: one step after the last, which thus learns with min_lr 0, too.
+    Default: 0.1 x lr."""
     warmup_steps: Whole = 0
+    """Warm-up steps, over which the learning rate rises in a straight line to lr. Of a run with fewer: all."""
+    warmup_ratio: Share | None = None
+    """Warm-up ratio: the share of the run's steps, rounded up, in place of warmup_steps."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Learning-rate schedule after the warm-up; constant: lr; wsd: lr, then a straight line over the decay."""
     decay_steps: Positive | None = None
-    """Length of the decay at the end of wsd. Default: a tenth of train.steps."""
+    """Decay steps at the end of wsd. Default: a tenth of the run's steps."""
+    decay_ratio: Share | None = None
+    """Decay ratio: the share of the run's steps, rounded up, in place of decay_steps."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -269,7 +277,7 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     steps: Positive
-    """The learning-rate schedule ends here."""
+    """Steps of the run, where the learning-rate schedule ends."""
     stop_after: Positive | None = None
     """Save and end after this step; the same command without it goes on. Null: train to the last."""
     eval_every: Positive | None = None
@@ -280,9 +288,9 @@ class TrainConfig(Section):
 
 class EpochsConfig(TrainConfig):
     steps: Whole = 0
-    """The learning-rate schedule ends here. 0: where train.epochs end."""
+    """Steps of the run, where the learning-rate schedule ends. 0: as many as train.epochs take."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the data; train.steps, where it is given, overrides it."""
+    """Epochs, passes over the data, counted in samples: the last step takes what is left. Overridden by steps."""
 
 
 class CheckpointConfig(Section):

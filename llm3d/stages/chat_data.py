@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import ChatDataConfig, Config, EpochsConfig, SFTConfig, with_steps
+from llm3d.config import ChatDataConfig, Config, SFTConfig
 from llm3d.data.chat import Counts, read_samples
 from llm3d.data.formats import Kind
 from llm3d.data.order import Blend, derive_key, sample_window
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.samples import SampleSet
+from llm3d.data.steps import Steps
 from llm3d.data.templates import Template, load_template
 from llm3d.data.tokenizer import Tokenizer, read_json, write_json
 from llm3d.errors import InputError
@@ -76,7 +77,7 @@ class OpenedChat(NamedTuple):
 
 
 def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:
-    """The run's tokenizer and its data; the settings then know their number of steps. Raises InputError."""
+    """The run's tokenizer and its data. Raises InputError."""
     config, tokenizer = open_tokenizer(config)
     data = config.data
     assert tokenizer is not None and isinstance(data, ChatDataConfig), "a model to start from has a tokenizer"
@@ -87,7 +88,6 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
     counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
     for source, samples in zip(sources, sets, strict=True):
         _check_fits_a_microbatch(source.path, samples, config)
-    config = with_epochs(config, [len(samples) for samples in sets[:num_train]])
     chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
     return config, ChatTokenizer(tokenizer, template), chat
 
@@ -100,17 +100,6 @@ def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> N
             f"batch.micro: {config.batch.micro} sequences of data.sequence_length {length} do not hold a sample of "
             f"{path}, {longest} tokens with all its replies; the least is {-(-longest // length)}"
         )
-
-
-def with_epochs(config: C, sizes: Sequence[int]) -> C:
-    """The steps that train.epochs take, where train.steps does not say. sizes: samples of each of data.train."""
-    if config.train.steps or not sizes:
-        return config
-    assert isinstance(config.train, EpochsConfig) and config.train.epochs, "checked with the settings"
-    pairs = zip(config.data.train, sizes, strict=True)
-    samples = config.train.epochs * sum(source.weight * size for source, size in pairs)
-    steps = round(samples / config.batch.global_size, 9)  # 1.1 x 100 is a little above 110
-    return with_steps(config, max(1, math.ceil(steps)))
 
 
 class Place(NamedTuple):
@@ -146,22 +135,27 @@ class ChatData:
         self.weights = [source.weight for source in config.data.train]
         self.lengths = [samples.lengths for samples in self.sets]
         self.capacity = config.batch.micro * config.data.sequence_length
+        self.steps = Steps.of(config, self.samples_a_pass)
         self.resume(0, Consumed(0, 0))
 
     # ---- what the loop asks ----
 
     def resume(self, step: int, consumed: Consumed) -> None:
         """Go on after `step`, by which the run had read `consumed`."""
-        self.start_step, self.start = step, consumed
-        self._tokens = [consumed.tokens]  # after each step from start_step on
+        self.steps = self.steps.after(step, consumed.samples)
+        self._tokens = [consumed.tokens]  # after each step from that one on
 
     def consumed(self, step: int) -> Consumed:
         """Samples and tokens that the run has read, all ranks together, when `step` is done."""
-        while len(self._tokens) <= step - self.start_step:
-            following = self.start_step + len(self._tokens)
+        while len(self._tokens) <= step - self.steps.step:
+            following = self.steps.step + len(self._tokens)
             self._tokens.append(self._tokens[-1] + int(self._lengths(self._step(following)).sum()))
-        samples = (step - self.start_step) * self.config.batch.global_size
-        return Consumed(self.start.samples + samples, self._tokens[step - self.start_step])
+        return Consumed(self.steps.read_by(step), self._tokens[step - self.steps.step])
+
+    @property
+    def last_step(self) -> int:
+        """At which the run ends."""
+        return self.steps.last
 
     def microbatches(self, step: int, mesh: Mesh) -> list[PackedBatch]:
         """This data rank's microbatches of a step."""
@@ -190,17 +184,18 @@ class ChatData:
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
-        passes = self.config.train.steps * self.config.batch.global_size / self.samples_a_pass
+        last = self.last_step
+        passes = self.steps.read_by(last) / self.samples_a_pass
         return [
             *(f"{path}: {counts}" for path, counts in self.counts),
-            self.packing(mesh.data_size),
-            f"by step {self.config.train.steps} it has read the data {passes:.2f} times",
+            *([self.packing(mesh.data_size)] if last > self.steps.step else []),
+            f"by step {last} it has read the data {passes:.2f} times",
         ]
 
     def packing(self, data_size: int) -> str:
-        """How the first steps are packed for so many data ranks, for people."""
-        steps = range(1, min(_LOOKED_AT, self.config.train.steps) + 1)
-        lengths = [self._lengths(self._step(step)) for step in steps]
+        """How the first of the steps that are left are packed for so many data ranks, for people."""
+        left = range(self.steps.step + 1, self.last_step + 1)
+        lengths = [self._lengths(self._step(step)) for step in left[:_LOOKED_AT]]
         bins = [[int(step[items].sum()) for items in self._bins(step, data_size)] for step in lengths]
         padded = sum(len(step) * max(step) for step in bins)
         tokens, num_bins = sum(map(sum, bins)), sum(map(len, bins))
@@ -217,7 +212,7 @@ class ChatData:
     def in_order(self, split: Literal["train", "valid"]) -> Iterator[Place]:
         """Samples in the order in which training reads them, pass after pass, or an evaluation."""
         if split == "train":
-            return (place for step in count(1) for place in self._step(step))
+            return map(self._place, count())
         return (place for places in self._stored(self._valid) for place in places)
 
     def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
@@ -232,13 +227,11 @@ class ChatData:
         return Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
 
     def _step(self, step: int) -> list[Place]:
-        first, seed = self._first_sample(step), self.config.run.seed
-        numbers = range(first, first + self.config.batch.global_size)
-        found = (sample_window(k, self.blend, self.sizes, seed) for k in numbers)
-        return [Place(source, index) for source, _, index in found]
+        return [self._place(k) for k in self.steps.numbers(step)]
 
-    def _first_sample(self, step: int) -> int:
-        return self.start.samples + (step - self.start_step - 1) * self.config.batch.global_size
+    def _place(self, k: int) -> Place:
+        source, _, index = sample_window(k, self.blend, self.sizes, self.config.run.seed)
+        return Place(source, index)
 
     @property
     def _valid(self) -> range:
@@ -262,7 +255,7 @@ class ChatData:
 
     def _keys(self, step: int, items: np.ndarray) -> list[int]:
         """Of the random numbers of each sequence of some of a step's samples."""
-        first, places, seed = self._first_sample(step), self._step(step), self.config.run.seed
+        first, places, seed = self.steps.numbers(step).start, self._step(step), self.config.run.seed
         counts = [(first + int(i), self.sequences(places[i])) for i in items]
         return [
             derive_key(seed, k, number) >> 1 for k, span in counts for number in range(span.stop - span.start)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from llm3d.config import DataSource, PretrainConfig
 from llm3d.data.batches import evaluation_batches, step_microbatches
 from llm3d.data.pretraining import Microbatch, PretrainingData
+from llm3d.data.steps import Steps
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
@@ -43,18 +44,24 @@ class LanguageData(ValidationData):
                 f"data.train: {windows} sequences of {config.data.sequence_length} tokens in all, fewer than "
                 f"one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
             )
+        self.steps = Steps(config.batch.global_size, config.train.steps)
         self.resume(0, Consumed(0, 0))
 
     def resume(self, step: int, consumed: Consumed) -> None:
         """Go on after `step`, by which the run had read `consumed`."""
-        self.start_step, self.start = step, consumed
+        self.steps = self.steps.after(step, consumed.samples)
+        self.start = consumed
 
     def consumed(self, step: int) -> Consumed:
         """Samples and tokens that the run has read, all ranks together, when `step` is done."""
-        samples = (step - self.start_step) * self.config.batch.global_size
-        return Consumed(
-            self.start.samples + samples, self.start.tokens + samples * self.config.data.sequence_length
-        )
+        read = self.steps.read_by(step)
+        tokens = (read - self.start.samples) * self.config.data.sequence_length
+        return Consumed(read, self.start.tokens + tokens)
+
+    @property
+    def last_step(self) -> int:
+        """At which the run ends."""
+        return self.steps.last
 
     @property
     def digest(self) -> str:
@@ -65,19 +72,19 @@ class LanguageData(ValidationData):
         """What the run is going to read, for people."""
         config = self.config
         tokens = config.batch.global_size * config.data.sequence_length
-        epochs = self.train.epochs(self.consumed(config.train.steps).samples)
+        epochs = self.train.epochs(self.steps.read_by(self.last_step))
         passes = ", ".join(
             f"{source.path} {times:.2f} times"
             for source, times in zip(config.data.train, epochs, strict=True)
         )
         return [
             f"{tokens:,} tokens a step in {config.num_microbatches(mesh.size)} microbatches a data rank",
-            f"by step {config.train.steps} it has read {passes}",
+            f"by step {self.last_step} it has read {passes}",
         ]
 
     def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
         """This data rank's microbatches of a step."""
-        batch, first_sample = self.config.batch, self.consumed(step - 1).samples
+        batch, first_sample = self.config.batch, self.steps.numbers(step).start
         return step_microbatches(
             self.train, first_sample, batch.global_size, batch.micro, mesh.data_rank, mesh.data_size
         )

@@ -28,7 +28,7 @@ from llm3d.generate.text import Replies
 from llm3d.models.heads import SCORE, LanguageModelHead
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.chat_data import ChatTokenizer, with_epochs
+from llm3d.stages.chat_data import ChatTokenizer
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
 from llm3d.stages.rewards import RewardFunction, Rewards
@@ -123,7 +123,6 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
         [read_prompt_set(source.path, template, config) for source in sources]
         for sources in (config.data.train, config.data.valid)
     )
-    config = with_epochs(config, [len(found) for found in train])
     replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
     chat = ChatTokenizer(tokenizer, template)
     data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
@@ -398,11 +397,16 @@ class PPOTrainer(Trainer):
         return StepResult(loss, norm, metrics, policy[-1].loss_scale, skipped=not taken)
 
     def _minibatches(self, rollouts: Rollouts) -> Iterator[list[int]]:
-        """Replies of each update, in an order that the step's first prompt, the epoch and run.seed give."""
+        """Replies of each update, in an order that the step's first prompt, the epoch and run.seed give.
+
+        A last step of fewer prompts takes fewer minibatches, about as large as the others.
+        """
         count, first = len(rollouts), rollouts.prompts[0].number
+        whole = self.config.batch.global_size * self.config.generate.num_replies
+        minibatches = math.ceil(self.settings.minibatches * count / whole)
         for epoch in range(self.settings.epochs):
             order = permute(np.arange(count), count, derive_key(self.config.run.seed, first, epoch))
-            for part in np.array_split(order, self.settings.minibatches):
+            for part in np.array_split(order, minibatches):
                 yield sorted(part.tolist())
 
     def _texts(self, rollouts: Rollouts, which: Sequence[int]) -> Texts:

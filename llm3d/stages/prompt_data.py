@@ -16,6 +16,7 @@ from llm3d.config import ChatDataConfig, PPOConfig
 from llm3d.data.chat import Counts, PlacedPrompt, read_prompts
 from llm3d.data.order import Blend, sample_window
 from llm3d.data.samples import Tokens, without_start
+from llm3d.data.steps import Steps
 from llm3d.data.templates import Template
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
@@ -90,11 +91,12 @@ class PromptData:
         assert isinstance(config.data, ChatDataConfig)
         self.config, self.train, self.valid = config, list(train), list(valid)
         self.sizes = [len(found) for found in train]
+        self.steps = Steps.of(config, self.prompts_a_pass)
         self.resume(0, Consumed(0, 0))
 
     def resume(self, step: int, consumed: Consumed) -> None:
         """Go on after `step`, by which the run had read `consumed`."""
-        self.start_step, self.start = step, consumed
+        self.steps = self.steps.after(step, consumed.samples)
         self._tokens = {step: consumed.tokens}  # after each step
 
     def record(self, tokens: int) -> None:
@@ -104,14 +106,16 @@ class PromptData:
 
     def consumed(self, step: int) -> Consumed:
         """Prompts, and tokens with those of replies, that the run has read when `step`, which is done, is done."""
-        samples = (step - self.start_step) * self.config.batch.global_size
-        return Consumed(self.start.samples + samples, self._tokens[step])
+        return Consumed(self.steps.read_by(step), self._tokens[step])
+
+    @property
+    def last_step(self) -> int:
+        """At which the run ends."""
+        return self.steps.last
 
     def microbatches(self, step: int, mesh: Mesh) -> list[Prompt]:
         """All prompts of a step, numbered over the run."""
-        first = self.start.samples + (step - self.start_step - 1) * self.config.batch.global_size
-        numbers = range(first, first + self.config.batch.global_size)
-        seed = self.config.run.seed
+        numbers, seed = self.steps.numbers(step), self.config.run.seed
         places = ((k, sample_window(k, self.blend, self.sizes, seed)) for k in numbers)
         return [replace(self.train[source].prompts[i], number=k) for k, (source, _, i) in places]
 
@@ -122,10 +126,19 @@ class PromptData:
         size = self.config.batch.global_size
         return islice(iter(lambda: list(islice(numbered, size)), []), self.config.train.eval_steps)
 
+    @property
+    def prompts_a_pass(self) -> float:
+        """Prompts in one pass over the data, each as often as its source's weight says."""
+        return sum(self._weighted_sizes)
+
+    @property
+    def _weighted_sizes(self) -> list[float]:
+        sources = self.config.data.train
+        return [source.weight * size for source, size in zip(sources, self.sizes, strict=True)]
+
     @cached_property
     def blend(self) -> Blend:
-        pairs = zip(self.config.data.train, self.sizes, strict=True)
-        return Blend([source.weight * size for source, size in pairs])
+        return Blend(self._weighted_sizes)
 
     @property
     def digest(self) -> str:
@@ -139,11 +152,10 @@ class PromptData:
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
-        batch, steps = self.config.batch.global_size, self.config.train.steps
-        pairs = zip(self.config.data.train, self.sizes, strict=True)
-        passes = steps * batch / sum(source.weight * size for source, size in pairs)
+        batch, last = self.config.batch.global_size, self.last_step
+        passes = self.steps.read_by(last) / self.prompts_a_pass
         return [
             *(f"{found.path}: {found.counts}" for found in (*self.train, *self.valid)),
             f"{batch:,} prompts a step, {self.config.generate.num_replies} replies to each; "
-            f"by step {steps} it has read them {passes:.2f} times",
+            f"by step {last} it has read them {passes:.2f} times",
         ]

@@ -26,6 +26,7 @@ from llm3d.train.checkpoint import (
     step_of_checkpoint,
 )
 from llm3d.train.host_memory import keep_freed_memory
+from llm3d.train.learning_rate import shortened
 from llm3d.train.loop import Consumed, TrainingData, train
 from llm3d.train.numa import bind_to_gpu_node
 from llm3d.train.objective import Objective
@@ -74,7 +75,7 @@ class Opened(Protocol):
 
 
 def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
-    """Train to train.steps, going on from the run directory's latest checkpoint if there is one."""
+    """Train to the run's last step, going on from the run directory's latest checkpoint if there is one."""
     with process_group() as device:
         if device.type == "cpu":
             keep_freed_memory()
@@ -103,15 +104,18 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
     make_run_directory(run_dir, config, mesh)
     speaks = mesh.rank == 0
-    with Report(run_dir, start_step, config.train.steps, speaks, config.log.tensorboard) as report:
+    last_step = min(data.last_step, config.train.stop_after or data.last_step)
+    with Report(run_dir, start_step, last_step, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, data, origin)
         if state and state["order"] != data.digest:
             report.say(
                 "the training data, its weights or its order are not those of the checkpoint: "
                 f"goes on at sample {state['samples']:,} of the new order"
             )
-        if start_step >= min(config.train.steps, config.train.stop_after or config.train.steps):
-            report.say(f"nothing to do: {origin} is at step {start_step}; raise train.steps to train on")
+        if start_step >= last_step:
+            total = "train.steps" if config.train.steps else "train.epochs"
+            ends = "train.stop_after" if last_step < data.last_step else total
+            report.say(f"nothing to do: {origin} is at step {start_step}; raise {ends} to train on")
             return
 
         def save(step: int) -> Path:
@@ -238,6 +242,8 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
     report.say(f"{FORMULA}; {against}")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
+    if changed := shortened(data.last_step, config.optim):
+        report.say(changed)
 
 
 def num_trained(trainer: Trainer) -> int:

@@ -42,6 +42,10 @@ class TrainingData(EvaluationData, Protocol):
     def consumed(self, step: int) -> Consumed:
         """What has been read when a step is done, by all ranks, since the first step."""
 
+    @property
+    def last_step(self) -> int:
+        """At which the run ends."""
+
     def microbatches(self, step: int, mesh: Mesh) -> Sequence[Batch]:
         """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
 
@@ -54,14 +58,14 @@ def train(
     save: Callable[[int], Path],
     remarks: Callable[[], Sequence[str]] = tuple,
 ) -> None:
-    """Train from start_step + 1 to train.steps, or to train.stop_after.
+    """Train from start_step + 1 to the data's last step, or to train.stop_after.
 
     save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
     signal asks to stop (then Interrupted is raised) and, where that loses steps, before TrainingAborted or
     InputError, which reading or a step that has changed no weight may do, is raised.
     remarks(): what else to say after an evaluation; called on all ranks.
     """
-    config, mesh, steps = trainer.config, trainer.mesh, trainer.config.train.steps
+    config, mesh, steps = trainer.config, trainer.mesh, data.last_step
     last_step = min(steps, config.train.stop_after or steps)
     meter = _Meter(trainer)
     last_saved, evaluated = start_step, 0

@@ -67,7 +67,7 @@ def test_defaults_that_follow_from_other_settings(settings: Path) -> None:
     assert config.optim.min_lr == 1e-4
     assert config.data.train[0].path == "corpus/train"
     assert config.data.train[0].weight == 1.0
-    assert load_config(settings, ["optim.schedule=wsd"]).optim.decay_steps == 10
+    assert load_config(settings, ["optim.schedule=wsd"]).optim.decay_steps is None, "a tenth of any run"
     assert load_config(settings, ["optim.schedule=wsd", "optim.decay_steps=7"]).optim.decay_steps == 7
 
 
@@ -322,9 +322,15 @@ OVERRIDES = {
     "did you mean auto?",
     "optim.min_lr=1": "optim.min_lr: 1.0 is above optim.lr 0.001",
     "optim.decay_steps=5": "optim.decay_steps: only with optim.schedule wsd, not cosine; set it to null",
-    "optim.warmup_steps=101": "optim.warmup_steps: 101 is above train.steps 100",
-    "optim.warmup_steps=95; optim.schedule=wsd": (
-        "optim.warmup_steps: 95 + optim.decay_steps 10 is above train.steps 100"
+    "optim.decay_ratio=0.1": "optim.decay_ratio: only with optim.schedule wsd, not cosine; set it to null",
+    "optim.warmup_ratio=0.1; optim.warmup_steps=5": (
+        "optim.warmup_ratio: in place of optim.warmup_steps, which is 5; set one to 0 or null"
+    ),
+    "optim.decay_ratio=0.1; optim.decay_steps=5; optim.schedule=wsd": (
+        "optim.decay_ratio: in place of optim.decay_steps, which is 5; set one to null"
+    ),
+    "optim.warmup_ratio=0.6; optim.decay_ratio=0.5; optim.schedule=wsd": (
+        "optim.warmup_ratio: 0.6 + optim.decay_ratio 0.5 is above 1"
     ),
     "train.eval_every=5; data.valid=[]": "train.eval_every: 5 needs data.valid, which is empty",
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +23,7 @@ from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.chat_data import ChatData, open_chat
+from llm3d.stages.chat_data import ChatData, Place, open_chat
 from llm3d.train.loop import Consumed
 from tests.stages.post_training import conversations, rankings, settings, write_model, write_rows
 
@@ -238,12 +240,17 @@ def test_eval_steps_limit_an_evaluation_to_so_many_batches(model: Path) -> None:
 
 def steps_over(model: Path, directory: Path, sources: list[tuple[int, float]], **changes: Any) -> int:
     """That a run takes over sources of so many samples and such weights."""
+    return opened(model, directory, sources, **changes).last_step
+
+
+def opened(model: Path, directory: Path, sources: list[tuple[int, float]], **changes: Any) -> ChatData:
+    """Sources of so many samples and such weights."""
     given = settings(model, "", directory / "run", **changes)
     given["data"]["train"] = [
         {"path": write_rows(directory / f"{number}.jsonl", conversations(count)), "weight": weight}
         for number, (count, weight) in enumerate(sources)
     ]
-    return open_chat(make_config(given, None, SFTConfig), "conversation")[0].train.steps
+    return open_chat(make_config(given, None, SFTConfig), "conversation")[2]
 
 
 @pytest.mark.parametrize(
@@ -268,10 +275,38 @@ def test_epochs_are_so_many_passes_over_the_data(
     assert steps_over(model, tmp_path, sources, train=both, batch=size) == 2, "steps override epochs"
 
 
-def test_a_schedule_that_the_epochs_are_too_short_for_is_refused(model: Path, tmp_path: Path) -> None:
-    train, optim = {"steps": 0, "epochs": 1}, {"warmup_steps": 9}
-    with pytest.raises(InputError, match=r"optim.warmup_steps: 9 is above train.steps 3"):
-        steps_over(model, tmp_path, [(12, 1.0)], train=train, optim=optim)
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_the_last_step_of_epochs_takes_what_is_left(model: Path, tmp_path: Path, epochs: float) -> None:
+    data = opened(model, tmp_path, [(10, 1.0)], train={"steps": 0, "epochs": epochs})
+    *steps, last = (data.microbatches(step, mesh()) for step in range(1, data.last_step + 1))
+    assert [batch.step_samples for step in steps for batch in step] == [4] * sum(map(len, steps))
+    left = round(10 * epochs) % 4
+    assert {batch.step_samples for batch in last} == {left}
+    assert sum(batch.num_sequences for batch in last) == left
+    assert data.consumed(data.last_step).samples == 10 * epochs
+
+
+@given(
+    st.integers(1, 40),
+    st.floats(0.1, 4),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=3),
+)
+def test_epochs_end_with_their_samples_however_often_the_batch_changes(
+    model: Path, size: int, epochs: float, parts: list[tuple[int, int]]
+) -> None:
+    """parts: steps that a run takes in one go, and its batch."""
+    sets, read_so_far, step, consumed = [samples(size, 100)], list[Place](), 0, Consumed(0, 0)
+    for steps, batch in [*parts, (99, 3)]:
+        config = make(model, batch={"global": batch}, train={"steps": 0, "epochs": epochs})
+        data = ChatData(config, sets, [])
+        data.resume(step, consumed)
+        end = min(data.last_step, step + steps)
+        read_so_far += [place for done in range(step + 1, end + 1) for place in data._step(done)]
+        step, consumed = end, data.consumed(end)
+    unbroken = ChatData(make(model), sets, []).in_order("train")
+    assert step == data.last_step
+    assert consumed.samples == len(read_so_far) == max(1, math.ceil(round(size * epochs, 9)))
+    assert read_so_far == list(islice(unbroken, consumed.samples)), "in the order of a run without a break"
 
 
 def test_a_list_of_replies_that_no_microbatch_holds_is_refused(model: Path, tmp_path: Path) -> None:

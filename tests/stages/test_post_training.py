@@ -101,11 +101,14 @@ def test_every_format_trains_and_leaves_what_transformers_loads(
     )
     ended = command(stage, given)
     assert (ended.code, ended.stdout) == (0, "")
-    assert f"{train}: 9 samples" in ended.stderr and "has read the data 3.11 times" in ended.stderr
+    assert f"{train}: 9 samples" in ended.stderr and "has read the data 3.00 times" in ended.stderr
     resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert resolved["train"]["steps"] == 7, "three passes over nine samples, four at a time"
+    assert resolved["train"]["steps"] == 0, "what they come to is another with another batch"
     lines = metrics(given)
-    assert [(line["step"], line["samples"]) for line in lines] == [(i, 4 * i) for i in range(1, 8)]
+    assert [(line["step"], line["samples"]) for line in lines] == [
+        *((i, 4 * i) for i in range(1, 7)),
+        (7, 27),
+    ], "three passes over nine samples, four at a time"
     for name in ("loss", *REPORTED[stage]):
         assert name in lines[0] and f"valid_{name}" in lines[-1]
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -212,6 +215,20 @@ def test_a_run_without_end_does_nothing_more(model: Path, tmp_path: Path) -> Non
     ended = command("dpo", given)
     assert ended.code == 0 and "nothing to do" in ended.stderr
     assert metrics(given) == before
+
+
+def test_epochs_are_counted_in_samples_whatever_the_batch_was(model: Path, tmp_path: Path) -> None:
+    """Of two passes over nine samples, one is read two at a time."""
+    epochs = {"steps": 0, "epochs": 2, "eval_every": None}
+    given = given_settings("sft", model, tmp_path, "run", train=epochs, batch={"global": 2})
+    assert command("sft", given, "train.stop_after=4").code == 0
+    ended = command("sft", given, "batch.global=4")
+    assert ended.code == 0 and "by step 7 it has read the data 2.00 times" in ended.stderr
+    assert [line["samples"] for line in metrics(given)] == [2, 4, 6, 8, 12, 16, 18]
+    rates = [line["lr"] for line in metrics(given)]
+    assert rates[-1] == min(rates[1:]) and rates[-1] > 1e-4, "the schedule ends where the run does"
+    again = command("sft", given, "batch.global=3")
+    assert "nothing to do" in again.stderr and "raise train.epochs" in again.stderr
 
 
 def test_other_samples_than_the_checkpoints_are_said(model: Path, tmp_path: Path) -> None:

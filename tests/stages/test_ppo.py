@@ -85,7 +85,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given_settings(files: Path, run: Path, **changes: Any) -> Settings:
-    """Two steps over both kinds of rewards, with everything that there is to get wrong."""
+    """Two steps, the last a smaller one, over both kinds of rewards, with everything that there is to get wrong."""
     function = {"function": f"{files}/rewards.py:share_of_e", "weight": 2.0}
     ppo = {
         "rewards": [{"model": str(files / "reward")}, function],
@@ -100,7 +100,7 @@ def given_settings(files: Path, run: Path, **changes: Any) -> Settings:
     given = settings(files / "model", str(files / "prompts.jsonl"), run, **changes)
     given["data"]["valid"] = [str(files / "valid.jsonl")]
     given["optim"] = {"lr": 1e-3, "warmup_steps": 1, **changes.get("optim", {})}
-    given["train"] = {"steps": 2, "eval_every": 2, **changes.get("train", {})}
+    given["train"] = {"steps": 0, "epochs": 0.5, "eval_every": 2, **changes.get("train", {})}
     given["generate"] = {"max_new_tokens": 17, "num_replies": 2, **changes.get("generate", {})}
     given["ppo"] = ppo | changes.get("ppo", {})
     if given["ppo"].get("ptx_coefficient"):

@@ -36,6 +36,9 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Data:
+    def __init__(self, last_step: int = 5) -> None:
+        self.last_step = last_step
+
     def consumed(self, step: int) -> Consumed:
         return Consumed(step * 8, step * TOKENS)
 
@@ -83,9 +86,9 @@ class Run:
         self.saved: list[tuple[int, Tensor]] = []
 
     def train(self, start_step: int = 0) -> None:
-        steps = self.trainer.config.train.steps
-        with Report(self.directory, start_step, steps, speaks=True, tensorboard=False) as report:
-            train(self.trainer, Data(), report, start_step, self.save)
+        data = Data(self.trainer.config.train.steps)
+        with Report(self.directory, start_step, data.last_step, speaks=True, tensorboard=False) as report:
+            train(self.trainer, data, report, start_step, self.save)
 
     def save(self, step: int) -> Path:
         self.saved.append((step, self.weights()))

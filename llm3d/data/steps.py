@@ -1,0 +1,53 @@
+"""Which samples each step of a run takes. What a run has read is counted in samples, whatever its steps held."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from llm3d.config import Config, EpochsConfig
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of batch.global samples each, from where the run starts or goes on.
+
+    size: samples a step.  end: the samples after which the run ends; its last step takes what is left. None: it ends
+    after `last_given` steps.  step, samples: done and read before.
+    """
+
+    size: int
+    last_given: int = 0
+    end: int | None = None
+    step: int = 0
+    samples: int = 0
+
+    @classmethod
+    def of(cls, config: Config, samples_a_pass: float) -> Steps:
+        """From the first sample to train.steps, or to the end of train.epochs over the data."""
+        train, size = config.train, config.batch.global_size
+        if train.steps:
+            return cls(size, last_given=train.steps)
+        assert isinstance(train, EpochsConfig) and train.epochs, "checked with the settings"
+        samples = round(train.epochs * samples_a_pass, 9)  # 1.1 x 100 is a little above 110
+        return cls(size, end=max(1, math.ceil(samples)))
+
+    def after(self, step: int, samples: int) -> Steps:
+        """The same run from `step` on, by which it had read so many samples."""
+        return replace(self, step=step, samples=samples)
+
+    def read_by(self, step: int) -> int:
+        """The samples that the run has read when `step` is done."""
+        read = self.samples + (step - self.step) * self.size
+        return read if self.end is None else min(read, max(self.end, self.samples))
+
+    def numbers(self, step: int) -> range:
+        """The samples of a step, numbered over the run."""
+        return range(self.read_by(step - 1), self.read_by(step))
+
+    @property
+    def last(self) -> int:
+        """The step at which the run ends."""
+        if self.end is None:
+            return self.last_given
+        return self.step + math.ceil(max(0, self.end - self.samples) / self.size)
