@@ -118,8 +118,23 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"optim.warmup_ratio: {optim.warmup_ratio} + optim.decay_ratio {optim.decay_ratio} is above 1"
     if isinstance(config.train, EpochsConfig) and not (steps or config.train.epochs):
         yield "train.steps: missing; give it, or train.epochs"
-    if config.train.eval_every is not None and not config.data.valid:
-        yield f"train.eval_every: {config.train.eval_every} needs data.valid, which is empty"
+    yield from _interval_problems(config)
+
+
+def _interval_problems(config: Config) -> Iterator[str]:
+    evaluations, checkpoint = config.train.evaluations, config.checkpoint
+    if evaluations.is_given and not config.data.valid:
+        name = "eval_every" if evaluations.steps else "eval_every_epochs"
+        yield f"train.{name}: {evaluations.steps or evaluations.epochs} needs data.valid, which is empty"
+    for name, interval in (("train.eval_every", evaluations), ("checkpoint.every", checkpoint.saves)):
+        if interval.steps is not None and interval.epochs is not None:
+            yield f"{name}_epochs: in place of {name}, which is {interval.steps}; set one to null"
+    if checkpoint.best is not None and not evaluations.is_given:
+        yield f"checkpoint.best: {checkpoint.best} is a number of evaluations; set train.eval_every"
+    if checkpoint.greater_is_better is not None and checkpoint.best is None:
+        yield "checkpoint.greater_is_better: needs checkpoint.best, the name of a metric"
+    if config.train.patience is not None and checkpoint.best is None:
+        yield f"train.patience: {config.train.patience} needs checkpoint.best, such as valid_loss"
 
 
 def _stage_settings_problems(config: Config) -> Iterator[str]:

@@ -7,27 +7,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from llm3d.config.base import Fraction, Name, Positive, Section, Whole, whole
+from llm3d.config.training import (
+    CheckpointConfig,
+    EpochsCheckpointConfig,
+    EpochsConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
-def whole(value: object) -> object:
-    """1e6 is a float in YAML; where a whole number is asked for, it is one."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, Field(ge=0), BeforeValidator(whole)]
-Positive = Annotated[int, Field(ge=1), BeforeValidator(whole)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Name = Annotated[str, Field(min_length=1)]
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class Section(BaseModel):
-    # Strict: "8" is not a number and true is not 1.
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 # ---- model ----
@@ -218,7 +209,7 @@ class ChatDataConfig(DataConfig):
     """A tokenizer.model or tokenizer.json, or the directory of one. Null: that of model.path."""
     format: Name = "auto"
     """auto: by the columns; alpaca, sharegpt, messages, question_answer, preference or ranked."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field({})
     """Which column holds what the format calls otherwise, such as {prompt: question}."""
     template: Name = "auto"
     """auto: the tokenizer's own, else alpaca; alpaca, chatml, llama2, llama3, or the path of a .jinja file."""
@@ -250,56 +241,6 @@ class KernelsConfig(Section):
     backend: Literal["auto", "native", "transformer_engine", "apex", "reference"] = "auto"
     """Which code computes norms, rotary positions, activations, losses and AdamW; auto: LLM3D_KERNELS, or the
     fastest that is there; native: llm3d's own, or an error; reference: plain PyTorch."""
-
-
-class OptimConfig(Section):
-    """AdamW and its learning rate."""
-
-    lr: float = Field(gt=0)
-    min_lr: float = Field(default_factory=lambda data: float(f"{0.1 * data['lr']:.15g}"), ge=0)
-    """Least learning rate, where the schedule ends: one step after the last, which thus learns with min_lr 0, too.
-    Default: 0.1 x lr."""
-    warmup_steps: Whole = 0
-    """Warm-up steps, over which the learning rate rises in a straight line to lr. Of a run with fewer: all."""
-    warmup_ratio: Share | None = None
-    """Warm-up ratio: the share of the run's steps, rounded up, in place of warmup_steps."""
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up; constant: lr; wsd: lr, then a straight line over the decay."""
-    decay_steps: Positive | None = None
-    """Decay steps at the end of wsd. Default: a tenth of the run's steps."""
-    decay_ratio: Share | None = None
-    """Decay ratio: the share of the run's steps, rounded up, in place of decay_steps."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_grad_norm: float | None = Field(1.0, gt=0)
-
-
-class TrainConfig(Section):
-    steps: Positive
-    """Steps of the run, where the learning-rate schedule ends."""
-    stop_after: Positive | None = None
-    """Save and end after this step; the same command without it goes on. Null: train to the last."""
-    eval_every: Positive | None = None
-    """Steps between evaluations on data.valid. Null: none."""
-    eval_steps: Positive | None = None
-    """Batches of an evaluation. Null: all of data.valid."""
-
-
-class EpochsConfig(TrainConfig):
-    steps: Whole = 0
-    """Steps of the run, where the learning-rate schedule ends. 0: as many as train.epochs take."""
-    epochs: float | None = Field(None, gt=0)
-    """Epochs, passes over the data, counted in samples: the last step takes what is left. Overridden by steps."""
-
-
-class CheckpointConfig(Section):
-    every: Positive | None = None
-    """Steps between checkpoints. Null: only at the end."""
-    keep: Positive | None = None
-    """How many of the latest to keep. Null: all."""
-    resume: Name = "auto"
-    """auto (the latest in run.dir), none, or the path of a checkpoint."""
 
 
 class LogConfig(Section):
@@ -531,6 +472,7 @@ class SFTConfig(Config):
 
     data: ChatDataConfig
     train: EpochsConfig
+    checkpoint: EpochsCheckpointConfig
     loss: LossConfig
     sft: SFTSettings
 
@@ -540,6 +482,7 @@ class RewardConfig(Config):
 
     data: ChatDataConfig
     train: EpochsConfig
+    checkpoint: EpochsCheckpointConfig
     reward: RewardSettings
 
 
@@ -548,6 +491,7 @@ class DPOConfig(Config):
 
     data: ChatDataConfig
     train: EpochsConfig
+    checkpoint: EpochsCheckpointConfig
     dpo: DPOSettings
 
 
@@ -556,6 +500,7 @@ class PPOConfig(Config):
 
     data: ChatDataConfig
     train: EpochsConfig
+    checkpoint: EpochsCheckpointConfig
     ppo: PPOSettings
 
 

@@ -13,7 +13,8 @@ class Steps:
     """Steps of batch.global samples each, from where the run starts or goes on.
 
     size: samples a step.  end: the samples after which the run ends; its last step takes what is left. None: it ends
-    after `last_given` steps.  step, samples: done and read before.
+    after `last_given` steps.  step, samples: done and read before.  a_pass: samples in a pass over the data, where
+    there is such a number.
     """
 
     size: int
@@ -21,16 +22,17 @@ class Steps:
     end: int | None = None
     step: int = 0
     samples: int = 0
+    a_pass: float | None = None
 
     @classmethod
     def of(cls, config: Config, samples_a_pass: float) -> Steps:
         """From the first sample to train.steps, or to the end of train.epochs over the data."""
         train, size = config.train, config.batch.global_size
         if train.steps:
-            return cls(size, last_given=train.steps)
+            return cls(size, last_given=train.steps, a_pass=samples_a_pass)
         assert isinstance(train, EpochsConfig) and train.epochs, "checked with the settings"
         samples = round(train.epochs * samples_a_pass, 9)  # 1.1 x 100 is a little above 110
-        return cls(size, end=max(1, math.ceil(samples)))
+        return cls(size, end=max(1, math.ceil(samples)), a_pass=samples_a_pass)
 
     def after(self, step: int, samples: int) -> Steps:
         """The same run from `step` on, by which it had read so many samples."""
@@ -40,6 +42,10 @@ class Steps:
         """The samples that the run has read when `step` is done."""
         read = self.samples + (step - self.step) * self.size
         return read if self.end is None else min(read, max(self.end, self.samples))
+
+    def epoch(self, step: int) -> float | None:
+        """Passes over the data that the run has done when `step` is done; None where they are not counted."""
+        return None if self.a_pass is None else self.read_by(step) / self.a_pass
 
     def numbers(self, step: int) -> range:
         """The samples of a step, numbered over the run."""

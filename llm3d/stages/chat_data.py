@@ -34,7 +34,7 @@ from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.loop import Consumed
-from llm3d.train.objective import Objective
+from llm3d.train.objective import Objective, names_of
 from llm3d.train.trainer import Evaluator, Trainer
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
@@ -71,6 +71,10 @@ class OpenedChat(NamedTuple):
     objective: Objective
     prepare: Callable[[Evaluator], None] = lambda model: None
     remarks: Callable[[Evaluator], Sequence[str]] = lambda model: ()
+
+    @property
+    def validation_names(self) -> Sequence[str]:
+        return names_of(self.objective)
 
     def trainer(self, mesh: Mesh) -> Trainer:
         return Trainer(self.config, mesh, self.objective)
@@ -152,11 +156,6 @@ class ChatData:
             self._tokens.append(self._tokens[-1] + int(self._lengths(self._step(following)).sum()))
         return Consumed(self.steps.read_by(step), self._tokens[step - self.steps.step])
 
-    @property
-    def last_step(self) -> int:
-        """At which the run ends."""
-        return self.steps.last
-
     def microbatches(self, step: int, mesh: Mesh) -> list[PackedBatch]:
         """This data rank's microbatches of a step."""
         packed = self._packed(self._step(step), mesh)
@@ -184,17 +183,16 @@ class ChatData:
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
-        last = self.last_step
-        passes = self.steps.read_by(last) / self.samples_a_pass
+        last = self.steps.last
         return [
             *(f"{path}: {counts}" for path, counts in self.counts),
             *([self.packing(mesh.data_size)] if last > self.steps.step else []),
-            f"by step {last} it has read the data {passes:.2f} times",
+            f"by step {last} it has read the data {self.steps.epoch(last):.2f} times",
         ]
 
     def packing(self, data_size: int) -> str:
         """How the first of the steps that are left are packed for so many data ranks, for people."""
-        left = range(self.steps.step + 1, self.last_step + 1)
+        left = range(self.steps.step + 1, self.steps.last + 1)
         lengths = [self._lengths(self._step(step)) for step in left[:_LOOKED_AT]]
         bins = [[int(step[items].sum()) for items in self._bins(step, data_size)] for step in lengths]
         padded = sum(len(step) * max(step) for step in bins)

@@ -59,11 +59,6 @@ class LanguageData(ValidationData):
         return Consumed(read, self.start.tokens + tokens)
 
     @property
-    def last_step(self) -> int:
-        """At which the run ends."""
-        return self.steps.last
-
-    @property
     def digest(self) -> str:
         """What the order of samples depends on, in 16 hex digits."""
         return self.train.digest
@@ -72,14 +67,14 @@ class LanguageData(ValidationData):
         """What the run is going to read, for people."""
         config = self.config
         tokens = config.batch.global_size * config.data.sequence_length
-        epochs = self.train.epochs(self.steps.read_by(self.last_step))
+        epochs = self.train.epochs(self.steps.read_by(self.steps.last))
         passes = ", ".join(
             f"{source.path} {times:.2f} times"
             for source, times in zip(config.data.train, epochs, strict=True)
         )
         return [
             f"{tokens:,} tokens a step in {config.num_microbatches(mesh.size)} microbatches a data rank",
-            f"by step {self.last_step} it has read {passes}",
+            f"by step {self.steps.last} it has read {passes}",
         ]
 
     def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:

@@ -58,6 +58,18 @@ from llm3d.train.starting_model import StartingModel
 from llm3d.train.timing import Timing
 from llm3d.train.trainer import Evaluator, StepResult, Trainer
 
+VALIDATED = (
+    "objective/scores",
+    "objective/kl",
+    "objective/kl_coefficient",
+    "objective/non_score_reward",
+    "objective/rlhf_reward",
+    "objective/entropy",
+    "val/num_eos_tokens",
+    "response_length/mean",
+    "response_length/max",
+    "response_length/clip_ratio",
+)
 _EXAMPLES = 4  # replies of a step that are written down
 
 
@@ -79,6 +91,11 @@ class OpenedPPO(NamedTuple):
     rewards: list[PPOConfig | RewardFunction]
     critic: PPOConfig | None
     texts: PretrainingData | None
+
+    @property
+    def validation_names(self) -> Sequence[str]:
+        sources = [f"rewards/{i}" for i in range(len(self.rewards)) if len(self.rewards) > 1]
+        return [*VALIDATED, *sources]
 
     def trainer(self, mesh: Mesh) -> PPOTrainer:
         return PPOTrainer(self, mesh)

@@ -10,7 +10,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.language_data import LanguageData
 from llm3d.stages.tokenizer import open_tokenizer
-from llm3d.train.objective import NextToken
+from llm3d.train.objective import NextToken, names_of
 from llm3d.train.trainer import Evaluator, Trainer, next_token
 
 
@@ -19,6 +19,10 @@ class Pretraining(NamedTuple):
     tokenizer: Tokenizer | None
     data: LanguageData
     objective: NextToken
+
+    @property
+    def validation_names(self) -> Sequence[str]:
+        return names_of(self.objective)
 
     def trainer(self, mesh: Mesh) -> Trainer:
         return Trainer(self.config, mesh, self.objective)

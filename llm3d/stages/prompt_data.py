@@ -108,11 +108,6 @@ class PromptData:
         """Prompts, and tokens with those of replies, that the run has read when `step`, which is done, is done."""
         return Consumed(self.steps.read_by(step), self._tokens[step])
 
-    @property
-    def last_step(self) -> int:
-        """At which the run ends."""
-        return self.steps.last
-
     def microbatches(self, step: int, mesh: Mesh) -> list[Prompt]:
         """All prompts of a step, numbered over the run."""
         numbers, seed = self.steps.numbers(step), self.config.run.seed
@@ -152,10 +147,9 @@ class PromptData:
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
-        batch, last = self.config.batch.global_size, self.last_step
-        passes = self.steps.read_by(last) / self.prompts_a_pass
+        batch, last = self.config.batch.global_size, self.steps.last
         return [
             *(f"{found.path}: {found.counts}" for found in (*self.train, *self.valid)),
             f"{batch:,} prompts a step, {self.config.generate.num_replies} replies to each; "
-            f"by step {last} it has read them {passes:.2f} times",
+            f"by step {last} it has read them {self.steps.epoch(last):.2f} times",
         ]

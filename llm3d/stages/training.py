@@ -10,13 +10,17 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from llm3d.config import Config, config_to_yaml
+from llm3d.config.explain import nearest
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.train.best import Best
 from llm3d.train.checkpoint import (
+    BEST,
+    checkpoint_of,
     latest_checkpoint,
     load_adapters,
     load_checkpoint,
@@ -64,6 +68,10 @@ class Opened(Protocol):
     def data(self) -> StageData: ...
     @property
     def objective(self) -> Objective: ...
+    @property
+    def validation_names(self) -> Sequence[str]:
+        """The numbers of an evaluation."""
+
     def trainer(self, mesh: Mesh) -> Trainer:
         """Of the model, without its first weights."""
 
@@ -89,7 +97,19 @@ def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
 def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
     """Open all that the settings name. Raises InputError where it cannot be used."""
     backend.use(config.kernels.backend, device_of_this_process())
-    return open_stage(config)
+    opened = open_stage(config)
+    _check_best(config.checkpoint.best, opened.validation_names)
+    return opened
+
+
+def _check_best(name: str | None, validation_names: Sequence[str]) -> None:
+    """Raise InputError where no evaluation has such a number."""
+    names = [f"valid_{each}" for each in validation_names]
+    if name is not None and name not in names:
+        raise InputError(
+            f"checkpoint.best: {name!r} is not among the numbers of an evaluation: {', '.join(names)}"
+            f"{nearest(name, names)}"
+        )
 
 
 def train_stage(opened: Opened, mesh: Mesh) -> None:
@@ -104,7 +124,8 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
     make_run_directory(run_dir, config, mesh)
     speaks = mesh.rank == 0
-    last_step = min(data.last_step, config.train.stop_after or data.last_step)
+    last_step = min(data.steps.last, config.train.stop_after or data.steps.last)
+    best = best_so_far(config, run_dir, state, mesh)
     with Report(run_dir, start_step, last_step, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, data, origin)
         if state and state["order"] != data.digest:
@@ -114,17 +135,32 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
             )
         if start_step >= last_step:
             total = "train.steps" if config.train.steps else "train.epochs"
-            ends = "train.stop_after" if last_step < data.last_step else total
+            ends = "train.stop_after" if last_step < data.steps.last else total
             report.say(f"nothing to do: {origin} is at step {start_step}; raise {ends} to train on")
+            return
+        if best.has_waited_enough:
+            report.say(f"nothing to do: {origin}: {best}; raise train.patience to train on")
             return
 
         def save(step: int) -> Path:
-            state = {"step": step, **data.consumed(step)._asdict(), "order": data.digest}
-            path = save_checkpoint(run_dir, step, trainer, state, opened.tokenizer, config.checkpoint.keep)
+            state = {"step": step, **data.consumed(step)._asdict(), "order": data.digest, "best": best.state}
+            keep, best_step = config.checkpoint.keep, best.step or None
+            path = save_checkpoint(run_dir, step, trainer, state, opened.tokenizer, keep, best_step)
             report.say(f"step {step}: saved {path}")
             return path
 
-        train(trainer, data, report, start_step, save, partial(opened.remarks, trainer))
+        train(trainer, data, report, start_step, save, partial(opened.remarks, trainer), best)
+        if best.has_waited_enough:
+            report.say(f"training ends early: no better one in the last {best.waited} evaluations")
+        if best.step:
+            report.say(f"{best}: {run_dir / 'checkpoints' / BEST}")
+
+
+def best_so_far(config: Config, run_dir: Path, state: dict[str, Any], mesh: Mesh) -> Best:
+    """What is known of the run's best checkpoint, where it is still there."""
+    best = Best.of(config)
+    best.restore(state.get("best", {}))
+    return best if seen_by_first_rank(checkpoint_of(run_dir, best.step), mesh) else Best.of(config)
 
 
 def first_state(trainer: Trainer, checkpoint: Path | None) -> tuple[dict[str, Any], str]:
@@ -242,7 +278,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
     report.say(f"{FORMULA}; {against}")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
-    if changed := shortened(data.last_step, config.optim):
+    if changed := shortened(data.steps.last, config.optim):
         report.say(changed)
 
 

@@ -35,6 +35,7 @@ from llm3d.train import manifest
 from llm3d.train.manifest import Manifest, manifest_text, read_manifest
 from llm3d.train.trainer import Evaluator, Trainer
 
+BEST = "best"  # beside the checkpoints, a link to one
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
 _INSTEAD = {
@@ -61,15 +62,17 @@ def save_checkpoint(
     state: dict[str, Any],
     tokenizer: Tokenizer | None = None,
     keep: int | None = None,
+    best: int | None = None,
 ) -> Path:
     """Write run_dir/checkpoints/step-<step>, called on all ranks; -> its path.
 
     state: JSON.  keep: older checkpoints beyond this number are deleted once the new one is complete (those of
-    later steps, left by a run that was continued from an earlier one, are not touched).
+    later steps, left by a run that was continued from an earlier one, are not touched).  best: the step of the best
+    one, which stays, and which the link run_dir/checkpoints/best leads to from then on.
     A checkpoint of the same step is replaced. Where any rank cannot write, every rank raises TrainingAborted
     with that rank's reason; what was there before is still there, and nothing else.
     """
-    final = Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+    final = checkpoint_of(run_dir, step)
     partial = final.with_name(f".{final.name}.partial")
     writer = BoxWriter(partial)
     if trainer.mesh.rank == 0:
@@ -86,7 +89,9 @@ def save_checkpoint(
     if trainer.mesh.rank == 0:
         with writer.keeping_failure(final):
             _put_in_place(partial, final)
-            _delete_older(final, keep)
+            if best is not None:
+                _link(final.parent / BEST, checkpoint_of(run_dir, best))
+            _delete_older(final, keep, best)
     _agree(writer, trainer, partial)
     return final
 
@@ -228,8 +233,19 @@ def _put_in_place(partial: Path, final: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def _delete_older(newest: Path, keep: int | None) -> None:
-    older = [path for path in _complete(newest.parent) if _step(path) < _step(newest)]
+def _link(link: Path, target: Path) -> None:
+    """Have the link lead to a checkpoint beside it; at no time does it lead nowhere."""
+    if link.is_symlink() and link.readlink().name == target.name:
+        return
+    new = link.with_name(f".{link.name}.partial")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target.name)
+    new.replace(link)
+    sync(link.parent)
+
+
+def _delete_older(newest: Path, keep: int | None, best: int | None) -> None:
+    older = [path for path in _complete(newest.parent) if _step(path) < _step(newest) and _step(path) != best]
     for path in older[: max(0, len(older) + 1 - keep)] if keep is not None else []:
         deleted = path.with_name(f".{path.name}.deleted")
         path.rename(deleted)
@@ -247,6 +263,11 @@ def _tidy(checkpoints: Path) -> None:
             path.rename(final)  # killed between the two renames
         else:
             shutil.rmtree(path)
+
+
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Where a run has its checkpoint of a step."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:

@@ -9,14 +9,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
+from llm3d.config import Config
+from llm3d.data.steps import Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
+from llm3d.train.best import Best
 from llm3d.train.learning_rate import learning_rate
-from llm3d.train.report import Report, memory_gib
+from llm3d.train.report import Report, memory_gib, rounded
 from llm3d.train.signals import StopSignals
 from llm3d.train.throughput import peak_flops
 from llm3d.train.trainer import StepResult, Trainer
@@ -39,12 +42,12 @@ class EvaluationData(Protocol):
 class TrainingData(EvaluationData, Protocol):
     """What the loop asks of a stage's data, on each data rank."""
 
+    @property
+    def steps(self) -> Steps:
+        """Which samples each step takes, and which step is the last."""
+
     def consumed(self, step: int) -> Consumed:
         """What has been read when a step is done, by all ranks, since the first step."""
-
-    @property
-    def last_step(self) -> int:
-        """At which the run ends."""
 
     def microbatches(self, step: int, mesh: Mesh) -> Sequence[Batch]:
         """This rank's microbatches of step 1, 2, ...; a pure function of the step."""
@@ -57,18 +60,19 @@ def train(
     start_step: int,
     save: Callable[[int], Path],
     remarks: Callable[[], Sequence[str]] = tuple,
+    best: Best | None = None,
 ) -> None:
-    """Train from start_step + 1 to the data's last step, or to train.stop_after.
+    """Train from start_step + 1 to the run's last step, to train.stop_after, or until `best` has waited enough.
 
-    save(step): writes a checkpoint on all ranks; called every checkpoint.every steps, after the last step, when a
-    signal asks to stop (then Interrupted is raised) and, where that loses steps, before TrainingAborted or
-    InputError, which reading or a step that has changed no weight may do, is raised.
+    save(step): writes a checkpoint on all ranks; called as often as the settings say, after the last step, after an
+    evaluation that is the best so far, when a signal asks to stop (then Interrupted is raised) and, where that loses
+    steps, before TrainingAborted or InputError, which reading or a step that has changed no weight may do, is raised.
     remarks(): what else to say after an evaluation; called on all ranks.
+    best: told of each evaluation.
     """
-    config, mesh, steps = trainer.config, trainer.mesh, data.last_step
+    config, mesh, steps = trainer.config, trainer.mesh, data.steps.last
     last_step = min(steps, config.train.stop_after or steps)
-    meter = _Meter(trainer)
-    last_saved, evaluated = start_step, 0
+    meter, best, last_saved = _Meter(trainer), best or Best(), start_step
     with StopSignals() as signals, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(data.microbatches, start_step + 1, mesh)
         for step in range(start_step + 1, last_step + 1):
@@ -83,27 +87,55 @@ def train(
             if result.problem:
                 _abort(step, result.problem, None if result.changed else rescue)
             if result.skipped:
-                report.say(
-                    f"step {step}: skipped, gradients overflow at a loss scale of {result.loss_scale:g}"
-                )
-            metrics = {"step": step, **data.consumed(step)._asdict()}
+                report.say(f"step {step}: skipped, overflow at a loss scale of {result.loss_scale:g}")
+            metrics = _progress(data, step)
             tokens = metrics["tokens"] - data.consumed(step - 1).tokens
             metrics |= meter.measure(microbatches, tokens, result, lr, time.perf_counter() - started)
-            if config.train.eval_every and step % config.train.eval_every == 0:
-                evaluated, numbers = step, trainer.validate(data.evaluation(mesh))
-                metrics |= {f"valid_{name}": value for name, value in numbers.items()}
-                said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
-                report.say(f"step {step}: validation {said}")
-                for remark in remarks():
-                    report.say(f"step {step}: {remark}")
-            log = step in (last_step, evaluated) or step % config.log.every == 0
-            report.step(metrics, log, result.examples)
+            evaluates = _evaluates(config, data.steps, step)
+            if evaluates:
+                metrics |= _evaluation(trainer, data, report, step, remarks)
+            is_best = evaluates and best.see(step, metrics)
+            is_last = step == last_step or best.has_waited_enough
+            report.step(metrics, is_last or evaluates or step % config.log.every == 0, result.examples)
             stop = signals.agreed(mesh.everyone)
-            if stop or step == last_step or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                path = save(step)
-                last_saved = step
-                if stop:
+            if stop or is_last or is_best or config.checkpoint.saves.ends_at(step, data.steps.epoch):
+                path, last_saved = save(step), step
+                if stop and not is_last:
                     _interrupt(stop, step, last_step, path)
+            if is_last:
+                break
+
+
+def _progress(data: TrainingData, step: int) -> dict[str, Any]:
+    """How far the run has come."""
+    epoch = data.steps.epoch(step)
+    return {
+        "step": step,
+        **({} if epoch is None else {"epoch": round(epoch, 6)}),
+        **data.consumed(step)._asdict(),
+    }
+
+
+def _evaluates(config: Config, steps: Steps, step: int) -> bool:
+    """As often as the settings say, and at the end; where a run only pauses is no end."""
+    interval = config.train.evaluations
+    return interval.is_given and (step == steps.last or interval.ends_at(step, steps.epoch))
+
+
+def _evaluation(
+    trainer: Trainer,
+    data: TrainingData,
+    report: Report,
+    step: int,
+    remarks: Callable[[], Sequence[str]],
+) -> dict[str, float]:
+    """Say what comes of the validation data; -> the numbers, by the names that metrics have."""
+    numbers = trainer.validate(data.evaluation(trainer.mesh))
+    said = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
+    report.say(f"step {step}: validation {said}")
+    for remark in remarks():
+        report.say(f"step {step}: {remark}")
+    return {f"valid_{name}": value for name, value in numbers.items()}
 
 
 def _read(
@@ -161,9 +193,8 @@ def _abort(step: int, problem: str, rescue: Callable[[], Path] | None) -> None:
     )
 
 
-def _interrupt(number: int, step: int, last_step: int, path: Path) -> None:
-    if step < last_step:
-        name = signal.Signals(number).name
-        raise Interrupted(
-            f"stopped by {name} after step {step} of {last_step}; saved {path}; the same command goes on from there"
-        )
+def _interrupt(number: int, step: int, last_step: int, path: Path) -> NoReturn:
+    name = signal.Signals(number).name
+    raise Interrupted(
+        f"stopped by {name} after step {step} of {last_step}; saved {path}; the same command goes on from there"
+    )

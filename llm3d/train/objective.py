@@ -66,6 +66,12 @@ class Tally(NamedTuple):
         return objective.report(named | dict(zip(objective.maxima, self.maxima, strict=True)))
 
 
+def names_of(objective: Objective) -> list[str]:
+    """What its report has."""
+    nothing = Tally((0.0,) * (1 + len(objective.sums)), (0.0,) * len(objective.maxima), 1)
+    return list(nothing.report(objective))
+
+
 @dataclass(frozen=True)
 class NextToken:
     """The cross-entropy of the next token; perplexity, and how often the likeliest token is the right one.

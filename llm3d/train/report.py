@@ -77,7 +77,7 @@ class Report:
         """
         if not self.speaks:
             return
-        said = [f"{name} {metrics[key]:.4f}" for key, name in _SHOWN.items() if key in metrics]
+        said = [f"{name} {rounded(metrics[key])}" for key, name in _SHOWN.items() if key in metrics]
         numbers = "  ".join([*said, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
         self._progress.update(self._task, completed=metrics["step"], numbers=numbers)
         if not log:
@@ -124,6 +124,11 @@ def _forget_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def rounded(value: float) -> str:
+    """For people: four digits after the point, and no minus before a zero."""
+    return f"{round(value, 4) + 0.0:.4f}"
 
 
 def memory_gib(device_type: str) -> float:

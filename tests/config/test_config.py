@@ -332,6 +332,11 @@ OVERRIDES = {
     "optim.warmup_ratio=0.6; optim.decay_ratio=0.5; optim.schedule=wsd": (
         "optim.warmup_ratio: 0.6 + optim.decay_ratio 0.5 is above 1"
     ),
+    "checkpoint.best=valid_loss; train.eval_every=null": (
+        "checkpoint.best: valid_loss is a number of evaluations; set train.eval_every"
+    ),
+    "checkpoint.greater_is_better=true": "checkpoint.greater_is_better: needs checkpoint.best, the name of a metric",
+    "train.patience=3": "train.patience: 3 needs checkpoint.best, such as valid_loss",
     "train.eval_every=5; data.valid=[]": "train.eval_every: 5 needs data.valid, which is empty",
 }
 

@@ -240,7 +240,7 @@ def test_eval_steps_limit_an_evaluation_to_so_many_batches(model: Path) -> None:
 
 def steps_over(model: Path, directory: Path, sources: list[tuple[int, float]], **changes: Any) -> int:
     """That a run takes over sources of so many samples and such weights."""
-    return opened(model, directory, sources, **changes).last_step
+    return opened(model, directory, sources, **changes).steps.last
 
 
 def opened(model: Path, directory: Path, sources: list[tuple[int, float]], **changes: Any) -> ChatData:
@@ -278,12 +278,12 @@ def test_epochs_are_so_many_passes_over_the_data(
 @pytest.mark.parametrize("epochs", [1, 2.5])
 def test_the_last_step_of_epochs_takes_what_is_left(model: Path, tmp_path: Path, epochs: float) -> None:
     data = opened(model, tmp_path, [(10, 1.0)], train={"steps": 0, "epochs": epochs})
-    *steps, last = (data.microbatches(step, mesh()) for step in range(1, data.last_step + 1))
+    *steps, last = (data.microbatches(step, mesh()) for step in range(1, data.steps.last + 1))
     assert [batch.step_samples for step in steps for batch in step] == [4] * sum(map(len, steps))
     left = round(10 * epochs) % 4
     assert {batch.step_samples for batch in last} == {left}
     assert sum(batch.num_sequences for batch in last) == left
-    assert data.consumed(data.last_step).samples == 10 * epochs
+    assert data.consumed(data.steps.last).samples == 10 * epochs
 
 
 @given(
@@ -300,11 +300,11 @@ def test_epochs_end_with_their_samples_however_often_the_batch_changes(
         config = make(model, batch={"global": batch}, train={"steps": 0, "epochs": epochs})
         data = ChatData(config, sets, [])
         data.resume(step, consumed)
-        end = min(data.last_step, step + steps)
+        end = min(data.steps.last, step + steps)
         read_so_far += [place for done in range(step + 1, end + 1) for place in data._step(done)]
         step, consumed = end, data.consumed(end)
     unbroken = ChatData(make(model), sets, []).in_order("train")
-    assert step == data.last_step
+    assert step == data.steps.last
     assert consumed.samples == len(read_so_far) == max(1, math.ceil(round(size * epochs, 9)))
     assert read_so_far == list(islice(unbroken, consumed.samples)), "in the order of a run without a break"
 

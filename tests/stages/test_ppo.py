@@ -249,6 +249,10 @@ def test_a_critic_with_adapters_is_asked_for_the_reward_model_it_started_from(
     assert not torch.equal(ours["base_model.model.score.weight"], first), "the critic's head is trained"
 
 
+def validation_names_on_rank(given: Settings) -> list[str]:
+    return sorted(opened_stage("ppo", given).validation_names)
+
+
 def models_on_rank(given: Settings) -> int:
     """That a run has in memory."""
     opened = opened_stage("ppo", given)
@@ -278,6 +282,8 @@ def test_an_evaluation_says_what_the_run_said_last(files: Path, tmp_path: Path) 
         given = given_settings(files, tmp_path / name, **changes)
         ended = command("ppo", given)
         assert ended.code == 0 and "peak, update of the critic" in ended.stdout, "memory is planned first"
+        validated = [k.removeprefix("valid_") for k in metrics(given)[-1] if k.startswith("valid_")]
+        assert pool.run(validation_names_on_rank, 1, given) == [sorted(validated)]
         last = {k.removeprefix("valid_"): v for k, v in metrics(given)[-1].items() if k.startswith("valid_")}
         ended = command("eval", given)
         source, _, rest = ended.stdout.partition(": ")

@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
+from llm3d.cli import app
 from llm3d.config import make_config
 from llm3d.data.pretraining import PretrainingData
 from llm3d.parallel.mesh import Mesh
@@ -154,6 +156,39 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(corpora: Path, tmp_path
     assert ended.code == 0 and str(named) in ended.stderr
     assert [line["step"] for line in metrics(second)] == [3]
     assert metrics(second)[0]["loss"] == metrics(first)[2]["loss"]
+
+
+def test_the_best_checkpoint_stays_and_none_better_ends_the_run(corpora: Path, tmp_path: Path) -> None:
+    """By a number of which the first is the best: a loss that should rise."""
+    given = in_directory(
+        corpora,
+        tmp_path,
+        train={"eval_every": 1, "patience": 2},
+        checkpoint={"best": "valid_loss", "greater_is_better": True, "keep": 1},
+    )
+    checkpoints = tmp_path / "checkpoints"
+    for patience in (2, 3):
+        ended = command("pretrain", given, f"train.patience={patience}")
+        assert ended.code == 0 and f"no better one in the last {patience} evaluations" in ended.stderr
+        first = metrics(given)[0]["valid_loss"]
+        assert f"the best valid_loss is {first:.4f}, at step 1: {checkpoints}/best" in ended.stderr
+        left = [f"step-{step:08d}" for step in (1, patience + 1)]
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["best", *left]
+        assert (checkpoints / "best").resolve().name == "step-00000001"
+        again = command("pretrain", given, f"train.patience={patience}")
+        assert again.code == 0 and "nothing to do" in again.stderr and "raise train.patience" in again.stderr
+    evaluated = command("eval", given, f"checkpoint.resume={checkpoints / 'best'}")
+    assert f"best: loss {first:.4f}" in evaluated.stdout
+    result = CliRunner().invoke(app, ["export", str(checkpoints / "best"), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(corpora: Path, tmp_path: Path) -> None:
+    given = in_directory(corpora, tmp_path / "run", train={"eval_every": 1}, checkpoint={"best": "eval_loss"})
+    ended = command("pretrain", given)
+    assert ended.code == 2 and "checkpoint.best: 'eval_loss' is not among" in ended.stderr
+    assert "did you mean valid_loss?" in ended.stderr and not (tmp_path / "run").exists()
 
 
 def test_other_data_than_the_checkpoints_is_said(corpora: Path, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
+from llm3d.data.steps import Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.train.best import Best
 from llm3d.train.loop import Consumed, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
@@ -36,8 +38,8 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Data:
-    def __init__(self, last_step: int = 5) -> None:
-        self.last_step = last_step
+    def __init__(self, last_step: int = 5, samples_a_pass: float | None = None) -> None:
+        self.steps = Steps(8, last_step, a_pass=samples_a_pass)
 
     def consumed(self, step: int) -> Consumed:
         return Consumed(step * 8, step * TOKENS)
@@ -85,10 +87,10 @@ class Run:
         self.directory, self.trainer = directory, Watched(config, Mesh())
         self.saved: list[tuple[int, Tensor]] = []
 
-    def train(self, start_step: int = 0) -> None:
+    def train(self, start_step: int = 0, best: Best | None = None) -> None:
         data = Data(self.trainer.config.train.steps)
-        with Report(self.directory, start_step, data.last_step, speaks=True, tensorboard=False) as report:
-            train(self.trainer, data, report, start_step, self.save)
+        with Report(self.directory, start_step, data.steps.last, speaks=True, tensorboard=False) as report:
+            train(self.trainer, data, report, start_step, self.save, best=best)
 
     def save(self, step: int) -> Path:
         self.saved.append((step, self.weights()))
@@ -161,10 +163,62 @@ def test_evaluations_come_as_often_as_asked_and_change_nothing(tmp_path: Path) -
     run, plain = Run(tmp_path, train={"eval_every": 2}), Run(tmp_path)
     run.train()
     evaluated = run.metrics
-    assert [line["step"] for line in evaluated if "valid_loss" in line] == [2, 4]
+    assert [line["step"] for line in evaluated if "valid_loss" in line] == [2, 4, 5]
     plain.train()
     assert torch.equal(run.weights(), plain.weights())
     assert [line["loss"] for line in evaluated] == [line["loss"] for line in plain.metrics]
+
+
+def test_where_a_run_only_pauses_is_no_evaluation(tmp_path: Path) -> None:
+    run = Run(tmp_path, train={"eval_every": 9, "stop_after": 3})
+    run.train()
+    assert not any("valid_loss" in line for line in run.metrics)
+    run.trainer.config = with_train(run.trainer.config, stop_after=None)
+    run.train(start_step=3)
+    assert [line["step"] for line in run.metrics if "valid_loss" in line] == [5]
+
+
+def validating(run: Run, *losses: float) -> None:
+    """Have the run's evaluations come to these numbers, and to so many more."""
+    numbers = iter(losses)
+    run.trainer.validate = lambda batches: {"loss": next(numbers)}  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("losses", "best", "saved"),
+    [
+        ((3.0, 2.0, 2.5, 2.0, 9.0), Best("valid_loss"), [1, 2, 5]),
+        ((3.0, 2.0, 2.5, 2.0, 9.0), Best("valid_loss", patience=2), [1, 2, 4]),
+        ((3.0, 2.0, 2.5, 4.0, 9.0), Best("valid_loss", greater_is_better=True), [1, 4, 5]),
+        ((float("nan"), 2.0, float("inf"), 1.0, 1.5), Best("valid_loss"), [2, 4, 5]),
+        ((float("nan"), float("nan"), 1.0, 1.0, 1.0), Best("valid_loss", patience=2), [2]),
+    ],
+)
+def test_the_best_is_saved_and_none_better_ends_the_run(
+    tmp_path: Path, losses: tuple[float, ...], best: Best, saved: list[int]
+) -> None:
+    run = Run(tmp_path, train={"eval_every": 1})
+    validating(run, *losses)
+    run.train(best=best)
+    assert run.saved_steps == saved
+    assert [line["step"] for line in run.metrics] == list(range(1, saved[-1] + 1))
+
+
+def test_a_run_in_two_parts_knows_the_best_of_both(tmp_path: Path) -> None:
+    run = Run(tmp_path, train={"eval_every": 1, "stop_after": 3})
+    first = Best("valid_loss", patience=3)
+    validating(run, 3.0, 2.0, 2.5)
+    run.train(best=first)
+    second = Best("valid_loss", patience=3)
+    second.restore(json.loads(json.dumps(first.state)))
+    assert second == first
+    run.trainer.config = with_train(run.trainer.config, stop_after=None)
+    validating(run, 2.1, 2.2)
+    run.train(start_step=3, best=second)
+    assert run.saved_steps == [1, 2, 3, 5] and second.step == 2 and second.has_waited_enough
+    other = Best("valid_token_accuracy", greater_is_better=True)
+    other.restore(second.state)
+    assert other.value is None, "of another metric"
 
 
 def test_an_evaluation_is_the_mean_over_all_targets(tmp_path: Path) -> None:
