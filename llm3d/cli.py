@@ -19,6 +19,7 @@ import typer
 
 import llm3d
 from llm3d.errors import InputError, TrainingAborted
+from llm3d.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -189,10 +190,10 @@ def tokenizer_train(
         skip_bad=skip_bad,
         overwrite=overwrite,
     )
-    text = f"{trained['documents']:,} documents, {trained['bytes'] / 1e6:,.1f} MB"
+    text = f"{counted(trained['documents'], 'document')}, {trained['bytes'] / 1e6:,.1f} MB"
     print(f"{output}: {trained['vocab_size']:,} tokens, trained on {text}")
     if trained["skipped"]:
-        print(f"left out: {trained['skipped']:,} records that cannot be read", file=sys.stderr)
+        print(f"left out: {counted(trained['skipped'], 'record')} that cannot be read", file=sys.stderr)
 
 
 @data_app.command("tokenize")
@@ -227,10 +228,11 @@ def data_tokenize(
         overwrite=overwrite,
     )
     for split, documents in corpus["documents"].items():
-        print(f"{output / split}: {documents:,} documents, {corpus['tokens'][split]:,} tokens")
+        tokens = counted(corpus["tokens"][split], "token")
+        print(f"{output / split}: {counted(documents, 'document')}, {tokens}")
     bad = corpus["bad_records"]
     if bad["total"]:
-        print(f"left out: {bad['total']:,} records that cannot be read; the first:", file=sys.stderr)
+        print(f"left out: {counted(bad['total'], 'record')} that cannot be read; the first:", file=sys.stderr)
         print(*(f"  {record}" for record in bad["first"]), sep="\n", file=sys.stderr)
 
 
@@ -344,9 +346,18 @@ def train(stage: str, config: Path, overrides: list[str] | None, check_only: boo
     if isinstance(settings, PPOConfig) and not check_only:
         say_memory(settings)
     open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
-    from llm3d.stages.training import check_stage, run_stage
+    from llm3d.stages.training import check_stage, run_stage, summary
 
-    (check_stage if check_only else run_stage)(settings, open_stage)
+    if check_only:
+        say_once(summary(check_stage(settings, open_stage)))
+    else:
+        run_stage(settings, open_stage)
+
+
+def say_once(line: str) -> None:
+    """On the first rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 @app.command("eval")
@@ -363,6 +374,7 @@ def evaluate(
 
     if check_only:
         check(settings)
+        say_once("nothing is wrong: the settings and the data can be used; nothing was computed")
     else:
         run(settings)
 
@@ -397,6 +409,7 @@ def generate(
     wanted = Wanted(prompt, prompts, chat, raw, output, overwrite)
     if check_only:
         check(settings, wanted)
+        say_once("nothing is wrong: the settings and the prompts can be used; nothing was written")
     else:
         run(settings, wanted)
 

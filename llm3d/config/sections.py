@@ -283,7 +283,8 @@ class DPOSettings(Section):
     rpo_alpha: float = Field(0.0, ge=0)
     """Times the negative log-likelihood of the chosen replies, per token, which is added."""
     rpo_mean: Literal["sequence", "token"] = "sequence"
-    """sequence: each reply counts alike (Pang et al. 2024); token: each token of the step (TRL)."""
+    """Mean that rpo_alpha multiplies. sequence: each reply counts alike (Pang et al. 2024); token: each token of the
+    step, as in TRL. The metric nll_loss is over tokens with either."""
     reference: Literal["cached", "live", "none"] = "cached"
     """Where log-probabilities of the starting model come from. cached: computed once, before the first step, and kept
     in run.dir; live: computed at each step, by a second copy of the model (with adapters, by the one there is, without

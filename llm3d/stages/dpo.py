@@ -64,7 +64,10 @@ def sequence_log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """`dpo_loss` over a batch's pairs, and what TRL's users watch, under the names that they know."""
+    """`dpo_loss` over a batch's pairs, and what TRL's users watch, under the names that they know.
+
+    nll_loss is TRL's: over all tokens of the chosen replies alike, whatever dpo.rpo_mean adds to the loss.
+    """
 
     settings: DPOSettings
     head: HeadName = "language"
@@ -76,6 +79,7 @@ class PreferenceObjective:
         "logps/chosen",
         "logps/rejected",
         "nll_loss",
+        "chosen_targets",
     )
     maxima: tuple[str, ...] = ()
 
@@ -107,12 +111,15 @@ class PreferenceObjective:
                 chosen - rejected,
                 log_p[batch.better],
                 log_p[batch.worse],
+                -log_p[batch.better],
+                lengths[batch.better],
             ]
         )
-        return torch.cat([loss[None], (weights * reported).sum(1).detach(), nll.detach()[None]])
+        return torch.cat([loss[None], (weights * reported).sum(1).detach()])
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        return means
+        *others, (_, nll), (_, targets) = means.items()
+        return dict(others) | {"nll_loss": nll / targets}
 
 
 def target_counts(batch: PackedBatch) -> Tensor:

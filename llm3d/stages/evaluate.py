@@ -20,7 +20,9 @@ from llm3d.stages.training import checkpoint_to_resume, first_state, latest_mode
 from llm3d.train.checkpoint import step_of_checkpoint
 from llm3d.train.loop import EvaluationData
 from llm3d.train.objective import NextToken, Objective, Tally
+from llm3d.train.report import rounded
 from llm3d.train.trainer import Evaluator
+from llm3d.wording import counted
 
 
 class Validation(NamedTuple):
@@ -43,11 +45,11 @@ def run(config: Config) -> None:
         else:
             source, result = evaluate_latest(opened, mesh)
             numbers = result.report(opened.objective)
-            terms = f"{result.num_terms:,} " + (
-                "tokens" if isinstance(opened.objective, NextToken) else "samples"
+            terms = counted(
+                result.num_terms, "token" if isinstance(opened.objective, NextToken) else "sample"
             )
         if mesh.rank == 0:
-            said = ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+            said = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
             print(f"{source}: {said} on {terms}")
 
 
@@ -83,4 +85,4 @@ def evaluate_replies(opened: OpenedPPO, mesh: Mesh) -> tuple[str, dict[str, floa
     opened.prepare(trainer)
     _, source = first_state(trainer, checkpoint)
     batches = list(opened.data.evaluation(mesh))
-    return source, trainer.validate(batches), f"{sum(map(len, batches)):,} prompts"
+    return source, trainer.validate(batches), counted(sum(map(len, batches)), "prompt")

@@ -33,6 +33,7 @@ from llm3d.stages.tokenizer import end_ids, open_tokenizer
 from llm3d.stages.training import latest_model
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
+from llm3d.wording import counted
 
 C = TypeVar("C", bound=Config)
 
@@ -289,7 +290,8 @@ def reply_to_many(writer: Writer, opened: Opened, output: Path | None) -> None:
                 print(json.dumps(row, ensure_ascii=False), file=lines, flush=True)
     if mesh.rank == 0:
         rate = num_tokens / (time.perf_counter() - started)
-        print(f"{num_replies:,} replies, {num_tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
+        said = f"{counted(num_replies, 'reply', 'replies')}, {counted(num_tokens, 'token')}"
+        print(f"{said}, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
 def _fields(written: Written) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from llm3d.data.steps import Steps
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
+from llm3d.wording import counted
 
 
 class ValidationData:
@@ -73,7 +74,8 @@ class LanguageData(ValidationData):
             for source, times in zip(config.data.train, epochs, strict=True)
         )
         return [
-            f"{tokens:,} tokens a step in {config.num_microbatches(mesh.size)} microbatches a data rank",
+            f"{tokens:,} tokens a step in {counted(config.num_microbatches(mesh.size), 'microbatch', 'microbatches')} "
+            "a data rank",
             f"by step {self.steps.last} it has read {passes}",
         ]
 

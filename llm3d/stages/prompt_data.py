@@ -22,6 +22,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
+from llm3d.wording import counted
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,9 @@ class PromptData:
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
         batch, last = self.config.batch.global_size, self.steps.last
+        replies = self.config.generate.num_replies
         return [
             *(f"{found.path}: {found.counts}" for found in (*self.train, *self.valid)),
-            f"{batch:,} prompts a step, {self.config.generate.num_replies} replies to each; "
+            f"{counted(batch, 'prompt')} a step, {counted(replies, 'reply', 'replies')} to each; "
             f"by step {last} it has read them {self.steps.epoch(last):.2f} times",
         ]

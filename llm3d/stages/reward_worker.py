@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llm3d.wording import counted
+
 Function = Callable[..., Any]
 
 
@@ -92,7 +94,7 @@ def _failure(
 def _numbers(found: Any, count: int) -> list[float]:
     values = [float(value) for value in found]
     if len(values) != count:
-        raise ValueError(f"{len(values)} scores for {count} replies")
+        raise ValueError(f"{counted(len(values), 'score')} for {counted(count, 'reply', 'replies')}")
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
         raise ValueError(f"a score of {wrong[0]}")

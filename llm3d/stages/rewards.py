@@ -24,6 +24,7 @@ from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.rollout import Rollouts, of_replies
 from llm3d.train.trainer import Evaluator
+from llm3d.wording import counted
 
 _SECONDS_TO_START = 120.0
 Awake = Callable[[Evaluator], AbstractContextManager[None]]
@@ -71,7 +72,7 @@ class RewardFunction:
         with suppress(BrokenPipeError):  # the answer then says that it has ended
             self.process.stdin.write(json.dumps(call, default=str).encode() + b"\n")
             self.process.stdin.flush()
-        said = self._answer(self.time_limit, f"for {len(which)} replies")
+        said = self._answer(self.time_limit, f"for {counted(len(which), 'reply', 'replies')}")
         if "error" in said:
             raise InputError(f"{self.setting}: {self.named}: {said['error']}{self._of(call, said, prompts)}")
         return list(said["scores"])

@@ -35,8 +35,9 @@ from llm3d.train.loop import Consumed, TrainingData, train
 from llm3d.train.numa import bind_to_gpu_node
 from llm3d.train.objective import Objective
 from llm3d.train.report import Report
-from llm3d.train.throughput import FORMULA, peak_flops
+from llm3d.train.throughput import peak_flops
 from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.wording import counted
 
 C = TypeVar("C", bound=Config)
 
@@ -110,6 +111,17 @@ def _check_best(name: str | None, validation_names: Sequence[str]) -> None:
             f"checkpoint.best: {name!r} is not among the numbers of an evaluation: {', '.join(names)}"
             f"{nearest(name, names)}"
         )
+
+
+def summary(opened: Opened) -> str:
+    """One line for a user who only checks: that all can be used, and how long the run would be."""
+    config, steps = opened.config, opened.data.steps
+    passes = steps.epoch(steps.last)
+    epochs = "" if passes is None else f", {passes:.2f} passes over the data"
+    return (
+        f"nothing is wrong: {counted(config.model.num_parameters(opened.objective.head), 'parameter')}, "
+        f"{counted(steps.last, 'step')} of {counted(steps.size, 'sample')}{epochs}; nothing was written"
+    )
 
 
 def train_stage(opened: Opened, mesh: Mesh) -> None:
@@ -273,9 +285,9 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
             f"zero.stage {config.zero.stage}: rank 0 sends {once / 2**20:,.1f} MiB a step and at most "
             f"{each / 2**20:,.1f} MiB a microbatch over its data group"
         )
-    against = f"MFU against {peak / 1e12:g} TFLOP/s a device" if peak else "no MFU: the peak is not known"
     report.say(f"kernels: {backend.describe(mesh.device)}")
-    report.say(f"{FORMULA}; {against}")
+    if peak:
+        report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
     if changed := shortened(data.steps.last, config.optim):

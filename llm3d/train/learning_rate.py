@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from llm3d.config import OptimConfig
+from llm3d.wording import counted
 
 
 class Phases(NamedTuple):
@@ -47,11 +48,11 @@ def shortened(steps: int, config: OptimConfig) -> str | None:
     """What to tell a user whose warm-up or decay does not fit the run; None where all does."""
     asked, found = _asked(steps, config), phases(steps, config)
     changed = [
-        f"the {name} is shortened from {given} steps to {got}"
+        f"the {name} is shortened from {counted(given, 'step')} to {got}"
         for name, given, got in zip(("warm-up", "decay"), asked, found, strict=True)
         if got < given
     ]
-    return f"optim: the run's steps are {steps}; {', '.join(changed)}" if changed else None
+    return f"optim: in a run of {counted(steps, 'step')} {', '.join(changed)}" if changed else None
 
 
 def _asked(steps: int, config: OptimConfig) -> Phases:

@@ -68,8 +68,8 @@ class Tally(NamedTuple):
 
 def names_of(objective: Objective) -> list[str]:
     """What its report has."""
-    nothing = Tally((0.0,) * (1 + len(objective.sums)), (0.0,) * len(objective.maxima), 1)
-    return list(nothing.report(objective))
+    anything = Tally((1.0,) * (1 + len(objective.sums)), (1.0,) * len(objective.maxima), 1)
+    return list(anything.report(objective))
 
 
 @dataclass(frozen=True)

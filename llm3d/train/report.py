@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +29,7 @@ class Report:
     """Use as a context manager. `start_step` is the last step that was already done (0 for a new run)."""
 
     def __init__(self, run_dir: Path, start_step: int, steps: int, speaks: bool, tensorboard: bool) -> None:
-        self.speaks, self.steps = speaks, steps
+        self.speaks, self.start_step, self.steps = speaks, start_step, steps
         if not speaks:
             return
         self.console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -54,6 +56,7 @@ class Report:
     def __enter__(self) -> Report:
         if self.speaks:
             self._progress.start()
+            self._started = time.monotonic()
         return self
 
     def __exit__(
@@ -86,7 +89,12 @@ class Report:
         if not self.console.is_terminal:
             norm = "overflow" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
             rate = f"lr {metrics['lr']:.2e}  grad norm {norm}"
-            self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}")
+            self.say(f"step {metrics['step']}/{self.steps}  {numbers}  {rate}  {self._left(metrics['step'])}")
+
+    def _left(self, step: int) -> str:
+        """The time that the steps that are left take, if they take what those since the start took, all included."""
+        each = (time.monotonic() - self._started) / (step - self.start_step)
+        return f"{timedelta(seconds=round(each * (self.steps - step)))} left"
 
     def _write(self, metrics: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
         step, writing = metrics["step"], self._metrics.name

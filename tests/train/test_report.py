@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3d.errors import TrainingAborted
-from llm3d.train.report import METRICS, Report, memory_gib
+from llm3d.train.report import METRICS, Report, memory_gib, rounded
 
 
 def metrics(step: int) -> dict[str, Any]:
@@ -79,7 +80,11 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("", "")
 
 
-def test_lines_are_said_as_they_are_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_are_said_as_they_are_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 100.0 + 4 * 700])
+    monkeypatch.setattr("llm3d.train.report.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with report(tmp_path) as run:
         run.say("weights from [red]runs/x[/red] :smile: " + "far " * 100)
         run.step(metrics(4), log=True)
@@ -88,8 +93,13 @@ def test_lines_are_said_as_they_are_on_stderr(tmp_path: Path, capsys: pytest.Cap
     assert out == ""
     assert err.splitlines() == [
         "weights from [red]runs/x[/red] :smile: " + "far " * 100,
-        "step 4/10  loss 0.5000  1,234 tokens/s  lr 1.00e-03  grad norm 1.500",
+        "step 4/10  loss 0.5000  1,234 tokens/s  lr 1.00e-03  grad norm 1.500  1:10:00 left",
     ]
+
+
+@pytest.mark.parametrize(("value", "said"), [(-1e-9, "0.0000"), (-0.00004, "0.0000"), (-1.5, "-1.5000")])
+def test_a_zero_has_no_minus(value: float, said: str) -> None:
+    assert rounded(value) == said
 
 
 def test_tensorboard_holds_the_numbers_of_each_step(tmp_path: Path) -> None:
