@@ -73,7 +73,7 @@ def train(
     config, mesh, steps = trainer.config, trainer.mesh, data.steps.last
     last_step = min(steps, config.train.stop_after or steps)
     meter, best, last_saved = _Meter(trainer), best or Best(), start_step
-    with StopSignals() as signals, ThreadPoolExecutor(1) as reader:
+    with StopSignals(report.say) as signals, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(data.microbatches, start_step + 1, mesh)
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()

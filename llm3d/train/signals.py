@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -14,9 +15,13 @@ GRACE_SECONDS = 5.0  # a launcher repeats the signal that the terminal has sent 
 
 
 class StopSignals:
-    """Remembers the first signal; one that comes more than GRACE_SECONDS later ends the process at once."""
+    """Remembers the first signal; one that comes more than GRACE_SECONDS later ends the process at once.
 
-    def __init__(self) -> None:
+    say: tells the user what comes of the first.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None) -> None:
+        self.say = say
         self.received: int | None = None
         self._at = 0.0
         self._before: dict[int, Any] = {}
@@ -33,6 +38,8 @@ class StopSignals:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._at = number, time.monotonic()
+            name = signal.Signals(number).name
+            self.say(f"{name}: training ends when this step is done and saved; once more ends it at once")
         elif time.monotonic() - self._at > GRACE_SECONDS:
             raise KeyboardInterrupt
 

@@ -175,8 +175,8 @@ def preference_trainer(models: tuple[Path, Path], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def our_preferences(models: tuple[Path, Path]) -> list[Any]:
-    cdpo = {"label_smoothing": 0.2}
-    return pool.run(preferences_on_rank, 1, models, [*(choice for choice, _ in LOSSES), cdpo])[0]
+    by_sequence, cdpo = {"rpo_alpha": 0.7}, {"label_smoothing": 0.2}
+    return pool.run(preferences_on_rank, 1, models, [*(choice for choice, _ in LOSSES), by_sequence, cdpo])[0]
 
 
 def preference_inputs(trainer: Any, samples: list[Sample]) -> dict[str, Tensor]:
@@ -201,6 +201,15 @@ def test_preference_losses_are_those_of_trl(
     for name in ("loss", *METRICS):
         assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
     assert_same_gradients(our_gradients, gradients)
+
+
+def test_the_nll_loss_is_trls_sft_loss(preference_trainer: Any, our_preferences: list[Any]) -> None:
+    """Whatever the settings add to the loss."""
+    preference_trainer.loss_types, preference_trainer.loss_weights = ["sft"], [1.0]
+    inputs = preference_inputs(preference_trainer, [pairs()[i] for i in range(NUM_PAIRS)])
+    expected, _ = theirs(preference_trainer, inputs)
+    for ours, _ in our_preferences:
+        assert ours["nll_loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 def test_label_smoothing_is_that_of_trl(preference_trainer: Any, our_preferences: list[Any]) -> None:

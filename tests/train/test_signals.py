@@ -25,10 +25,12 @@ def test_a_signal_is_remembered_and_the_handlers_are_put_back(number: signal.Sig
 
 
 def test_what_a_launcher_repeats_changes_nothing() -> None:
-    with StopSignals() as stop:
+    said = list[str]()
+    with StopSignals(said.append) as stop:
         for number in NUMBERS:
             signal.raise_signal(number)
         assert stop.received == signal.SIGINT
+    assert len(said) == 1 and said[0].startswith("SIGINT: training ends when this step is done and saved")
 
 
 def test_a_signal_repeated_later_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
