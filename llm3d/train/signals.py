@@ -17,6 +17,8 @@ GRACE_SECONDS = 5.0  # a launcher repeats the signal that the terminal has sent 
 class StopSignals:
     """Remembers the first signal; one that comes more than GRACE_SECONDS later ends the process at once.
 
+    What the process was started to ignore stays ignored: SIGINT in a shell's background, where Ctrl-C is for others.
+
     say: tells the user what comes of the first.
     """
 
@@ -28,7 +30,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._remember)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -273,6 +273,7 @@ class Interrupting(corpus._Progress):
     def advance(self, *_):
         os.kill(os.getpid(), signal.SIGINT)
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where what started the tests ignores it
     corpus._Progress, corpus.ITEM_BYTES = Interrupting, 1
     corpus.tokenize_corpus([{str(corpus_file)!r}], {str(tmp_path / "c")!r}, {str(tokenizer_directory)!r}, workers=2)
 """

@@ -98,6 +98,20 @@ def command(name: str, given: Settings, *overrides: str) -> Ended:
     return Ended(result.exit_code, result.stdout, result.stderr)
 
 
+class Evaluated(NamedTuple):
+    source: str
+    numbers: dict[str, float]  # to four decimal places
+    counted: str  # on how much
+
+
+def evaluated(ended: Ended) -> Evaluated:
+    """What `llm3d eval` said."""
+    source, _, rest = ended.stdout.partition(": ")
+    numbers, _, counted = rest.rstrip("\n").rpartition(" on ")
+    pairs = (part.rsplit(" ", 1) for part in numbers.split(", "))
+    return Evaluated(source, {name: float(number) for name, number in pairs}, counted)
+
+
 def metrics(given: Settings) -> list[dict[str, Any]]:
     text = (Path(given["run"]["dir"]) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]

@@ -16,11 +16,13 @@ from llm3d.stages.language_data import ValidationData
 from llm3d.train.checkpoint import save_checkpoint
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
+from tests.closeness import assert_same_numbers
 from tests.stages import post_training
 from tests.stages.common import (
     SEQUENCE_LENGTH,
     command,
     evaluate_on_rank,
+    evaluated,
     metrics,
     settings,
     silent,
@@ -140,10 +142,12 @@ def test_the_command_says_what_it_evaluated(
         (path, (f"checkpoint.resume={path}", "run.dir=elsewhere")),
         (path / "model", (f"model.path={path}/model", "run.dir=elsewhere")),
     ):
-        code, stdout, stderr = command("eval", given, *words)
-        assert (code, stderr) == (0, "")
-        assert stdout.startswith(f"{source}: loss {loss:.4f}, token_accuracy 0.")
-        assert stdout.endswith(f", perplexity {perplexity:.4f} on {count} tokens\n")
+        ended = command("eval", given, *words)
+        assert (ended.code, ended.stderr) == (0, "")
+        said = evaluated(ended)
+        assert (said.source, said.counted) == (str(source), f"{count} tokens")
+        assert 0 < said.numbers.pop("token_accuracy") < 1
+        assert_same_numbers(said.numbers, {"loss": loss, "perplexity": perplexity}, absolute=1e-4)
     assert sorted(directory.rglob("*")) == before, "an evaluation writes nothing"
 
 
@@ -208,7 +212,7 @@ def test_a_checkpoint_has_the_numbers_that_training_saw(
     assert all(result == results[0] for result in results), "every rank has the same"
     source, numbers, _ = results[0]
     assert source.endswith(f"{trained['run']['dir']}/checkpoints/step-00000004")
-    assert numbers == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert_same_numbers(numbers, expected, relative=1e-4, absolute=1e-6)
     assert files_of(trained) == before, "what training knew of the reference is used again"
 
 
@@ -226,13 +230,12 @@ def test_the_command_evaluates_what_the_settings_name(trained: dict[str, Any], t
         ways.append((source_of_run, (f"lora.path={path}", elsewhere)))
     expected = numbers_of_training(trained)
     for source, words in ways:
-        code, stdout, stderr = command("eval", trained, *words)
-        assert (code, stderr) == (0, "")
-        assert stdout.startswith(f"{source}: loss ")
-        assert float(stdout.partition(": loss ")[2].partition(",")[0]) == pytest.approx(
-            expected["loss"], abs=1e-4
-        )
-        assert ("tokens" if stage_of(trained) == "sft" else " on 7 samples\n") in stdout
+        ended = command("eval", trained, *words)
+        assert (ended.code, ended.stderr) == (0, "")
+        said = evaluated(ended)
+        assert said.source == source
+        assert_same_numbers(said.numbers, expected, relative=1e-4, absolute=1e-4)
+        assert said.counted.endswith(" tokens") if stage_of(trained) == "sft" else said.counted == "7 samples"
     starts = [(base, ()), *([(source_of_run, (f"lora.path={path}",))] if "lora" in trained else [])]
     for start, words in starts:
         code, stdout, _ = command("eval", trained, elsewhere, *words)

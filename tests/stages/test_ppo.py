@@ -20,7 +20,8 @@ from llm3d.stages.export import export
 from llm3d.stages.ppo import OpenedPPO
 from llm3d.stages.rollout import of_replies
 from tests import pool
-from tests.stages.common import Settings, command, metrics, silent
+from tests.closeness import ROUNDING, assert_same_numbers
+from tests.stages.common import Settings, command, evaluated, metrics, silent
 from tests.stages.post_training import (
     answer,
     conversations,
@@ -181,7 +182,7 @@ def test_every_layout_learns_the_same(variant: str, files: Path, tmp_path: Path)
         given = given_settings(files, tmp_path / name, **with_layout(VARIANTS[variant], layout))
         pool.run(train_on_rank, world_size, "ppo", given)
         for line, expected in zip(said(given), said(plain), strict=True):
-            assert line == pytest.approx(expected, rel=2e-4, abs=1e-5), name
+            assert_same_numbers(line, expected, relative=2e-4, absolute=1e-5)
         assert [e["reply"] for e in examples(given)] == [e["reply"] for e in examples(plain)]
         for folder in ("", "critic") if variant != "grpo" else ("",):
             theirs, ours = weights(plain, folder), weights(given, folder)
@@ -271,10 +272,11 @@ def test_adapters_that_go_on_leave_what_they_were(files: Path, tmp_path: Path) -
     for stop_after in (1, None):
         broken["train"]["stop_after"] = stop_after
         pool.run(train_on_rank, 2, "ppo", broken)
-    first, second = (line["objective/kl"] for line in said(whole))
-    assert first == pytest.approx(0, abs=1e-5) and abs(second) > 1e-4
+    first, second = said(whole)
+    assert abs(first["objective/kl"]) <= ROUNDING * first["objective/entropy"]
+    assert abs(second["objective/kl"]) > ROUNDING * second["objective/entropy"]
     for line, expected in zip(said(broken), said(whole), strict=True):
-        assert line == pytest.approx(expected, rel=2e-4, abs=1e-5)
+        assert_same_numbers(line, expected, relative=2e-4, absolute=1e-5)
 
 
 def test_an_evaluation_says_what_the_run_said_last(files: Path, tmp_path: Path) -> None:
@@ -285,13 +287,9 @@ def test_an_evaluation_says_what_the_run_said_last(files: Path, tmp_path: Path) 
         validated = [k.removeprefix("valid_") for k in metrics(given)[-1] if k.startswith("valid_")]
         assert pool.run(validation_names_on_rank, 1, given) == [sorted(validated)]
         last = {k.removeprefix("valid_"): v for k, v in metrics(given)[-1].items() if k.startswith("valid_")}
-        ended = command("eval", given)
-        source, _, rest = ended.stdout.partition(": ")
-        numbers, _, counted = rest.partition(" on ")
-        assert source.endswith("step-00000002") and counted == "5 prompts\n"
-        assert dict(part.rsplit(" ", 1) for part in numbers.split(", ")) == {
-            k: f"{v:.4f}" for k, v in last.items()
-        }
+        source, numbers, counted = evaluated(command("eval", given))
+        assert source.endswith("step-00000002") and counted == "5 prompts"
+        assert_same_numbers(numbers, last, absolute=1e-4)
 
 
 def test_the_average_of_the_weights_is_a_model(files: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_presets_are_settings_that_load(files: Path) -> None:
         )
         overrides = {
             "model.path": files / "model",
-            "data.train": f"[{files}/prompts.jsonl]",
+            "data.train": json.dumps([f"{files}/prompts.jsonl"]),
             "data.sequence_length": 96,
             "generate.max_new_tokens": 8,
             "ppo.rewards": json.dumps([source]),

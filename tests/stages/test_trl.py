@@ -19,6 +19,7 @@ from llm3d.stages.reward import RewardObjective
 from llm3d.train.checkpoint import load_pretrained
 from llm3d.train.trainer import Trainer
 from tests import pool
+from tests.closeness import assert_same_numbers
 from tests.parity.harness import owned_pieces
 from tests.stages.common import Settings, silent
 from tests.stages.post_training import settings, write_model
@@ -198,8 +199,7 @@ def test_preference_losses_are_those_of_trl(
     inputs = preference_inputs(preference_trainer, [pairs()[i] for i in range(NUM_PAIRS)])
     expected, gradients = theirs(preference_trainer, inputs)
     ours, our_gradients = our_preferences[number]
-    for name in ("loss", *METRICS):
-        assert ours[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert_same_numbers(*({name: found[name] for name in ("loss", *METRICS)} for found in (ours, expected)))
     assert_same_gradients(our_gradients, gradients)
 
 
@@ -259,6 +259,6 @@ def test_reward_losses_are_those_of_trl(number: int, reward_trainer: Any, our_re
     reward_trainer.args.center_rewards_coefficient = choice.get("center")
     expected, gradients = theirs(reward_trainer, reward_trainer.data_collator(rows))
     ours, our_gradients = our_rewards[number]
-    for name in ("loss", "accuracy", "margin", "mean_reward", "max_reward", "min_reward"):
-        assert ours[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+    names = ("loss", "accuracy", "margin", "mean_reward", "max_reward", "min_reward")
+    assert_same_numbers(*({name: found[name] for name in names} for found in (ours, expected)), absolute=1e-6)
     assert_same_gradients(our_gradients, gradients)

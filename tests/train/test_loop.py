@@ -271,6 +271,7 @@ def test_a_first_step_that_is_not_finite_saves_nothing(tmp_path: Path) -> None:
     assert run.saved == []
 
 
+@pytest.mark.usefixtures("signals_heeded")
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_signal_ends_the_run_after_its_step_with_all_saved(tmp_path: Path, repeated: bool) -> None:
     run = Run(tmp_path)
@@ -289,6 +290,7 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(tmp_path: Path, rep
     assert [line["step"] for line in run.metrics] == [1, 2]
 
 
+@pytest.mark.usefixtures("signals_heeded")
 def test_a_signal_in_the_last_step_is_not_an_interruption(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.trainer.during[5] = lambda: signal.raise_signal(signal.SIGTERM)

@@ -10,8 +10,13 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.train import signals
 from llm3d.train.signals import StopSignals
 from tests.pool import spawn
+from tests.train.conftest import STOPPING, heed_signals
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+NUMBERS = list(STOPPING)
+
+
+@pytest.fixture(autouse=True)
+def started_at_a_terminal(signals_heeded: None) -> None: ...
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -42,8 +47,20 @@ def test_a_signal_repeated_later_ends_the_process_at_once(monkeypatch: pytest.Mo
         assert stop.received == signal.SIGTERM
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_the_process_was_started_to_ignore_stays_ignored(number: signal.Signals) -> None:
+    """By nohup, or by a shell that starts it in the background and hands Ctrl-C on to it."""
+    signal.signal(number, signal.SIG_IGN)
+    with StopSignals() as stop:
+        signal.raise_signal(number)
+        assert stop.received is None
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
 @spawn(world_size=4, tensor=2)
 def test_a_signal_to_one_rank_stops_all(mesh: Mesh) -> None:
+    heed_signals()
     with StopSignals() as stop:
         assert stop.agreed(mesh.everyone) is None
         if mesh.rank == 2:

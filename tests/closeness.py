@@ -1,0 +1,43 @@
+"""Numbers that two runs report of the same, compared on the scale of what each was computed from.
+
+A DPO reward is a difference of log-probabilities, a margin a difference of rewards, a KL one of log-probabilities
+again: however small such a difference is, it is rounded as the numbers are that were subtracted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ROUNDING = 1e-6  # of what was subtracted: fp32's 6e-8, added up over layers and tokens
+
+# By the name of a difference, the names of the numbers that say how large what was subtracted is.
+SUBTRACTED = {
+    **dict.fromkeys(
+        ("rewards/chosen", "rewards/rejected", "rewards/margins"), ("logps/chosen", "logps/rejected")
+    ),
+    **dict.fromkeys(("margin", "mean_reward"), ("max_reward", "min_reward")),
+    **dict.fromkeys(
+        ("objective/kl", "objective/non_score_reward", "objective/rlhf_reward"), ("objective/entropy",)
+    ),
+}
+
+
+def assert_same_numbers(
+    actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5, absolute: float = 0.0
+) -> None:
+    """By name. relative, absolute: allowed of every number; of a difference, its parts' rounding as well."""
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    wrong = {
+        name: (actual[name], value)
+        for name, value in expected.items()
+        if not abs(actual[name] - value)
+        <= relative * abs(value) + absolute + ROUNDING * subtracted(name, expected)
+    }
+    assert not wrong, wrong
+
+
+def subtracted(name: str, numbers: Mapping[str, float]) -> float:
+    """How large the numbers are that number `name` is a difference of; 0 where it is none."""
+    prefix = "valid_" * name.startswith("valid_")
+    parts = SUBTRACTED.get(name.removeprefix(prefix), ())
+    return max((abs(numbers[prefix + part]) for part in parts), default=0.0)
