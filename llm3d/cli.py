@@ -346,11 +346,13 @@ def train(stage: str, config: Path, overrides: list[str] | None, check_only: boo
     if isinstance(settings, PPOConfig) and not check_only:
         say_memory(settings)
     open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
-    from llm3d.stages.training import check_stage, run_stage, summary
-
     if check_only:
+        from llm3d.stages.training import check_stage, summary
+
         say_once(summary(check_stage(settings, open_stage)))
     else:
+        from llm3d.stages.training import run_stage
+
         run_stage(settings, open_stage)
 
 
