@@ -13,7 +13,9 @@ from typing import Any, TypeVar, overload
 
 from llm3d.config.checks import check_layout
 from llm3d.config.explain import nearest, show, validate
-from llm3d.config.presets import PRESETS, hugging_face_directory, hugging_face_shape, peft_settings
+from llm3d.config.hugging_face import hugging_face_directory, hugging_face_shape
+from llm3d.config.peft import peft_settings
+from llm3d.config.presets import PRESETS
 from llm3d.config.schema import json_schema
 from llm3d.config.sections import (
     STAGES,
@@ -183,16 +185,17 @@ def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
-    """The fields in a Hugging Face directory's config.json; what the user gives beside must agree."""
+    """The fields in a Hugging Face directory's config.json; of what the user gives beside, only tokens may differ."""
     file = hugging_face_directory(path) / "config.json"
     fields = hugging_face_shape(file) | {"path": path}
     stored = validate(ModelConfig, fields, ("model",), source=f" (in {file})")
     shape = stored.model_dump(mode="json")
     asked = validate(ModelConfig, shape | rest, ("model",))
-    for name in rest:
+    tokens = {name: rest[name] for name in rest if name.endswith("token_id")}
+    for name in rest.keys() - tokens.keys():
         if getattr(asked, name) != getattr(stored, name):
             raise InputError(
                 f"model.{name}: {show(rest[name])} is not what {file} says, {show(shape[name])}; "
                 f"with model.path, leave the shape out"
             )
-    return shape
+    return shape | tokens

@@ -36,7 +36,11 @@ class RopeScaling(Section):
     @model_validator(mode="before")
     @classmethod
     def _old_name(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "type" in given and "rope_type" not in given:
+        if (
+            isinstance(given, dict)
+            and "type" in given
+            and given.get("rope_type", given["type"]) == given["type"]
+        ):
             return {"rope_type": given["type"]} | {key: given[key] for key in given if key != "type"}
         return given
 

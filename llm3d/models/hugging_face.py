@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
+from llm3d.kernels.rope import inverse_frequencies
 from llm3d.models.adapters import is_adapter
-from llm3d.models.build import initial_value
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
@@ -105,8 +105,13 @@ def gather_whole(
 
 
 def in_model_order(names: Iterable[str]) -> list[str]:
-    """Layers by number. Only numbers meet numbers: names that differ in kind differ earlier."""
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in name.split(".")])
+    """Layers by number."""
+    return sorted(
+        names,
+        key=lambda name: [
+            (part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")
+        ],
+    )
 
 
 def index_of(stored: Sequence[StoredBox]) -> tuple[str, str] | None:
@@ -158,16 +163,12 @@ def config_of_scores(config: dict[str, Any], pad_token_id: int | None) -> dict[s
 
 
 def read_weights(
-    directory: Path,
-    weights: Iterable[tuple[Piece, Tensor]],
-    config: ModelConfig,
-    everyone: ProcessGroup,
-    seed: int = 0,
-) -> None:
+    directory: Path, weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, everyone: ProcessGroup
+) -> set[str]:
     """Fill the weights of a model from a Hugging Face directory; each rank reads its boxes.
 
-    Called on all ranks. A tied model's output weights may be stored under the embedding's name, the head's or
-    both. Adapters, and a score head in the place of a language model's, get first values from `seed`.
+    Called on all ranks. Left as they are, and returned by name, are adapters, and a score head where the directory has
+    a language model's. A tied model's output weights may be stored under the embedding's name, the head's or both.
     Raises InputError on every rank where a tensor is missing, has another shape or no place in the model.
     """
     weights = list(weights)
@@ -175,21 +176,24 @@ def read_weights(
     with input_errors_on_all(everyone):
         reader = BoxReader(directory)
         files = weight_files(reader)
-        if config.tie_word_embeddings:
-            head = files.pop(HEAD, None)
-            if head is not None and EMBEDDING not in files:
-                files[EMBEDDING] = head
-        new = {name for name in names - files.keys() if name == SCORE or is_adapter(name)}
-        if SCORE in new:
+        _check_frequencies(reader, files, config)
+        _check_tied_head(reader, files, weights, config)
+        missing = {name for name in names - files.keys() if name == SCORE or is_adapter(name)}
+        if SCORE in missing:
             files.pop(HEAD, None)
-        _check_names(directory, names - new, files)
+        _check_names(directory, names - missing, files)
         for piece, view in weights:
-            if piece.box.name in new:
-                view.copy_(initial_value(piece.box, config, seed))
-                continue
-            stored = _find(reader, files[piece.box.name], piece.box.name)
-            check_shape(directory, piece.box, stored)
-            reader.read(piece.box, [stored], view)
+            name = piece.box.name
+            if name not in missing:
+                stored = _stored(reader, files[name], name)
+                check_shape(directory, piece.box, stored)
+                reader.read(piece.box, [stored], view)
+    return missing
+
+
+def has_score_head(directory: Path) -> bool:
+    """Whether a Hugging Face directory has a reward model's head. Raises InputError where it has no weights."""
+    return SCORE in weight_files(BoxReader(directory))
 
 
 def all_names(weights: Iterable[tuple[Piece, Tensor]], everyone: ProcessGroup) -> set[str]:
@@ -207,10 +211,13 @@ def check_shape(directory: Path, wanted: Box, stored: StoredBox) -> None:
 
 
 def weight_files(reader: BoxReader) -> dict[str, str]:
-    """The file of each tensor, by name."""
+    """The file of each tensor, by name: all tensors of all files that the directory's weights are in.
+
+    Raises InputError where files, or the index and its files, say different things.
+    """
     directory = reader.directory
     if (directory / _INDEX).is_file():
-        return _read_index(directory / _INDEX)
+        return _indexed_files(reader)
     if (directory / _SINGLE).is_file():
         return dict.fromkeys(reader.keys(_SINGLE), _SINGLE)
     pickled = sorted(directory.glob("pytorch_model*.bin"))
@@ -223,6 +230,22 @@ def weight_files(reader: BoxReader) -> dict[str, str]:
     raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}; name a directory with weights")
 
 
+def _indexed_files(reader: BoxReader) -> dict[str, str]:
+    directory = reader.directory
+    files = _read_index(directory / _INDEX)
+    named = set(files.values())
+    if (directory / _SINGLE).is_file() and _SINGLE not in named:
+        raise InputError(
+            f"{directory}: holds both {_SINGLE} and {_INDEX}, which names other files; remove what is not the model's"
+        )
+    found = {(key, file) for file in sorted(named) for key in reader.keys(file)}
+    for key, file in sorted(found ^ files.items()):
+        if (key, file) in found:
+            raise InputError(f"{directory / file}: holds a tensor {key} that {_INDEX} does not say is there")
+        raise InputError(f"{directory / file}: holds no tensor {key}, though {_INDEX} says so")
+    return files
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_bytes())["weight_map"]
@@ -232,6 +255,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: damaged, it has no weight_map from tensors to files") from None
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise InputError(f"{path}: damaged, its weight_map does not give each tensor a file")
+    for file in sorted(set(files.values())):
+        if Path(file).name != file:
+            raise InputError(f"{path}: names {file!r}, which is no file of this directory")
     return dict(files)
 
 
@@ -244,8 +270,7 @@ def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> Non
     missing = in_model_order(names - files.keys())
     if missing:
         raise InputError(f"{directory}: holds no tensor {missing[0]} ({len(missing)} missing in all)")
-    # Old conversions of LLaMA store the rotary frequencies, which follow from the settings.
-    unknown = sorted(name for name in files.keys() - names if not name.endswith(".rotary_emb.inv_freq"))
+    unknown = in_model_order(files.keys() - names)
     if unknown:
         raise InputError(
             f"{directory}: tensor {unknown[0]} in {files[unknown[0]]} has no place in the model "
@@ -253,11 +278,50 @@ def _check_names(directory: Path, names: set[str], files: dict[str, str]) -> Non
         )
 
 
-def _find(reader: BoxReader, file: str, name: str) -> StoredBox:
+def _check_tied_head(
+    reader: BoxReader, files: dict[str, str], weights: list[tuple[Piece, Tensor]], config: ModelConfig
+) -> None:
+    """Take a tied model's head out of the files, or for its embedding; where it has both, they have to be equal."""
+    file = files.pop(HEAD, None) if config.tie_word_embeddings else None
+    if file is None:
+        return
+    if EMBEDDING not in files:
+        files[EMBEDDING] = file
+        return
+    embedding, head = _stored(reader, files[EMBEDDING], EMBEDDING), _stored(reader, file, HEAD)
+    for box in (piece.box for piece, _ in weights if piece.box.name == EMBEDDING):
+        same = head.box.shape == embedding.box.shape == box.shape
+        values = [torch.empty(box.size) for _ in range(2)]
+        if same:
+            reader.read(box, [embedding], values[0])
+            reader.read(box, [head.named(EMBEDDING)], values[1])
+        if not same or not torch.equal(*values):
+            raise InputError(
+                f"{reader.directory}: {HEAD} is not {EMBEDDING}, though config.json says tie_word_embeddings; "
+                "where the head is meant, set that to false"
+            )
+
+
+def _check_frequencies(reader: BoxReader, files: dict[str, str], config: ModelConfig) -> None:
+    """Take rotary frequencies, which old conversions of LLaMA store, out of the files; they follow from rope_theta."""
+    expected = inverse_frequencies(config.head_dim, config.rope_theta, None)
+    for name in [name for name in files if name.endswith(".rotary_emb.inv_freq")]:
+        stored = _stored(reader, files.pop(name), name)
+        values = reader.tensor(stored).float()
+        stored_as = torch.finfo(getattr(torch, stored.dtype))
+        rtol = 1e-5 + 2 * stored_as.eps
+        same = values.shape == expected.shape and torch.allclose(values, expected, rtol, stored_as.tiny)
+        if not same:
+            raise InputError(
+                f"{reader.directory / stored.file}: the rotary frequencies {name} are not those of rope_theta "
+                f"{config.rope_theta:g}; set rope_theta and rope_scaling in config.json as the model was trained"
+            )
+
+
+def _stored(reader: BoxReader, file: str, name: str) -> StoredBox:
     """The tensor in its file; a tied model's embedding may be there under the head's name."""
     stored = reader.whole(file, name)
     if stored is None and name == EMBEDDING:
         stored = reader.whole(file, HEAD)
-    if stored is None:
-        raise InputError(f"{reader.directory / file}: holds no tensor {name}, though the index says so")
+    assert stored is not None, "it is among the file's keys"
     return stored.named(name)

@@ -7,23 +7,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm3d.config import LoRASettings
+from llm3d.config.peft import PREFIX, WEIGHTS
 from llm3d.errors import InputError
-from llm3d.models.adapters import is_adapter
+from llm3d.models.adapters import is_adapter, scale
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.hugging_face import EMBEDDING, HEAD, in_model_order, index_of, weight_files
-from llm3d.models.peft import PREFIX, WEIGHTS
+from llm3d.models.peft import peft_names
 from llm3d.parallel.box_files import BoxReader, BoxWriter
 from llm3d.parallel.boxes import Box
 
 
-def write_merged(writer: BoxWriter, base: Path, adapter: Path, scale: float) -> HeadName:
-    """Write W + scale B A, computed in fp32, for each W that has adapters, and what else the base has; -> the head.
+def write_merged(writer: BoxWriter, base: Path, adapter: Path, lora: LoRASettings) -> HeadName:
+    """Write W + scale(lora) B A, computed in fp32, for each W with adapters, and what else the base has; -> the head.
 
     Every tensor keeps its dtype and its file, of which one at a time is in memory. A score head that lies with the
     adapters takes the language head's place. Raises InputError where base and adapters do not belong together.
     """
     weights, trained = BoxReader(base), BoxReader(adapter)
-    names = {key.removeprefix(PREFIX) for key in trained.keys(WEIGHTS)}
+    names = {key.removeprefix(PREFIX) for key in peft_names(trained)}
     places = {name: (file, name) for name, file in weight_files(weights).items()}
     if SCORE in names:
         file, key = places.pop(HEAD, next(reversed(places.values())))
@@ -38,7 +40,7 @@ def write_merged(writer: BoxWriter, base: Path, adapter: Path, scale: float) -> 
                 reader, at = (trained, (WEIGHTS, PREFIX + SCORE)) if name in names else (weights, (file, key))
                 values = _tensor(reader, *at)
                 if _factor(name, "A") in names:
-                    values = _merged(values, name, trained, scale)
+                    values = _merged(values, name, trained, lora)
                 entries.append((name, Box.whole(name, values.shape), values))
         writer.tensors(file, entries)
     index = index_of(writer.boxes)
@@ -47,14 +49,14 @@ def write_merged(writer: BoxWriter, base: Path, adapter: Path, scale: float) -> 
     return "score" if SCORE in places else "language"
 
 
-def _merged(weight: Tensor, name: str, trained: BoxReader, scale: float) -> Tensor:
+def _merged(weight: Tensor, name: str, trained: BoxReader, lora: LoRASettings) -> Tensor:
     a, b = (_tensor(trained, WEIGHTS, PREFIX + _factor(name, which)) for which in "AB")
-    if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
+    if (b.shape[0], a.shape[1]) != weight.shape or not a.shape[0] == b.shape[1] == lora.rank:
         raise InputError(
             f"{trained.directory / WEIGHTS}: adapters {list(b.shape)} and {list(a.shape)} do not fit {name}, "
-            f"{list(weight.shape)}, of their base"
+            f"{list(weight.shape)}, of their base with rank {lora.rank}"
         )
-    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale(lora)).to(weight.dtype)
 
 
 def _factor(name: str, which: str) -> str:

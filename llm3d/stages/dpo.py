@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm3d.config import Config, DPOConfig, DPOSettings
-from llm3d.config.presets import adapter_directory, hugging_face_directory
+from llm3d.config.hugging_face import hugging_face_directory
+from llm3d.config.peft import adapter_directory
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError

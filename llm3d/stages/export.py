@@ -11,11 +11,11 @@ import torch
 
 from llm3d.config import LoRASettings, ModelConfig
 from llm3d.config.explain import validate
-from llm3d.config.presets import hugging_face_shape, peft_settings
+from llm3d.config.hugging_face import hugging_face_shape
+from llm3d.config.peft import peft_settings
 from llm3d.data.atomic import new_directory
 from llm3d.data.tokenizer import SIDE_FILES, load_tokenizer, read_json
 from llm3d.errors import InputError
-from llm3d.models.adapters import scale
 from llm3d.models.hugging_face import config_of_scores, weight_files
 from llm3d.models.merge import write_merged
 from llm3d.parallel.box_files import BoxReader, BoxWriter
@@ -114,7 +114,7 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
         (at for at in (adapter, base) if any((at / name).is_file() for name in TOKENIZERS)), None
     )
     writer = BoxWriter(output)
-    head = write_merged(writer, base, adapter, scale(lora))
+    head = write_merged(writer, base, adapter, lora)
     if head == "language":
         _copy(base, output, [CONFIG, GENERATION])
     else:

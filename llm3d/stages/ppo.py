@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import LoRASettings, PPOConfig, check_layout, model_at
+from llm3d.config import Config, LoRASettings, PPOConfig, check_layout, model_at
+from llm3d.config.hugging_face import hugging_face_directory
 from llm3d.data.order import derive_key, permute
 from llm3d.data.packed import PackedBatch
 from llm3d.data.pretraining import PretrainingData
@@ -26,6 +27,7 @@ from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.generate.text import Replies
 from llm3d.models.heads import SCORE, LanguageModelHead
+from llm3d.models.hugging_face import has_score_head
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer
@@ -135,6 +137,11 @@ def models_of(config: PPOConfig) -> Models:
 def open_stage(config: PPOConfig) -> OpenedPPO:
     """Open what the settings name: tokenizer, template, prompts. Raises InputError where it cannot be used."""
     config, tokenizer, critic, models = models_of(config)
+    for i, model in enumerate(models):
+        if model is not None and not holds_scores(model):
+            raise InputError(
+                f"ppo.rewards[{i}].model: {model.model.path} has no score head; name a trained reward model"
+            )
     template = load_template(config.data.template, tokenizer)
     train, valid = (
         [read_prompt_set(source.path, template, config) for source in sources]
@@ -205,6 +212,12 @@ def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> 
     return other
 
 
+def holds_scores(config: Config) -> bool:
+    """Whether the model that the settings name has a reward model's head."""
+    assert config.model.path is not None, "checked with the settings"
+    return has_score_head(hugging_face_directory(config.model.path))
+
+
 # ---- a step ----
 
 
@@ -262,7 +275,7 @@ class PPOTrainer(Trainer):
         for model in dict.fromkeys([*trained, *asked]):
             if model is not self:
                 load_first_weights(model)
-        if self.critic is not None and self.critic.config.model.path == self.config.model.path:
+        if self.critic is not None and not holds_scores(self.critic.config):
             foretell_nothing(self.critic)
         self.rewards.center(self.opened.config, self.opened.tokenizer.template)
         for model in asked:
@@ -515,7 +528,7 @@ class PPOTrainer(Trainer):
 
 
 def foretell_nothing(critic: Trainer) -> None:
-    """Of a critic that starts from the policy, a head of zeros: random values would drown the first rewards."""
+    """Of a critic that starts from a language model, a head of zeros: random values would drown the first rewards."""
     for piece, weight in critic.weights():
         if piece.box.name == SCORE:
             weight.zero_()

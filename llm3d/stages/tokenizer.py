@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from llm3d.config import ChatDataConfig, Config, with_vocab_size
-from llm3d.config.presets import hugging_face_directory
+from llm3d.config.hugging_face import hugging_face_directory
 from llm3d.data.templates import Template
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError

@@ -195,9 +195,7 @@ def load_model(model: Evaluator, adapters: str | None) -> str:
     if config.model.path is None:
         model.initialise()
         return f"random weights, seed {config.run.seed}"
-    load_pretrained(Path(config.model.path), model)
-    if adapters:
-        load_adapters(Path(adapters), model)
+    load_pretrained(Path(config.model.path), model, Path(adapters) if adapters else None)
     return config.model.path + (f" and {adapters}" if adapters else "")
 
 

@@ -24,6 +24,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from llm3d.errors import InputError, TrainingAborted
+from llm3d.models.build import initialise
+from llm3d.models.heads import SCORE
 from llm3d.models.hugging_face import all_names, config_files, index_of, read_weights, write_weights
 from llm3d.models.peft import adapter_config, read_adapter, write_adapter
 from llm3d.parallel.agreement import first_failure, input_errors_on_all
@@ -333,28 +335,42 @@ def load_weights(path: Path, model: Evaluator) -> None:
     model.publish()
 
 
-def load_pretrained(directory: Path, model: Evaluator) -> None:
+def load_pretrained(directory: Path, model: Evaluator, adapters: Path | None = None) -> None:
     """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
 
-    Called on all ranks. Raises InputError on every rank for weights that are missing or of another shape.
+    adapters: from these, as `load_adapters` takes them. New adapters, and the new score head of a model that is going
+    to be trained, get first values from run.seed. Called on all ranks. Raises InputError on every rank for weights
+    that are missing or of another shape.
     """
     config, mesh = model.config, model.mesh
     with input_errors_on_all(mesh.everyone):
         weights = checked_weights(directory, "model", mesh.rank, mesh.size)
-    read_weights(weights, model.weights(), config.model, mesh.everyone, config.run.seed)
+    new = read_weights(weights, model.weights(), config.model, mesh.everyone)
+    if adapters is not None:
+        new -= load_adapters(adapters, model)
+    if SCORE in new and not isinstance(model, Trainer):
+        raise InputError(
+            f"model.path: {adapters or directory} has no score head; name a trained reward model"
+        )
+    initialise(
+        ((piece, view) for piece, view in model.weights() if piece.box.name in new),
+        config.model,
+        config.run.seed,
+    )
     model.publish()
 
 
-def load_adapters(directory: Path, model: Evaluator) -> None:
-    """Take adapters, and a score head beside them, from a PEFT directory or a checkpoint's adapter/.
+def load_adapters(directory: Path, model: Evaluator) -> set[str]:
+    """Take adapters, and a score head beside them, from a PEFT directory or a checkpoint's adapter/; -> their names.
 
     Called on all ranks. Raises InputError on every rank for adapters that are not those of the model's settings.
     """
     mesh = model.mesh
     with input_errors_on_all(mesh.everyone):
         adapters = checked_weights(directory, "adapter", mesh.rank, mesh.size)
-    read_adapter(adapters, model.weights(), mesh.everyone)
+    names = read_adapter(adapters, model.weights(), mesh.everyone)
     model.publish()
+    return names
 
 
 def checked_weights(path: Path, folder: str, rank: int = 0, num_ranks: int = 1) -> Path:
@@ -362,6 +378,8 @@ def checked_weights(path: Path, folder: str, rank: int = 0, num_ranks: int = 1) 
 
     Raises InputError where this rank's share of what is there is damaged.
     """
+    if path.name == folder and (path.parent / manifest.FILE).is_file():
+        path = path.parent
     if not (path / manifest.FILE).is_file():
         return path
     found = read_manifest(path)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import PretrainConfig
-from llm3d.config.presets import hugging_face_shape
+from llm3d.config.hugging_face import hugging_face_shape
 from llm3d.data.pretraining import Microbatch, Sample, collate
 from llm3d.errors import InputError
 from llm3d.parallel.boxes import Box

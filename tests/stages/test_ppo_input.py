@@ -96,6 +96,14 @@ def test_wrong_settings_are_named(name: str, files: Path) -> None:
     assert not (files / "run").exists()
 
 
+def test_a_language_model_does_not_score(files: Path) -> None:
+    ended = command(
+        "ppo", given_settings(files, ppo={"rewards": [{"model": str(files / "model")}]}), "--check"
+    )
+    assert ended.code == 2 and ended.stderr.startswith("llm3d: ppo.rewards[0].model: ")
+    assert "has no score head" in ended.stderr
+
+
 def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
     for setting, ppo in (
         ("ppo.rewards[0].model", {"rewards": [{"model": str(files / "other")}]}),
