@@ -26,6 +26,7 @@ from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
 from llm3d.data.templates import Template, Turns, sides, turns
 from llm3d.errors import InputError
+from llm3d.wording import counted
 
 _AT_ONCE = 1024  # records that go through the tokenizer together
 _MOST_NAMED = 5  # bad records that are told one by one
@@ -41,7 +42,7 @@ class Counts:
     bad: list[BadRecord] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = [f"{self.samples:,} samples"]
+        parts = [counted(self.samples, "sample")]
         parts += [f"{self.too_long:,} left out, too long"] if self.too_long else []
         parts += [f"{self.cut:,} cut"] if self.cut else []
         parts += [f"{len(self.bad):,} left out that cannot be used"] if self.bad else []

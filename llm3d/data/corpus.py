@@ -28,6 +28,7 @@ from llm3d.data.indexed import IndexedWriter, token_dtype
 from llm3d.data.order import derive_key, permute
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer, write_json
 from llm3d.errors import InputError, TrainingAborted
+from llm3d.wording import counted
 
 SUMMARY = "corpus.json"
 BATCH_CHARACTERS = 1 << 20  # encoded in one call
@@ -344,7 +345,7 @@ class _Documents:
 
 def _documents(parts: _Parts, paths: Sequence[Path]) -> _Documents:
     if not len(parts.length):
-        found = f"{parts.empty} documents without text, {parts.num_bad} bad records"
+        found = f"{counted(parts.empty, 'document')} without text, {counted(parts.num_bad, 'bad record')}"
         raise InputError(f"{paths[0]}: the corpus is empty ({found}); name files that hold text")
     return _Documents(parts, np.append(np.flatnonzero(parts.starts), len(parts.starts)))
 

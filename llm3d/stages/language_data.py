@@ -42,7 +42,7 @@ class LanguageData(ValidationData):
         windows, needed = self.train.num_windows, config.batch.global_size
         if windows < needed:
             raise InputError(
-                f"data.train: {windows} sequences of {config.data.sequence_length} tokens in all, fewer than "
+                f"data.train: {counted(windows, 'sequence')} of {config.data.sequence_length} tokens in all, fewer than "
                 f"one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
             )
         self.steps = Steps(config.batch.global_size, config.train.steps)

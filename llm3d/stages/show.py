@@ -15,6 +15,7 @@ from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.stages.by_settings import open_chat_stage
+from llm3d.wording import counted
 
 _NAMED = 10  # of the records that cannot be used
 _QUANTILES = {"least": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "99%": 0.99, "most": 1.0}
@@ -65,7 +66,7 @@ def _described(sample: Sample, tokenizer: Tokenizer, coloured: bool) -> Iterator
     for number, (sequence, rank) in enumerate(zip(sample.sequences, sample.ranks, strict=True), 1):
         several = len(sample.sequences) > 1
         reply = f"reply {number} of {len(sample.sequences)}, rank {rank:g}: " if several else ""
-        said = f"{reply}{len(sequence.ids):,} tokens, {int(_learned(sequence).sum()):,} learned"
+        said = f"{reply}{counted(len(sequence.ids), 'token')}, {int(_learned(sequence).sum()):,} learned"
         yield Text(said, "bold" if coloured else "")
         yield _coloured(sequence, tokenizer) if coloured else _marked(sequence, tokenizer)
 

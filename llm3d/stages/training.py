@@ -163,7 +163,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
 
         train(trainer, data, report, start_step, save, partial(opened.remarks, trainer), best)
         if best.has_waited_enough:
-            report.say(f"training ends early: no better one in the last {best.waited} evaluations")
+            report.say(f"training ends early: none better in the last {counted(best.waited, 'evaluation')}")
         if best.step:
             report.say(f"{best}: {run_dir / 'checkpoints' / BEST}")
 

@@ -81,7 +81,7 @@ def test_a_conversation_is_the_same_sample_in_every_format(
     for name, path in written(tmp_path, turns).items():
         samples, counts = read_samples(path, "conversation", template, settings())
         assert listed(samples) == expected, name
-        assert str(counts) == "1 samples"
+        assert str(counts) == "1 sample"
 
 
 def test_a_comparison_is_its_prompt_with_each_reply(template: Template, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_the_best_checkpoint_stays_and_none_better_ends_the_run(corpora: Path, t
     checkpoints = tmp_path / "checkpoints"
     for patience in (2, 3):
         ended = command("pretrain", given, f"train.patience={patience}")
-        assert ended.code == 0 and f"no better one in the last {patience} evaluations" in ended.stderr
+        assert ended.code == 0 and f"none better in the last {patience} evaluations" in ended.stderr
         first = metrics(given)[0]["valid_loss"]
         assert f"the best valid_loss is {first:.4f}, at step 1: {checkpoints}/best" in ended.stderr
         left = [f"step-{step:08d}" for step in (1, patience + 1)]

@@ -67,7 +67,7 @@ def test_a_conversation_without_colours(directory: Path) -> None:
     code, stdout, stderr = shown(made, "data.sequence_length=100")
     assert (code, stderr) == (0, "")
     assert f"{directory}/sft.jsonl, sample 1\n" in stdout and TEXT in stdout
-    assert f"{directory}/sft.jsonl: 1 samples\n" in stdout
+    assert f"{directory}/sft.jsonl: 1 sample\n" in stdout
     found = re.search(r"\n(\d+) tokens, (\d+) learned\n", stdout)
     assert found is not None
     tokens, learned = map(int, found.groups())
