@@ -82,6 +82,20 @@ bench_app = group("Measure speed on this machine.")
 app.add_typer(bench_app, name="bench")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings.", show_default=False)]
+ConfigOrRun = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG.yaml|RUN", help="Settings, or a run directory, by its own.", show_default=False
+    ),
+]
+ConfigOrModel = Annotated[
+    Path,
+    typer.Argument(
+        metavar="WHAT",
+        help="Settings, a run directory (its latest checkpoint), a checkpoint, or a Hugging Face or PEFT directory.",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -244,7 +258,7 @@ class Split(str, Enum):
 @data_app.command("show")
 @ends_as_promised
 def data_show(
-    config: ConfigFile,
+    config: ConfigOrRun,
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(min=0, help="How many to show.")] = 3,
     split: Annotated[Split, typer.Option(help="Of data.train or of data.valid.")] = Split.train,
@@ -255,9 +269,11 @@ def data_show(
     In the order of training; what is learned is in colour. world_size=N among the settings: packed for N devices.
     """
     from llm3d.config import load_config
+    from llm3d.config.uses import settings_at
 
     world_size, others = world_size_among(overrides)
-    settings = load_config(config, others, world_size, kind_of_settings(config, stage))
+    config, of_run = settings_at(config)
+    settings = load_config(config, [*of_run, *others], world_size, kind_of_settings(config, stage))
     data_size = settings.data_parallel_size(world_size) if world_size else 1
     from rich.console import Console
 
@@ -278,7 +294,10 @@ def unescaped(separator: str | None) -> str | None:
 @ends_as_promised
 def show_config(
     config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Settings.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="CONFIG.yaml|RUN", help="Settings, or a run directory, by its own.", show_default=False
+        ),
     ] = None,
     overrides: Overrides = None,
     world_size: Annotated[
@@ -293,14 +312,17 @@ def show_config(
     import json
 
     from llm3d.config import config_to_yaml, json_schema, load_config
+    from llm3d.config.uses import settings_at
 
+    config, of_run = settings_at(config) if config is not None else (None, list[str]())
     kind = kind_of_settings(config, stage)
     if schema:
         print(json.dumps(json_schema(kind), indent=2))
     elif config is None:
         raise InputError("config: give a CONFIG.yaml, or --schema")
     else:
-        print(config_to_yaml(load_config(config, overrides or [], world_size, kind)), end="")
+        overrides = [*of_run, *(overrides or [])]
+        print(config_to_yaml(load_config(config, overrides, world_size, kind)), end="")
 
 
 @app.command()
@@ -365,13 +387,21 @@ def say_once(line: str) -> None:
 @app.command("eval")
 @ends_as_promised
 def evaluate(
-    config: ConfigFile,
+    config: ConfigOrRun,
     overrides: Overrides = None,
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """A stage's loss and other numbers on the validation data, by the run's latest checkpoint."""
-    settings = load_for_this_world(config, overrides, kind_of_settings(config, stage))
+    """A stage's loss and other numbers on the validation data, by the run's latest checkpoint.
+
+    By settings and run.dir in them, or by a run directory or a checkpoint, whose own settings name the data. The model
+    is the first of: checkpoint.resume=PATH among the overrides; the checkpoint that is named, or the latest of the run
+    directory; the latest in run.dir; model.path. A layout that does not fit the number of processes is left out.
+    """
+    from llm3d.config.uses import config_for_evaluation
+
+    settings, remarks = config_for_evaluation(config, overrides or [], world_size_here(), name_of(stage))
+    say(remarks)
     from llm3d.stages.evaluate import check, run
 
     if check_only:
@@ -384,7 +414,7 @@ def evaluate(
 @app.command()
 @ends_as_promised
 def generate(
-    config: ConfigFile,
+    config: ConfigOrModel,
     overrides: Overrides = None,
     prompt: Annotated[str | None, typer.Option(help="A text to reply to, or to continue.")] = None,
     prompts: Annotated[
@@ -404,8 +434,17 @@ def generate(
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """Write text: from a run's latest checkpoint, or the model that the settings name; see `generate` among them."""
-    settings = load_for_this_world(config, overrides, kind_of_settings(config, stage))
+    """Write text; the section `generate` says how.
+
+    The model is the first of: checkpoint.resume=PATH among the overrides; the checkpoint that is named, or the latest
+    of the run directory; the latest in run.dir of the settings; model.path. A checkpoint brings its tokenizer and chat
+    template, a Hugging Face directory also its generation_config.json; overrides come before these. A layout that
+    does not fit the number of processes is left out.
+    """
+    from llm3d.config.uses import config_for_generation
+
+    settings, remarks = config_for_generation(config, overrides or [], world_size_here(), name_of(stage))
+    say(remarks)
     from llm3d.stages.generate import Wanted, check, run
 
     wanted = Wanted(prompt, prompts, chat, raw, output, overwrite)
@@ -420,7 +459,12 @@ def generate(
 @ends_as_promised
 def export(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Or a PEFT directory.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN",
+            help="A checkpoint, a run directory or its settings (the latest one), or a PEFT directory.",
+            show_default=False,
+        ),
     ],
     output: Output,
     base: Annotated[
@@ -436,6 +480,9 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face directory, adapters merged into their base."""
+    from llm3d.config.uses import checkpoint_at
+
+    checkpoint = checkpoint_at(checkpoint)
     from llm3d.stages.export import export
 
     print(export(checkpoint, output, base, overwrite, average))
@@ -449,17 +496,18 @@ class Where(str, Enum):
 @app.command()
 @ends_as_promised
 def memory(
-    config: ConfigFile,
+    config: ConfigOrModel,
     overrides: Overrides = None,
     device: Annotated[Where, typer.Option(help="What will run it.")] = Where.cuda,
     stage: StageOption = None,
 ) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
-    from llm3d.config import PPOConfig, load_config
+    from llm3d.config import PPOConfig
+    from llm3d.config.uses import config_for_plan
 
     asked, others = world_size_among(overrides)
     world_size = 1 if asked is None else asked
-    settings = load_config(config, others, world_size, kind_of_settings(config, stage))
+    settings, _ = config_for_plan(config, others, world_size, name_of(stage))
     if isinstance(settings, PPOConfig):
         print(memory_of_phases(settings, world_size, device.value))
         return
@@ -468,7 +516,8 @@ def memory(
     from llm3d.stages.dpo import needs_second_model
     from llm3d.stages.tokenizer import open_tokenizer
 
-    settings, _ = open_tokenizer(settings)
+    if settings.model.vocab_size is None:
+        settings, _ = open_tokenizer(settings)
     work = Work(objective_of(settings), largest_microbatch(settings), needs_second_model(settings))
     print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
 
@@ -597,6 +646,16 @@ def kind_of_settings(config: Path | None, stage: Stage | None) -> type[Config]:
     if stage is not None:
         return STAGES[stage.value]
     return PretrainConfig if config is None else kind_of(config)
+
+
+def name_of(stage: Stage | None) -> str | None:
+    return None if stage is None else stage.value
+
+
+def say(remarks: list[str]) -> None:
+    """On standard error, by the first rank."""
+    for remark in remarks if os.environ.get("RANK", "0") == "0" else ():
+        print(remark, file=sys.stderr)
 
 
 def whole_number(name: str, text: str) -> int:

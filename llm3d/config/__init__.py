@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from llm3d.config.checks import check_layout
+from llm3d.config.checks import check_generation, check_layout, check_plan
 from llm3d.config.explain import nearest, show, validate
 from llm3d.config.hugging_face import hugging_face_directory, hugging_face_shape
 from llm3d.config.peft import peft_settings
@@ -69,13 +69,16 @@ __all__ = [
     "RewardSource",
     "SFTConfig",
     "ZeroConfig",
+    "check_generation",
     "check_layout",
+    "check_plan",
     "config_to_yaml",
     "json_schema",
     "kind_of",
     "load_config",
     "make_config",
     "model_at",
+    "parse_config",
     "with_vocab_size",
 ]
 
@@ -111,14 +114,19 @@ def make_config(
     settings: Mapping[Any, Any], world_size: int | None = 1, kind: type[Config] = PretrainConfig
 ) -> Config:
     """The settings in a dictionary as YAML would give it. Raises InputError."""
+    config = parse_config(settings, kind)
+    check_layout(config, world_size)
+    return config
+
+
+def parse_config(settings: Mapping[Any, Any], kind: type[C]) -> C:
+    """The same, each setting alone: whether they fit each other is not checked."""
     filled = _with_defaults(settings, kind)
     if isinstance(filled.get("model"), dict):
         filled["model"] = _resolve_model(filled["model"])
     if isinstance(filled["lora"], dict) and isinstance(filled["lora"].get("path"), str):
         filled["lora"] = _resolve_lora(filled["lora"])
-    config = validate(kind, filled)
-    check_layout(config, world_size)
-    return config
+    return validate(kind, filled)
 
 
 def model_at(path: str) -> ModelConfig:

@@ -22,12 +22,34 @@ from llm3d.errors import InputError
 
 def check_layout(config: Config, world_size: int | None) -> None:
     """Raise InputError with a line for each way in which the settings do not fit each other."""
-    problems = [*_model_problems(config), *_stage_problems(config), *_step_problems(config)]
-    problems += [*_stage_settings_problems(config), *_path_problems(config)]
+    problems = [*_training_problems(config), *_start_problems(config), *_path_problems(config)]
     if not problems and world_size is not None:
         problems += _world_problems(config, world_size)
+    _refuse(problems)
+
+
+def check_plan(config: Config, world_size: int) -> None:
+    """The same for what is planned on paper, where a model is a shape."""
+    _refuse([*_training_problems(config)] or [*_world_problems(config, world_size)])
+
+
+def check_generation(config: Config, world_size: int) -> None:
+    """The same of what text is written by: the model and its layout, nothing that only training needs."""
+    problems = [*_model_problems(config), *_stage_problems(config), *_path_problems(config)]
+    _refuse(problems or [*_rank_problems(config, world_size)])
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise InputError("\n".join(problems))
+
+
+def _training_problems(config: Config) -> Iterator[str]:
+    yield from _model_problems(config)
+    yield from _length_problems(config)
+    yield from _stage_problems(config)
+    yield from _step_problems(config)
+    yield from _stage_settings_problems(config)
 
 
 def _model_problems(config: Config) -> Iterator[str]:
@@ -41,11 +63,6 @@ def _model_problems(config: Config) -> Iterator[str]:
         yield f"model.head_dim: {model.head_dim} is odd; rotary embeddings need an even one"
     if model.vocab_size is None and config.data.tokenizer is None:
         yield "model.vocab_size: missing; give it, or data.tokenizer to take it from"
-    if config.data.sequence_length > model.max_position_embeddings:
-        yield (
-            f"data.sequence_length: {config.data.sequence_length} is above "
-            f"model.max_position_embeddings {model.max_position_embeddings}"
-        )
     if heads % tensor:
         yield f"parallel.tensor: {tensor} does not divide model.num_attention_heads {heads}"
     if kv_heads % tensor and tensor % kv_heads:
@@ -55,6 +72,15 @@ def _model_problems(config: Config) -> Iterator[str]:
         )
     if model.intermediate_size % tensor:
         yield f"parallel.tensor: {tensor} does not divide model.intermediate_size {model.intermediate_size}"
+
+
+def _length_problems(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor
+    if config.data.sequence_length > model.max_position_embeddings:
+        yield (
+            f"data.sequence_length: {config.data.sequence_length} is above "
+            f"model.max_position_embeddings {model.max_position_embeddings}"
+        )
     tokens = config.batch.micro * config.data.sequence_length
     fixed = not isinstance(config.data, ChatDataConfig)  # else a microbatch is as long as what it holds
     if fixed and config.parallel.sequence and tokens % tensor:
@@ -140,8 +166,6 @@ def _interval_problems(config: Config) -> Iterator[str]:
 def _stage_settings_problems(config: Config) -> Iterator[str]:
     if not config.lora.rank and config.lora != LoRASettings():
         yield "lora: set, but lora.rank is 0, which means no adapters"
-    if config.lora.rank and config.model.path is None:
-        yield "lora.rank: adapters need a model to adapt; set model.path"
     if config.lora.dropout and not isinstance(config.data, ChatDataConfig):
         yield f"lora.dropout: {config.lora.dropout} is for the stages after pretraining; leave it out"
     if isinstance(config, RewardConfig | DPOConfig) and config.batch.micro < 2:
@@ -154,10 +178,15 @@ def _stage_settings_problems(config: Config) -> Iterator[str]:
             yield "dpo.length_normalized: dpo.loss ipo always is; leave it out"
         if dpo.rpo_mean != "sequence" and not dpo.rpo_alpha:
             yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
-    if isinstance(config.data, ChatDataConfig) and config.model.path is None:
-        yield "model.path: missing; name the model to start from"
     if isinstance(config, PPOConfig):
         yield from _ppo_problems(config)
+
+
+def _start_problems(config: Config) -> Iterator[str]:
+    if config.lora.rank and config.model.path is None:
+        yield "lora.rank: adapters need a model to adapt; set model.path"
+    if isinstance(config.data, ChatDataConfig) and config.model.path is None:
+        yield "model.path: missing; name the model to start from"
 
 
 def _ppo_problems(config: PPOConfig) -> Iterator[str]:
@@ -223,12 +252,19 @@ def _path_problems(config: Config) -> Iterator[str]:
         yield f"checkpoint.resume: {resume!r} is neither auto, none nor a checkpoint's directory{hint}"
 
 
-def _world_problems(config: Config, world_size: int) -> Iterator[str]:
-    parallel, batch = config.parallel, config.batch
+def _rank_problems(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline
     if world_size < 1 or world_size % ranks:
         layout = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} = {ranks}"
         yield f"world size {world_size} is not a multiple of {layout}"
+
+
+def _world_problems(config: Config, world_size: int) -> Iterator[str]:
+    problems = [*_rank_problems(config, world_size)]
+    yield from problems
+    parallel, batch = config.parallel, config.batch
+    if problems:
         return
     if isinstance(config.data, ChatDataConfig):
         return

@@ -10,7 +10,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from llm3d.config.sections import ChatSource, Config, DataSource, ModelConfig, Section
+from llm3d.config.aliases import setting_called, value_called
+from llm3d.config.sections import Config, DataSource, ModelConfig, RewardSource, Section
 from llm3d.errors import InputError
 
 S = TypeVar("S", bound=Section)
@@ -84,27 +85,31 @@ def _describe(error: Any, where: str, allowed: list[str], root: type[Config]) ->
         return str(error["ctx"]["error"])
     said = _SAYS.get(kind, error["msg"]).format_map(error.get("ctx", {}))
     choices = re.findall("'([^']*)'", said) if kind == "literal_error" else []
-    return f"{show(given)} {said}{nearest(given, choices)}"
+    known = value_called(where, given) if choices else None
+    return f"{show(given)} {said}" + (f"; did you mean {known}?" if known else nearest(given, choices))
 
 
 def _unknown(where: str, allowed: list[str], root: type[Config]) -> str:
-    """The same name in another section, else the nearest in this one, else what there is."""
+    """What others call so, else the same name in another section, else the nearest in this one, else what there is."""
     section, _, name = where.rpartition(".")
-    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == name]
+    paths = [path for path, _ in setting_paths(root)]
+    known = setting_called(name, paths)
+    elsewhere = [path for path in paths if path.rpartition(".")[2] == name]
     beside = [f"{section}.{sibling}" if section else sibling for sibling in get_close_matches(name, allowed)]
-    guess = "".join(f"; did you mean {path}?" for path in (elsewhere or beside)[:1])
+    guess = "".join(f"; did you mean {path}?" for path in ([known] if known else elsewhere or beside)[:1])
     names = f"; {section or 'a settings file'} has {', '.join(allowed)}"
     return f"unknown setting{guess or names}"
 
 
-def _paths(kind: type[Section], prefix: str = "") -> Iterator[str]:
+def setting_paths(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a section and of those in it, and what may stand there."""
     for name, field in kind.model_fields.items():
         path = prefix + (field.alias or name)
         section = _section_in(field.annotation)
-        if section is None:
-            yield path
-        elif section not in (DataSource, ChatSource):  # its settings are entries of a list
-            yield from _paths(section, f"{path}.")
+        if section is None or issubclass(section, DataSource | RewardSource):  # entries of a list
+            yield path, field.annotation
+        else:
+            yield from setting_paths(section, f"{path}.")
 
 
 def nearest(given: object, names: Iterable[str]) -> str:

@@ -17,12 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from llm3d.errors import InputError
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[Any, Any]:
+def read_settings(given: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> dict[Any, Any]:
     """What a YAML file and the overrides on top of it say, interpolations resolved. Raises InputError.
 
+    given: the file, or what would be in it.
     An override replaces what it names; one of model.preset or model.path replaces the file's model section.
     """
-    settings = _read_yaml(path)
+    settings = OmegaConf.create(_escape(given)) if isinstance(given, dict) else _read_yaml(given)
     if any(override.startswith(("model.preset=", "model.path=")) for override in overrides):
         settings["model"] = {}
     for override in overrides:

@@ -6,13 +6,14 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeVar
+from typing import Any, NamedTuple, TextIO
 
-from llm3d.config import ChatDataConfig, Config, RewardConfig, ZeroConfig
+from llm3d.config import ChatDataConfig, Config, RewardConfig
+from llm3d.config.uses import generation_layout, has_template
 from llm3d.data.chat import PlacedPrompt, read_prompts
 from llm3d.data.documents import has_half_a_pair
 from llm3d.data.formats import Message
@@ -34,8 +35,6 @@ from llm3d.stages.training import latest_model
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
 from llm3d.wording import counted
-
-C = TypeVar("C", bound=Config)
 
 _PORTION = 16  # times generate.max_sequences: prompts between two times that replies are written to a file
 
@@ -66,15 +65,13 @@ class PromptEncoder:
         if isinstance(config, RewardConfig):
             raise InputError("a reward model scores replies and writes none; name another stage's settings")
         backend.use(config.kernels.backend, device_of_this_process())
-        # Text that a model was pretrained on here starts with no token of its own.
-        self.pretrained_here = config.model.path is None
         self.config, tokenizer = open_tokenizer(generation_layout(config))
         if tokenizer is None:
             raise InputError("data.tokenizer: not set; name the model's tokenizer")
         self.tokenizer: Tokenizer = tokenizer
         self.template: Template | None = None
-        if isinstance(config.data, ChatDataConfig) and not raw:
-            self.template = load_template(config.data.template, tokenizer)
+        if not raw:
+            self.template = template_of(config, tokenizer)
         ids = end_ids(self.config, tokenizer, self.template)
         self.replies = Replies(tokenizer, ids, config.generate.stop)
 
@@ -97,8 +94,8 @@ class PromptEncoder:
         return tokens
 
     def _beginning(self) -> list[int]:
-        bos, wanted = self.tokenizer.bos_id, self.tokenizer.adds_bos and not self.pretrained_here
-        return [bos] if wanted and bos is not None else []
+        bos = self.tokenizer.bos_id
+        return [bos] if self.tokenizer.adds_bos and bos is not None else []
 
     def tokens_of(self, prompt: PlacedPrompt) -> list[int]:
         try:
@@ -119,13 +116,12 @@ def request_for(config: Config, replies: Replies, tokens: Sequence[int], number:
     return Request(tokens, asked.max_new_tokens, replies.ends, sampling, asked.num_replies, seed)
 
 
-def generation_layout(config: C) -> C:
-    """The settings as text is written: one stage a rank, whole rows, weights that stay."""
-    parallel = config.parallel
-    layers = None if parallel.chunks > 1 else parallel.layers_per_stage
-    plain = {"chunks": 1, "schedule": "1f1b", "sequence": False, "layers_per_stage": layers}
-    update = {"parallel": parallel.model_copy(update=plain), "zero": ZeroConfig(stage=0), "recompute": "none"}
-    return config.model_copy(update=update)
+def template_of(config: Config, tokenizer: Tokenizer) -> Template | None:
+    """What prompts are put into: as the settings say, and for those of pretraining as the model's own files do."""
+    if isinstance(config.data, ChatDataConfig):
+        return load_template(config.data.template, tokenizer)
+    has_own = tokenizer.directory is not None and has_template(tokenizer.directory)
+    return load_template("auto", tokenizer) if has_own else None
 
 
 class Written(NamedTuple):
@@ -211,7 +207,8 @@ def check(config: Config, wanted: Wanted) -> Opened:
     encoder = PromptEncoder(config, wanted.raw)
     if wanted.chat and encoder.template is None:
         raise InputError(
-            "--chat needs a chat template, which settings of sft or dpo name; --prompt continues a text"
+            "--chat needs a chat template, which this model has not; name one with --stage sft data.template=NAME, or "
+            "let --prompt continue a text"
         )
     if wanted.prompt is not None:
         return Opened(encoder, [encoder.tokens([Message("user", wanted.prompt)])], [wanted.prompt])
@@ -331,31 +328,64 @@ def lines_of(output: Path | None, mesh: Mesh) -> Iterator[TextIO | None]:
         raise
 
 
+_COMMANDS = {
+    "/help": "say what there is",
+    "/clear": "start anew: what was said before is forgotten",
+    "/exit": "end, as do exit, quit and Ctrl-D",
+}
+_ENDS = ("/exit", "/quit", "exit", "quit")
+
+
 def converse(writer: Writer) -> None:
-    """Until the user's input ends; the model reads all that was said before."""
+    """Until the user ends it; the model reads all that was said before."""
     messages: list[Message] = []
-    for number in count():
-        said = _next_line(writer.mesh)
-        if said is None:
-            return
-        messages.append(Message("user", said))
-        try:
-            tokens = writer.encoder.tokens(messages)
-        except InputError as error:  # the same on every rank
-            messages.pop()
-            if writer.mesh.rank == 0:
-                print(f"{error}; this was not read", file=sys.stderr)
-            continue
-        messages.append(Message("assistant", show_as_written(writer, [tokens], number)))
+    replies = count()
+    _say(writer, f"{', '.join(f'{name}: {about}' for name, about in _COMMANDS.items())}")
+    with suppress(KeyboardInterrupt):
+        while (said := _next_line(writer.mesh)) is not None and said.lower() not in _ENDS:
+            if said.startswith("/") and " " not in said:
+                messages = _obey(writer, said, messages)
+            else:
+                messages = _reply(writer, [*messages, Message("user", said)], replies)
+
+
+def _obey(writer: Writer, command: str, messages: list[Message]) -> list[Message]:
+    """-> what is still known of the conversation."""
+    if command == "/clear":
+        _say(writer, "what was said before is forgotten")
+        return []
+    if command != "/help":
+        _say(writer, f"no command {command}")
+    _say(writer, "\n".join(f"{name:8}{about}" for name, about in _COMMANDS.items()))
+    return messages
+
+
+def _reply(writer: Writer, messages: list[Message], replies: Iterator[int]) -> list[Message]:
+    """-> the conversation with the reply, or without what could not be read."""
+    try:
+        tokens = writer.encoder.tokens(messages)
+    except InputError as error:  # the same on every rank
+        _say(writer, f"{error}; this was not read")
+        return messages[:-1]
+    return [*messages, Message("assistant", show_as_written(writer, [tokens], next(replies)))]
+
+
+def _say(writer: Writer, text: str) -> None:
+    if writer.mesh.rank == 0:
+        print(text, file=sys.stderr)
 
 
 def _next_line(mesh: Mesh) -> str | None:
-    """What the user says next, on every rank; None at the end."""
+    """What the user says next, on every rank; None at the end, which Ctrl-C is, too."""
     line = b""
     while mesh.rank == 0 and not line:
         print("> ", end="", file=sys.stderr, flush=True)
-        read = sys.stdin.readline()
+        try:
+            read = sys.stdin.readline()
+        except KeyboardInterrupt:
+            read = ""
         if not read:
+            print(file=sys.stderr)
             break
         line = read.strip().encode("utf-8", errors="replace")
     return gather_bytes(line, mesh.everyone)[0].decode() or None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llm3d.config import PPOConfig
+from llm3d.config.uses import generation_layout
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.packing import pack
 from llm3d.data.pretraining import Sample as Window
@@ -29,7 +30,7 @@ from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.reshard import HandOver, Moved
-from llm3d.stages.generate import generation_layout, request_for
+from llm3d.stages.generate import request_for
 from llm3d.stages.prompt_data import Prompt
 from llm3d.train.parking import without_memory
 from llm3d.train.trainer import Evaluator, Trainer

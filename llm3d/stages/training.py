@@ -11,6 +11,7 @@ import torch
 
 from llm3d.config import Config, config_to_yaml
 from llm3d.config.explain import nearest
+from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import backend
@@ -21,7 +22,6 @@ from llm3d.train.best import Best
 from llm3d.train.checkpoint import (
     BEST,
     checkpoint_of,
-    latest_checkpoint,
     load_adapters,
     load_checkpoint,
     load_pretrained,

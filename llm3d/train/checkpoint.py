@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llm3d.config.places import complete_checkpoints, step_of
 from llm3d.errors import InputError, TrainingAborted
 from llm3d.models.build import initialise
 from llm3d.models.heads import SCORE
@@ -38,7 +39,6 @@ from llm3d.train.manifest import Manifest, manifest_text, read_manifest
 from llm3d.train.trainer import Evaluator, Trainer
 
 BEST = "best"  # beside the checkpoints, a link to one
-_COMPLETE = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
 _INSTEAD = {
     "model": "holds adapters and no whole model; set lora as it was, or let `llm3d export` merge them",
@@ -247,7 +247,8 @@ def _link(link: Path, target: Path) -> None:
 
 
 def _delete_older(newest: Path, keep: int | None, best: int | None) -> None:
-    older = [path for path in _complete(newest.parent) if _step(path) < _step(newest) and _step(path) != best]
+    earlier = [path for path in complete_checkpoints(newest.parent.parent) if step_of(path) < step_of(newest)]
+    older = [path for path in earlier if step_of(path) != best]
     for path in older[: max(0, len(older) + 1 - keep)] if keep is not None else []:
         deleted = path.with_name(f".{path.name}.deleted")
         path.rename(deleted)
@@ -270,23 +271,6 @@ def _tidy(checkpoints: Path) -> None:
 def checkpoint_of(run_dir: Path, step: int) -> Path:
     """Where a run has its checkpoint of a step."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The complete checkpoint of the highest step in a run directory."""
-    return next(reversed(_complete(Path(run_dir) / "checkpoints")), None)
-
-
-def _complete(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, by step."""
-    if not checkpoints.is_dir():
-        return []
-    found = [path for path in checkpoints.iterdir() if _COMPLETE.fullmatch(path.name)]
-    return sorted((path for path in found if (path / manifest.FILE).is_file()), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
 
 
 # ---- loading ----

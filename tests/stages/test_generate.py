@@ -100,13 +100,17 @@ def test_a_file_of_prompts_gives_a_line_of_json_each(given: Settings, model: Pat
         ended = generate(
             given, tmp_path, "--prompts", write_rows(tmp_path / name, rows), "--output", str(output)
         )
-        assert (ended.code, ended.stdout) == (0, "") and f"{len(rows)} replies, " in ended.stderr
+        assert (ended.code, ended.stdout) == (0, "") and counted(len(rows)) in ended.stderr
         prompts = [user(question) for question in QUESTIONS] if name == "texts.jsonl" else [conversation]
         for line, prompt in zip(output.read_text().splitlines(), prompts, strict=True):
             found = json.loads(line)
             assert found["prompt"] == (prompt[0]["content"] if len(prompt) == 1 else prompt)
             assert (found["reply"], found["reason"]) == by_transformers(model, prompt)
             assert found["log_probability"] < 0 < found["tokens"] <= NEW_TOKENS
+
+
+def counted(num_replies: int) -> str:
+    return "1 reply, " if num_replies == 1 else f"{num_replies} replies, "
 
 
 def test_a_conversation_remembers_what_was_said(given: Settings, model: Path, tmp_path: Path) -> None:
@@ -118,12 +122,33 @@ def test_a_conversation_remembers_what_was_said(given: Settings, model: Path, tm
     assert (ended.code, ended.stdout) == (0, f"{first}\n{second}\n")
 
 
+def test_a_conversation_can_start_anew_and_be_ended(given: Settings, model: Path, tmp_path: Path) -> None:
+    typed = ["/help", QUESTIONS[0], "/clear", "/nothing", QUESTIONS[1], "quit", QUESTIONS[2]]
+    ended = generate(given, tmp_path, "--chat", typed="".join(f"{line}\n" for line in typed))
+    replies = [by_transformers(model, user(question))[0] for question in QUESTIONS[:2]]
+    assert (ended.code, ended.stdout) == (0, "".join(f"{reply}\n" for reply in replies))
+    first, *_ = (line for line in ended.stderr.splitlines() if line != str(model))
+    assert all(command in first for command in ("/help", "/clear", "/exit"))
+    assert "no command /nothing" in ended.stderr
+
+
+def test_ctrl_c_ends_a_conversation_quietly(
+    given: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> list[Written]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "write", interrupted)
+    ended = generate(given, tmp_path, "--chat", typed="one\ntwo\n")
+    assert (ended.code, ended.stdout) == (0, "") and "interrupted" not in ended.stderr
+
+
 def test_text_can_be_continued_as_it_stands(given: Settings, model: Path, tmp_path: Path) -> None:
     expected, _ = by_transformers(model, QUESTIONS[0])
     assert generate(given, tmp_path, "--raw", "--prompt", QUESTIONS[0]).stdout == expected + "\n"
     pretraining = {name: section for name, section in given.items() if name != "sft"}
     pretraining["data"] = {"train": ["unused"], "sequence_length": 8, "tokenizer": str(model)}
-    assert generate(pretraining, tmp_path, "--prompt", QUESTIONS[0]).stdout == expected + "\n"
+    assert generate(pretraining, tmp_path, "--raw", "--prompt", QUESTIONS[0]).stdout == expected + "\n"
 
 
 def test_stop_strings_end_a_reply_and_are_not_shown(given: Settings, model: Path, tmp_path: Path) -> None:
@@ -273,13 +298,32 @@ def test_an_output_is_replaced_only_where_that_is_asked_for(given: Settings, tmp
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_a_model_pretrained_here_starts_where_its_documents_did(given: Settings, model: Path) -> None:
-    """No document of its corpus had a token for its beginning, though the tokenizer names one."""
+def test_a_text_starts_as_the_tokenizer_says_whatever_the_settings_are_for(
+    given: Settings, model: Path
+) -> None:
     pretraining = {name: section for name, section in given.items() if name != "sft"}
     pretraining["data"] = {"train": ["unused"], "sequence_length": 8, "tokenizer": str(model)}
     told = [
-        PromptEncoder(make_config(pretraining | {"model": shape}, 1, STAGES["pretrain"]), raw=False)
-        for shape in ({"path": str(model)}, SHAPE)
+        PromptEncoder(make_config(settings, 1, STAGES[stage]), raw=True)
+        for stage, settings in (
+            ("sft", given),
+            ("pretrain", pretraining),
+            ("pretrain", pretraining | {"model": SHAPE}),
+        )
     ]
-    given_weights, own_weights = (encoder.tokens([Message("user", "one")]) for encoder in told)
-    assert given_weights == [told[0].tokenizer.bos_id, *own_weights]
+    tokenizer = told[0].tokenizer
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    for encoder in told:
+        assert encoder.tokens([Message("user", "one")]) == [*bos, *tokenizer.encode("one")]
+
+
+def test_settings_of_pretraining_use_the_template_that_lies_with_the_model(
+    given: Settings, model: Path, tmp_path: Path
+) -> None:
+    pretraining = {name: section for name, section in given.items() if name != "sft"}
+    pretraining["data"] = {"train": ["unused"], "sequence_length": 8}
+    ended = generate(pretraining, tmp_path, "--prompt", QUESTIONS[0])
+    assert ended.stdout == by_transformers(model, user(QUESTIONS[0]))[0] + "\n"
+
+
+# ---- what the command is given ----

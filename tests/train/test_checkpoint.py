@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import load_tokenizer, train_tokenizer
 from llm3d.errors import InputError, TrainingAborted
 from llm3d.parallel import box_files
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.checkpoint import latest_checkpoint, load_checkpoint, load_pretrained, save_checkpoint
+from llm3d.train.checkpoint import load_checkpoint, load_pretrained, save_checkpoint
 from llm3d.train.manifest import manifest_text, read_manifest
 from llm3d.train.trainer import Trainer
 from tests import pool
