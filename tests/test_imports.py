@@ -26,7 +26,7 @@ NEXT_BELOW = {
     "stages": {"train", "generate", "data"},
     "cli": {"stages", "plan", "scaling"},
 }
-FOR_ALL = {"config", "errors"}
+FOR_ALL = {"config", "errors", "wording"}
 
 
 def below(room: str) -> set[str]:

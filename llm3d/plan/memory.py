@@ -159,7 +159,7 @@ def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
         None if master is parameters else master
         for master, parameters in zip(optimizer.master, flat.parameters, strict=True)
     ]
-    average = optimizer.average or [None] * len(separate)
+    average: Sequence[Tensor | None] = optimizer.average or [None] * len(separate)
     states = list(zip(separate, optimizer.exp_avg, optimizer.exp_avg_sq, average, strict=True))
     here = [state for i, state in enumerate(states) if i not in optimizer.on_host]
     there = [tensor for i in optimizer.on_host for tensor in states[i]]
