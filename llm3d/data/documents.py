@@ -1,8 +1,11 @@
 """Documents out of text files: which files a user meant, how they divide into items of work, what they hold.
 
-    .txt                              a document a file, or split at a separator
-    .jsonl, .jsonl.gz, .jsonl.zst     a document a line, in a named field
-    .parquet                          a document a row, in a named column
+    .txt         a document a file, or split at a separator
+    .jsonl       a document a line, in a named field
+    .json        the same, or a list of such objects
+    .parquet     a document a row, in a named column
+
+All but the last may be compressed (.gz, .zst); capital letters count as small ones.
 
 A big file becomes many items, so that processes can share it; the documents of the items, in order, are the
 documents of the file, however it was divided.
@@ -13,8 +16,10 @@ import gzip
 import io
 import json
 import mmap
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,19 +27,22 @@ from typing import Any, BinaryIO
 
 from llm3d.errors import InputError
 
-KINDS = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".parquet": "parquet",
+_NAMES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+COMPRESSIONS = (".gz", ".zst")
+KINDS = {name + end: kind for name, kind in _NAMES.items() for end in ("", *COMPRESSIONS)} | {
+    ".parquet": "parquet"
 }
+NOT_READ = (  # data all the same
+    *(".csv", ".tsv", ".arrow", ".feather", ".xlsx"),
+    *(".bz2", ".xz", ".lz4", ".zip", ".tar", *COMPRESSIONS),
+)
 ITEM_BYTES = 1 << 22
 BOM = b"\xef\xbb\xbf"
 JSON_SPACES = " \t\r\n"
 HALF_A_PAIR = "half of a surrogate pair (\\ud800 to \\udfff), which is no character"
 SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_START = re.compile(rb"\n(?=\S)")
+LAST_LINE_START = re.compile(rb".*\n(?=\S)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,10 @@ class Format:
 class Item:
     """A part of a file that one process reads.
 
-    start, stop: bytes, or row groups of a parquet file.  data: those bytes, of a compressed file.
-    first: lines or rows before it in the file; None: to be counted when an error needs it.
+    start, stop: bytes, or row groups of a parquet file.  data: those bytes, of a compressed file or a list.
+    first: lines, entries of a list or rows before it in the file; None: to be counted when an error needs it.
     starts, ends: False where a .txt file's only document goes on from the item before, or into the next one.
-    read: bytes of the file that are behind it, for progress.
+    read: bytes of the file that are behind it, for progress.  unit: what is counted, a line or an entry.
     """
 
     path: str
@@ -64,6 +72,7 @@ class Item:
     first: int | None = None
     starts: bool = True
     ends: bool = True
+    unit: str = "line"
 
 
 @dataclass(frozen=True)
@@ -83,28 +92,24 @@ _decode_json = json.JSONDecoder().raw_decode
 def find_files(paths: Sequence[str | Path], kinds: Mapping[str, str] = KINDS) -> list[Path]:
     """The files that paths, directories (searched through) and glob patterns name, in order, each once.
 
+    Links are followed. In directories, files that no kind fits are passed over, as are hidden ones.
     kinds: by how their names end, the files that are read.
-    Raises InputError for a path that matches nothing, or a file of a kind that is not read.
+    Raises InputError for a path that matches nothing, a file of a kind that is not read, data of such a kind in a
+    directory, and a link to nothing.
     """
-    found: dict[Path, None] = {}
-    for given in map(str, paths):
-        for path in _matches(given):
-            if path.is_dir():
-                inside = [p for p in sorted(path.rglob("*")) if file_kind(p, kinds) and _is_visible(p, path)]
-                if not inside:
-                    raise InputError(f"{path}: no {', '.join(kinds)} files in this directory")
-                found.update(dict.fromkeys(inside))
-            elif file_kind(path, kinds) is None:
-                raise InputError(f"{path}: not a kind of file that is read ({', '.join(kinds)}); convert it")
-            else:
-                found[path] = None
+    found: dict[str, Path] = {}  # by what they are beyond links and other names
+    for path in (path for given in map(str, paths) for path in _matches(given)):
+        for file in _inside(path, kinds) if path.is_dir() else [path]:
+            if file_kind(file, kinds) is None:
+                raise InputError(f"{file}: not a kind of file that is read ({', '.join(kinds)}); convert it")
+            found.setdefault(os.path.realpath(file), file)
     if not found:
         raise InputError("no input files given; name files, directories or patterns such as 'data/*.jsonl'")
-    return list(found)
+    return list(found.values())
 
 
 def file_kind(path: Path, kinds: Mapping[str, str] = KINDS) -> str | None:
-    """'text', 'jsonl' or 'parquet' by the file's name, None for other files."""
+    """'text', 'jsonl', 'json' or 'parquet' by the file's name, None for other files."""
     return next((kind for suffix, kind in kinds.items() if path.name.lower().endswith(suffix)), None)
 
 
@@ -119,19 +124,45 @@ def _matches(given: str) -> list[Path]:
     return matches
 
 
-def _is_visible(path: Path, root: Path) -> bool:
-    return path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+def _inside(root: Path, kinds: Mapping[str, str]) -> list[Path]:
+    """The files of a directory and those below it, through links, that hold data, in order."""
+    files, seen = list[Path](), set[str]()
+    for directory, below, names in os.walk(root, followlinks=True):
+        if os.path.realpath(directory) in seen:
+            below.clear()
+            continue
+        seen.add(os.path.realpath(directory))
+        below[:] = [name for name in below if not name.startswith(".")]
+        files += [Path(directory, name) for name in names if not name.startswith(".")]
+    data = sorted(file for file in files if file_kind(file, kinds) or file.name.lower().endswith(NOT_READ))
+    for file in data:
+        if not file.exists():
+            raise InputError(f"{file}: a link to what does not exist; mend or remove it")
+        if file_kind(file, kinds) is None:
+            raise InputError(
+                f"{file}: not a kind of file that is read; convert it, or name the others, as in '{root}/*.jsonl'"
+            )
+    if not data:
+        raise InputError(f"{root}: no {', '.join(kinds)} files in this directory")
+    return data
 
 
 def divide(path: Path, form: Format) -> Iterator[Item]:
-    """The items of a file, in order. Compressed files are read here, others by whoever reads the item."""
-    kind = file_kind(path)
+    """The items of a file, in order. Compressed files and lists are read here, others by whoever reads the item.
+
+    Raises InputError for a file that is damaged as a whole.
+    """
+    kind = str(file_kind(path))
+    if kind == "json" and _holds_a_list(path):
+        yield from _divide_list(path)
+        return
+    kind = "jsonl" if kind == "json" else kind
     if kind == "parquet":
         yield from _divide_parquet(path, form)
-    elif path.suffix in (".gz", ".zst"):
-        yield from _divide_compressed(path)
+    elif _is_compressed(path):
+        yield from _divide_compressed(path, form, kind)
     else:
-        yield from _divide_plain(path, form, str(kind))
+        yield from _divide_plain(path, form, kind)
 
 
 def _divide_plain(path: Path, form: Format, kind: str) -> Iterator[Item]:
@@ -160,33 +191,100 @@ def _boundary(mapped: mmap.mmap, at: int, kind: str, separator: str | None) -> i
     return len(mapped) if found < 0 else found + len(mark)
 
 
-def _divide_compressed(path: Path) -> Iterator[Item]:
-    lines_before, read_before, rest = 0, 0, b""
-    with open(path, "rb") as raw:
-        stream = _decompress(path, raw)
+def _divide_compressed(path: Path, form: Format, kind: str) -> Iterator[Item]:
+    split = kind == "text" and form.separator is None
+    lines_before, read_before, starts, rest = 0, 0, True, b""
+    with _opened(path) as stream:
         while True:
-            try:
-                block = stream.read(ITEM_BYTES)
-            except Exception as error:  # each library raises its own
-                raise InputError(f"{path}: damaged or truncated ({error}); copy the file again") from error
+            block = stream.read(ITEM_BYTES)
             data = rest + block
-            cut = data.rfind(b"\n") + 1 if block else len(data)
+            cut = _last_boundary(data, kind, form.separator) if block else len(data)
             data, rest = data[:cut], data[cut:]
             if data:
-                read = raw.tell()
-                yield Item(str(path), "jsonl", 0, len(data), read - read_before, data, lines_before)
-                lines_before, read_before = lines_before + data.count(b"\n"), read
+                read = stream.raw_position()
+                ends = not split or not block
+                yield Item(
+                    str(path), kind, 0, len(data), read - read_before, data, lines_before, starts, ends
+                )
+                lines_before, read_before, starts = lines_before + data.count(b"\n"), read, not split
             if not block:
                 return
 
 
-def _decompress(path: Path, raw: BinaryIO) -> BinaryIO | io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    import zstandard
+def _last_boundary(data: bytes, kind: str, separator: str | None) -> int:
+    """The last place at which no document or token ends up cut; 0: there is none."""
+    if kind == "text" and separator is None:
+        match = LAST_LINE_START.match(data)
+        return match.end() if match else 0
+    mark = b"\n" if kind == "jsonl" else str(separator).encode()
+    found = data.rfind(mark)
+    return 0 if found < 0 else found + len(mark)
 
-    reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(raw, read_across_frames=True)
-    return io.BufferedReader(reader, buffer_size=1 << 17)
+
+def _divide_list(path: Path) -> Iterator[Item]:
+    """One JSON list, as lines that hold an entry each."""
+    with _opened(path) as file:
+        content = file.read()
+    entries, why = parse_json(content.removeprefix(BOM))
+    if why is not None:
+        raise InputError(f"{path}: {why}; a .json file is one list of objects, or holds an object a line")
+    assert entries is not None, "it starts as a list"
+    lines, size, share = list[bytes](), 0, path.stat().st_size // max(1, len(entries))
+    for number, entry in enumerate(entries, 1):
+        lines.append(json.dumps(entry).encode() + b"\n")
+        size += len(lines[-1])
+        if size >= ITEM_BYTES or number == len(entries):
+            first = number - len(lines)
+            yield Item(str(path), "jsonl", 0, size, share * len(lines), b"".join(lines), first, unit="entry")
+            lines, size = [], 0
+
+
+def _holds_a_list(path: Path) -> bool:
+    """Whether a .json file is a list. Raises InputError where it is not an object a line, either."""
+    with _opened(path) as file:
+        start = file.read(1 << 20).removeprefix(BOM).lstrip()
+    first, end, _ = start.partition(b"\n")
+    _, why = parse_json(first) if end else (None, None)
+    if why is not None and not start.startswith(b"["):
+        raise InputError(f"{path}: neither one list of objects nor an object a line: line 1 is {why}")
+    return start.startswith(b"[")
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.name.lower().endswith(COMPRESSIONS)
+
+
+class _Stream:
+    """The bytes of a file, taken out of its compression."""
+
+    def __init__(self, path: Path, raw: BinaryIO) -> None:
+        self.path, self._raw = path, raw
+        self._stream: BinaryIO | io.BufferedIOBase = raw
+        if path.name.lower().endswith(".gz"):
+            self._stream = gzip.GzipFile(fileobj=raw)
+        elif path.name.lower().endswith(".zst"):
+            import zstandard
+
+            reader = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(
+                raw, read_across_frames=True
+            )
+            self._stream = io.BufferedReader(reader, buffer_size=1 << 17)
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except Exception as error:  # each library raises its own
+            raise InputError(f"{self.path}: damaged or truncated ({error}); copy the file again") from error
+
+    def raw_position(self) -> int:
+        """Bytes of the file itself that are read."""
+        return self._raw.tell()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Stream]:
+    with open(path, "rb") as raw:
+        yield _Stream(path, raw)
 
 
 def _divide_parquet(path: Path, form: Format) -> Iterator[Item]:
@@ -196,7 +294,8 @@ def _divide_parquet(path: Path, form: Format) -> Iterator[Item]:
         if form.text_field not in file.schema_arrow.names:
             raise InputError(f"{path}: no column {form.text_field!r} {_fields_hint(file.schema_arrow.names)}")
         kind = file.schema_arrow.field(form.text_field).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if kind not in (pa.string(), pa.large_string(), pa.string_view()):
             raise InputError(
                 f"{path}: column {form.text_field!r} holds {kind}, not text; name another column"
             )
@@ -248,7 +347,7 @@ def _lines_before(item: Item) -> int:
 
 def _read_text(item: Item, form: Format) -> Iterator[str | BadRecord]:
     data = _read_bytes(item)
-    data = data.removeprefix(BOM) if item.start == 0 else data
+    data = data.removeprefix(BOM) if item.start == 0 and not item.first else data
     parts = data.split(form.separator.encode()) if form.separator else [data]
     line = 0
     for part in parts:
@@ -277,7 +376,7 @@ def _read_jsonl(item: Item, form: Format) -> Iterator[str | BadRecord]:
             yield text
         else:
             lines_before = _lines_before(item) if lines_before is None else lines_before
-            yield BadRecord(f"{item.path} line {lines_before + number}", why)
+            yield BadRecord(f"{item.path} {item.unit} {lines_before + number}", why)
 
 
 def _plain_text(line: Any, field: str) -> str | None:
@@ -365,7 +464,7 @@ def _bad_utf8(error: UnicodeDecodeError) -> str:
 def json_kind(value: object) -> str:
     """What a value is called where it stands in the place of another kind."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def _fields_hint(names: Sequence[str]) -> str:

@@ -1,18 +1,19 @@
 """Rows of post-training data, each with its place.
 
-    .jsonl, .jsonl.gz, .jsonl.zst     an object a line
-    .json                             one list of objects
-    .parquet                          a row with its columns
+    .jsonl       an object a line
+    .json        the same, or one list of objects
+    .parquet     a row with its columns
 
+The first two may be compressed (.gz, .zst).
 A row is a dictionary from column to value, whatever the file; formats.py says what the columns mean.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm3d.data.documents import (
-    BOM,
     KINDS,
     BadRecord,
     Format,
@@ -24,9 +25,8 @@ from llm3d.data.documents import (
     open_parquet,
     parse_json,
 )
-from llm3d.errors import InputError
 
-RECORD_KINDS = {suffix: kind for suffix, kind in KINDS.items() if kind != "text"} | {".json": "json"}
+RECORD_KINDS = {suffix: kind for suffix, kind in KINDS.items() if kind != "text"}
 
 
 class Record(NamedTuple):
@@ -46,28 +46,17 @@ def read_records(path: Path) -> Iterator[Record | BadRecord]:
 
     Raises InputError for a file that is damaged as a whole.
     """
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet}
-    return readers[str(file_kind(path, RECORD_KINDS))](path)
-
-
-def _read_jsonl(path: Path) -> Iterator[Record | BadRecord]:
-    lines_before = 0
-    for item in divide(path, Format()):
-        lines = item_lines(item)
-        for number, line in enumerate(lines, lines_before + 1):
-            if line and not line.isspace():
-                yield _record(f"{path} line {number}", *parse_json(line))
-        lines_before += len(lines) - 1  # all but the last end in a newline, and an item ends after one
+    return _read_parquet(path) if file_kind(path) == "parquet" else _read_json(path)
 
 
 def _read_json(path: Path) -> Iterator[Record | BadRecord]:
-    entries, why = parse_json(path.read_bytes().removeprefix(BOM))
-    if why is not None:
-        raise InputError(f"{path}: {why}; a file with an object a line must be named .jsonl")
-    if not isinstance(entries, list):
-        raise InputError(f"{path}: {json_kind(entries)} where a list of objects must stand")
-    for number, entry in enumerate(entries, 1):
-        yield _record(f"{path} entry {number}", entry, None)
+    before = 0
+    for item in divide(path, Format()):
+        lines = item_lines(item)
+        for number, line in enumerate(lines, before + 1):
+            if line and not line.isspace():
+                yield _record(f"{path} {item.unit} {number}", *parse_json(line))
+        before += len(lines) - 1  # all but the last end in a newline, and an item ends after one
 
 
 def _read_parquet(path: Path) -> Iterator[Record | BadRecord]:
@@ -78,9 +67,33 @@ def _read_parquet(path: Path) -> Iterator[Record | BadRecord]:
                 number += 1
                 where = f"{path} row {number}"
                 try:
-                    yield Record(where, batch.slice(i, 1).to_pylist()[0])
+                    (row,) = batch.slice(i, 1).to_pylist(maps_as_pydicts="strict")
+                    values = {field.name: _json_value(row[field.name], field.type) for field in batch.schema}
                 except UnicodeDecodeError:
                     yield BadRecord(where, "not valid UTF-8; write the file again from text in UTF-8")
+                except ValueError as error:
+                    yield BadRecord(where, f"not valid JSON ({error})")
+                else:
+                    yield Record(where, values)
+
+
+def _json_value(value: Any, kind: Any) -> Any:
+    """What JSON would hold in the place of a parquet value of an Arrow type.
+
+    All structs of a column have the same fields, so those that are null are not there; and `datasets` keeps objects
+    of which each has its own fields as texts of JSON.
+    """
+    import pyarrow as pa
+
+    if value is None:
+        return None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return json.loads(value)
+    if pa.types.is_struct(kind):
+        return {f.name: _json_value(value[f.name], f.type) for f in kind if value[f.name] is not None}
+    if pa.types.is_map(kind):
+        return {name: _json_value(item, kind.item_type) for name, item in value.items()}
+    return [_json_value(item, kind.value_type) for item in value] if isinstance(value, list) else value
 
 
 def _record(where: str, value: Any, why: str | None) -> Record | BadRecord:

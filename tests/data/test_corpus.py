@@ -76,15 +76,24 @@ def write_kind(directory, kind, texts):
     elif kind == "jsonl.zst":
         zstandard = pytest.importorskip("zstandard")
         path.write_bytes(zstandard.compress(lines[:1000]) + zstandard.compress(lines[1000:]))
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    elif kind == "JSON.GZ":  # as C4 is published
+        path.write_bytes(gzip.compress(lines))
+    elif kind == "txt.gz":
+        path.write_bytes(gzip.compress("<|sep|>".join(texts).encode()))
     elif kind == "parquet":
         pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), path, row_group_size=30)
+        column = pa.array(texts).dictionary_encode()
+        pq.write_table(pa.table({"n": range(len(texts)), "text": column}), path, row_group_size=30)
     else:
         path.write_text("<|sep|>".join(texts), "utf-8")
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "jsonl.zst", "json", "JSON.GZ", "parquet", "txt", "txt.gz"]
+)
 def test_every_kind_of_file_gives_the_same_corpus(
     kind, corpus_file, tokenizer_directory, tmp_path, monkeypatch
 ):
@@ -103,7 +112,9 @@ def test_a_text_file_is_a_document_however_many_items_it_makes(
     texts = ["\n".join(documents(40)), "short", "\n\n".join(documents(30))]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text, "utf-8", newline="")
-    tokenize_corpus([tmp_path / "*.txt"], tmp_path / "c", tokenizer_directory, valid_fraction=0, **QUIET)
+    (tmp_path / "2.txt").unlink()
+    (tmp_path / "2.txt.gz").write_bytes(gzip.compress(texts[2].encode()))
+    tokenize_corpus([tmp_path / "*.txt*"], tmp_path / "c", tokenizer_directory, valid_fraction=0, **QUIET)
     assert sorted(stored(tmp_path / "c", "train", tokenizer)) == sorted(texts)
     assert not (tmp_path / "c" / "valid.bin").exists()
     # One item or many: the same tokens.
