@@ -1,48 +1,47 @@
 """What the columns of post-training data mean: rows to conversations, comparisons of replies, and prompts.
 
-    conversation   alpaca              instruction, output; maybe input, system, history
+    conversation   alpaca              instruction, output or response; maybe input or context, system, history
                    sharegpt            conversations (of from, value); maybe system
                    messages            messages (of role, content); maybe system
-                   question_answer     question, answer; maybe system, history
+                   question_answer     question, answer or response; maybe system, history
                    prompt_response     prompt, response or completion; maybe system, history
     comparison     preference          chosen, rejected; maybe prompt, input, system, history, margin
                    ranked              responses and their ranks or scores; a prompt as for preference
     prompt         prompt              prompt, question or instruction; maybe input, system, history
                    prompt_messages     messages, or conversations, without a reply at their end; maybe system
 
-A prompt or a reply is a string or a list of messages. history: earlier turns, pairs of [user, assistant].
+A prompt or a reply is a string, a message or a list of messages. history: earlier turns, pairs of [user, assistant].
+All may have tools, documents and chat_template_kwargs, which the chat template reads. What is compared may hold its
+prompt itself, as messages or as hh-rlhf's dialogues, or lie beside it as conversations.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple
+from itertools import takewhile
+from typing import Any
 
-from llm3d.data.documents import HALF_A_PAIR, has_half_a_pair, json_kind
+from llm3d.data.columns import Form, Kind, Values, choose_form, listed, place_of
+from llm3d.data.documents import json_kind
+from llm3d.data.messages import (
+    Fields,
+    Message,
+    Role,
+    checked_turns,
+    is_dialogue,
+    read_dialogue,
+    read_json_field,
+    read_messages,
+    read_text,
+    read_tools,
+)
 from llm3d.errors import InputError
-
-Role = Literal["system", "user", "assistant", "tool"]
-Kind = Literal["conversation", "comparison", "prompt"]
-
-Fields = Mapping[str, Any]  # JSON values by name
-
-
-class Message(NamedTuple):
-    """is_learned: False for a reply that is context alone.
-
-    extra: what else of the message a chat template may read: tool_calls, reasoning_content, name, ...
-    """
-
-    role: Role
-    content: str
-    is_learned: bool = True
-    extra: Fields = {}  # noqa: RUF012 (nothing writes to it)
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Maybe a system message, then user and assistant in turn; the assistant has the last word.
+    """Messages of which the last is a reply; which roles follow each other is for the chat template to say.
 
     template_kwargs: what the chat template reads beside messages: tools, documents, enable_thinking, ...
     """
@@ -55,7 +54,7 @@ class Conversation:
 class Comparison:
     """Replies to one prompt and how good each is.
 
-    prompt: as a conversation's messages, up to a user's.  replies: each starts and ends with the assistant.
+    prompt: as a conversation's messages, up to a user's or a tool's.  replies: each ends with the assistant.
     ranks: one a reply, lower is better, not all equal.  margin: by how much the better one of two is better.
     """
 
@@ -68,118 +67,128 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be replied to: as a conversation's messages, up to a user's."""
+    """What is to be replied to: as a conversation's messages, up to a user's or a tool's."""
 
     messages: tuple[Message, ...]
     template_kwargs: Fields = field(default_factory=dict)
 
 
 Item = Conversation | Comparison | Prompt
-Reader = Callable[[Mapping[str, Any]], Item]
-Values = dict[str, Any]  # of a row, by the format's field; None where the row has none
 
 INPUT_HEADING = "\n\n### Input:\n"  # between an instruction and its input: Taori et al. 2023, Stanford Alpaca
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-}
+REPLY: tuple[Role, ...] = ("assistant",)
+QUESTION: tuple[Role, ...] = ("user", "tool")
+MEDIA = ("images", "videos", "audios")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A function from the rows of a file to samples.  columns: which of them holds each of the format's fields."""
+
+    form: Form
+    columns: Mapping[str, str]
+
+    def __call__(self, row: Mapping[str, Any]) -> Item:
+        """Raises ValueError for a row that cannot be used: why, but not where; the caller knows the row's place.
+
+        InputError where it shows that the file is of a kind that is not read.
+        """
+        for column in map(self.columns.__getitem__, self.form.needs):
+            if column not in row:
+                raise ValueError(
+                    f"no column {column!r}, which the file's first row has (format {self.form.name}; there are: "
+                    f"{listed(row)}); rows of another format belong in a file of their own"
+                )
+            if row[column] is None:
+                raise ValueError(f"column {column!r} is null")
+        values = {name: row.get(column) for name, column in self.columns.items()}
+        for medium in MEDIA:
+            if values[medium]:
+                raise ValueError(f"{self.columns[medium]}: only text is read, and no pictures or sounds")
+        item: Item = self.form.read(values | {"unread": {column: row[column] for column in self.unread(row)}})
+        return item
+
+    def unread(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns of a row that say something and mean nothing here."""
+        known = set(self.columns.values())
+        return [column for column, value in row.items() if value is not None and column not in known]
 
 
 def reader_for(
     columns: Sequence[str], kind: Kind, name: str = "auto", mapping: Mapping[str, str] | None = None
 ) -> Reader:
-    """A function from the rows of a file to samples.
+    """What reads the rows of a file.
 
     columns: of the file's first row.  name: of a format, or "auto": the one that the columns fit.
     mapping: for fields of the format, the columns that hold them.
-    Raises InputError where no format fits, or more than one. The function raises ValueError for a row that
-    cannot be used: why, but not where; the caller knows the row's place.
+    Raises InputError where no format fits, or more than one.
     """
     mapping = mapping or {}
-    form = _format(columns, kind, name, mapping)
-    places = {field: _place(form, field, columns, mapping) for field in form.fields}
-    needed = {field: places[field] for field in form.needs}
-
-    def read(row: Mapping[str, Any]) -> Item:
-        for column in needed.values():
-            if column not in row:
-                raise ValueError(
-                    f"no column {column!r}, which the file's first row has (format {form.name}; there are: "
-                    f"{_listed(row)}); rows of another format belong in a file of their own"
-                )
-            if row[column] is None:
-                raise ValueError(f"column {column!r} is null")
-        return form.read({field: row.get(column) for field, column in places.items()})
-
-    return read
+    form = choose_form(_FORMS, columns, kind, name, mapping)
+    return Reader(form, {name: place_of(form, name, columns, mapping) for name in form.fields})
 
 
-@dataclass(frozen=True)
-class _Form:
-    """needs, allows: fields, each with the names of columns that hold it."""
-
-    name: str
-    kind: Kind
-    read: Callable[[Values], Item]
-    needs: dict[str, tuple[str, ...]]
-    allows: dict[str, tuple[str, ...]]
-
-    @property
-    def fields(self) -> dict[str, tuple[str, ...]]:
-        return self.needs | self.allows
+# ---- conversations and prompts ----
 
 
 def _turns(field: str) -> Callable[[Values], Conversation]:
     def read(values: Values) -> Conversation:
-        messages = [*_system(values), *_messages(values[field], field)]
-        return Conversation(_checked(messages, ends="assistant"))
+        return _conversation([*_system(values), *read_messages(values[field], field)], values)
 
     return read
 
 
 def _pair(question: str, answer: str) -> Callable[[Values], Conversation]:
     def read(values: Values) -> Conversation:
-        messages = [*_prompt(values, question), *_reply(values[answer], answer)]
-        return Conversation(_checked(messages, ends="assistant"))
+        return _conversation([*_prompt(values, question), *_reply(values[answer], answer)], values)
 
     return read
 
 
+def _conversation(messages: Sequence[Message], values: Values) -> Conversation:
+    if isinstance(values["label"], bool):
+        raise InputError(
+            "replies with a label, true or false, are for KTO, which no stage trains by; for sft, write the good "
+            "ones to a file of their own, and for dpo, good and bad ones to the same prompt as chosen and rejected"
+        )
+    return Conversation(checked_turns(messages, REPLY), _template_kwargs(values))
+
+
 def _read_prompt(values: Values) -> Prompt:
-    return Prompt(_checked(_prompt(values, "prompt"), ends="user"))
+    return Prompt(checked_turns(_prompt(values, "prompt"), QUESTION), _template_kwargs(values))
 
 
 def _read_prompt_of_turns(values: Values) -> Prompt:
-    messages = [*_system(values), *_messages(values["messages"], "messages")]
+    messages = [*_system(values), *read_messages(values["messages"], "messages")]
     if messages and messages[-1].role == "assistant":
         messages.pop()
-    return Prompt(_checked(messages, ends="user"))
+    return Prompt(checked_turns(messages, QUESTION), _template_kwargs(values))
+
+
+# ---- comparisons ----
 
 
 def _read_preference(values: Values) -> Comparison:
-    sides = [_reply(values[field], field) for field in ("chosen", "rejected")]
-    prompt, replies = _divided(_prompt(values, "prompt"), sides)
+    chosen, rejected, asked = values["chosen"], values["rejected"], _asked(values)
+    if not asked and _is_plain(chosen) and _is_plain(rejected):
+        asked, chosen, rejected = _without_shared_start(chosen, rejected, values["unread"])
+    sides = [_side(chosen, "chosen"), _side(rejected, "rejected")]
+    prompt, replies = _divided(_system(values), asked, sides)
     if replies[0] == replies[1]:
         raise ValueError("chosen and rejected are the same")
-    return Comparison(prompt, replies, (0.0, 1.0), _margin(values["margin"]))
+    return Comparison(prompt, replies, (0.0, 1.0), _margin(values["margin"]), _template_kwargs(values))
 
 
 def _read_ranked(values: Values) -> Comparison:
     if not isinstance(values["responses"], list):
         raise ValueError(f"responses: {json_kind(values['responses'])} where a list must stand")
-    sides = [_reply(reply, f"response {i}") for i, reply in enumerate(values["responses"], 1)]
+    sides = [_side(reply, f"response {i}") for i, reply in enumerate(values["responses"], 1)]
     if len(sides) < 2:
         raise ValueError(f"fewer than two responses ({len(sides)}); a comparison needs two")
-    prompt, replies = _divided(_prompt(values, "prompt"), sides)
+    prompt, replies = _divided(_system(values), _asked(values), sides)
     if any(replies[i] == replies[j] for i in range(len(replies)) for j in range(i)):
         raise ValueError("two responses are the same")
-    return Comparison(prompt, replies, _ranks(values, len(replies)))
+    return Comparison(prompt, replies, _ranks(values, len(replies)), template_kwargs=_template_kwargs(values))
 
 
 def _ranks(values: Values, count: int) -> tuple[float, ...]:
@@ -208,27 +217,83 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
+def _asked(values: Values) -> list[Message]:
+    """What is said before the replies that are compared, as far as it lies beside them."""
+    asked = [*_history(values["history"]), *_question(values["prompt"], values["input"], "prompt")]
+    if not asked and values["conversations"] is not None:
+        asked = read_messages(values["conversations"], "conversations")
+        if asked and asked[-1].role == "assistant":  # it is one of the sides
+            return []
+    return asked
+
+
+def _side(value: Any, what: str) -> list[Message]:
+    """A reply, or a whole conversation that ends with it."""
+    return (
+        read_dialogue(value, what) if isinstance(value, str) and is_dialogue(value) else _reply(value, what)
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) and not is_dialogue(value)
+
+
+def _without_shared_start(chosen: str, rejected: str, unread: Fields) -> tuple[list[Message], str, str]:
+    """The whole words with which two texts start, as a prompt, and what is left of each: TRL's extract_prompt."""
+    shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
+    prompt = re.sub(r"\S*\Z", "", chosen[:shared])
+    texts = [column for column, value in unread.items() if isinstance(value, str) and value.strip()]
+    if texts or not prompt.strip() or chosen == rejected:
+        column = texts[0] if texts else "COLUMN"
+        raise ValueError(
+            "chosen and rejected are texts, and there is no prompt column; name it, as in columns: "
+            f"{{prompt: {column}}}"
+        )
+    start = len(prompt)
+    return [Message("user", prompt.strip())], chosen[start:], rejected[start:]
+
+
 def _divided(
-    given: Sequence[Message], sides: Sequence[Sequence[Message]]
+    system: Sequence[Message], asked: Sequence[Message], sides: Sequence[Sequence[Message]]
 ) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
-    """The prompt and the replies to it, where sides may repeat the prompt or hold it alone."""
-    length = len(given)
-    if all(tuple(side[:length]) == tuple(given) for side in sides):
-        sides = [side[length:] for side in sides]
-    shared = _shared(sides)
-    prompt = _checked([*given, *sides[0][:shared]], ends="user")
-    replies = [_checked([*prompt, *side[shared:]], ends="assistant")[len(prompt) :] for side in sides]
+    """The prompt and the replies to it, where sides may repeat what was asked, or hold it alone."""
+    shared = 0
+    if not asked or all(_starts_with(side, asked) or _starts_whole(side) for side in sides):
+        shared = _shared(sides)
+        if not _holds(sides[0][:shared], asked):
+            raise ValueError("the prompt is not among the messages with which chosen and rejected start")
+        asked = sides[0][:shared]
+    has_system = bool(asked) and asked[0].role == "system"
+    prompt = checked_turns(asked if has_system else [*system, *asked], QUESTION)
+    replies = [checked_turns([*prompt, *side[shared:]], REPLY)[len(prompt) :] for side in sides]
+    if any(reply[0].role != "assistant" for reply in replies if reply):
+        raise ValueError("one of the replies starts with what the user says")
     return prompt, tuple(replies)
 
 
+def _starts_whole(side: Sequence[Message]) -> bool:
+    """Whether messages are a conversation from its beginning, and not a reply."""
+    return bool(side) and side[0].role in ("system", "user")
+
+
 def _shared(sides: Sequence[Sequence[Message]]) -> int:
-    """Messages with which all sides start, up to a user's."""
-    if any(not side or side[0].role == "assistant" for side in sides):
-        return 0
+    """Messages with which all sides start, up to a user's or a tool's."""
     alike = 0
     while all(alike < len(side) and side[alike] == sides[0][alike] for side in sides):
         alike += 1
-    return max((i + 1 for i in range(alike) if sides[0][i].role == "user"), default=0)
+    return max((i + 1 for i in range(alike) if sides[0][i].role in QUESTION), default=0)
+
+
+def _holds(messages: Sequence[Message], part: Sequence[Message]) -> bool:
+    return any(_starts_with(messages[i:], part) for i in range(len(messages) - len(part) + 1))
+
+
+def _starts_with(messages: Sequence[Message], start: Sequence[Message]) -> bool:
+    pairs = zip(messages, start, strict=False)
+    return len(messages) >= len(start) and all(a.content.strip() == b.content.strip() for a, b in pairs)
+
+
+# ---- parts of a row ----
 
 
 def _prompt(values: Values, field: str) -> list[Message]:
@@ -239,7 +304,7 @@ def _prompt(values: Values, field: str) -> list[Message]:
 def _system(values: Values) -> list[Message]:
     if values["system"] is None:
         return []
-    text = _text(values["system"], "system")
+    text = read_text(values["system"], "system")
     return [Message("system", text)] if text.strip() else []
 
 
@@ -249,235 +314,128 @@ def _history(pairs: Any) -> list[Message]:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise ValueError("history: not a list of pairs [what the user said, what the assistant said]")
     for pair in pairs:
-        messages.append(Message("user", _text(pair[0], "history")))
-        messages.append(Message("assistant", _text(pair[1], "history")))
+        messages.append(Message("user", read_text(pair[0], "history")))
+        messages.append(Message("assistant", read_text(pair[1], "history")))
     return messages
 
 
 def _question(value: Any, addition: Any, what: str) -> list[Message]:
     if value is None:
         return []
-    if isinstance(value, list):
-        return _messages(value, what)
-    text, addition = _text(value, what), "" if addition is None else _text(addition, "input")
+    if not isinstance(value, str):
+        return read_messages(value, what)
+    if is_dialogue(value):
+        return read_dialogue(value, what)
+    text, addition = read_text(value, what), "" if addition is None else read_text(addition, "input")
     return [Message("user", text + INPUT_HEADING + addition if addition.strip() else text)]
 
 
 def _reply(value: Any, what: str) -> list[Message]:
-    return _messages(value, what) if isinstance(value, list) else [Message("assistant", _text(value, what))]
+    if isinstance(value, list | dict):
+        return read_messages(value, what)
+    return [Message("assistant", read_text(value, what))]
 
 
-def _messages(value: Any, what: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise ValueError(f"{what}: {json_kind(value)} where a list of messages must stand")
-    return [_message(item, f"{what}, message {i}") for i, item in enumerate(value, 1)]
+def _template_kwargs(values: Values) -> Fields:
+    given = {
+        "tools": read_tools(values["tools"]),
+        "documents": read_json_field(values["documents"], "documents"),
+    }
+    more = read_json_field(values["chat_template_kwargs"], "chat_template_kwargs")
+    if more is not None and not isinstance(more, dict):
+        raise ValueError(f"chat_template_kwargs: {json_kind(more)} where an object must stand")
+    return {name: value for name, value in {**given, **(more or {})}.items() if value is not None}
 
 
-def _message(item: Any, what: str) -> Message:
-    if not isinstance(item, dict):
-        raise ValueError(f"{what}: {json_kind(item)} where an object with role and content must stand")
-    role = item.get("role", item.get("from"))
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise ValueError(f"{what}: unknown role {role!r}; known are {', '.join(ROLES)}")
-    return Message(ROLES[role.lower()], _text(item.get("content", item.get("value")), what))
+# ---- the formats ----
 
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{what}: {json_kind(value)} where text must stand")
-    if has_half_a_pair(value):
-        raise ValueError(f"{what} has {HALF_A_PAIR}")
-    return value
-
-
-def _checked(messages: Iterable[Message], ends: Role) -> tuple[Message, ...]:
-    """Messages in their right order. Raises ValueError."""
-    messages = tuple(messages)
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    for i, (role, content, *_) in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if role == "system":
-            raise ValueError("a system message that is not the first message")
-        if role != expected:
-            raise ValueError(f"turn {i + 1} is the {role}'s where the {expected}'s must stand")
-        if role == "assistant" and not content.strip():
-            raise ValueError(f"turn {i + 1} is an empty reply")
-    if not turns or turns[-1].role != ends:
-        missing = "no prompt that ends with what the user says" if ends == "user" else "no reply at the end"
-        raise ValueError(missing)
-    return messages
-
-
-_SYSTEM: dict[str, tuple[str, ...]] = {"system": ("system",)}
-_OPENING: dict[str, tuple[str, ...]] = {"history": ("history",), **_SYSTEM}
+_ALL: dict[str, tuple[str, ...]] = {
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+    "documents": ("documents",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
+    "images": ("images", "image"),
+    "videos": ("videos", "video"),
+    "audios": ("audios", "audio"),
+}
+_LABEL: dict[str, tuple[str, ...]] = {"label": ("label", "kto_tag"), **_ALL}
+_OPENING: dict[str, tuple[str, ...]] = {"history": ("history",), **_LABEL}
 _PROMPT: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction"),
-    "input": ("input",),
-    **_OPENING,
+    "input": ("input", "context"),
+    "history": ("history",),
+    **_ALL,
 }
-PROMPT_FIELDS = frozenset(_PROMPT)
+_SIDES: dict[str, tuple[str, ...]] = {
+    "conversations": ("conversations", "conversation", "messages"),
+    **_PROMPT,
+}
+PROMPT_FIELDS = frozenset(_PROMPT) | {"messages"}
 _FORMS = (
-    _Form(
+    Form(
         "alpaca",
         "conversation",
         _pair("instruction", "output"),
-        needs={"instruction": ("instruction",), "output": ("output",)},
-        allows={"input": ("input",), **_OPENING},
+        needs={"instruction": ("instruction",), "output": ("output", "response")},
+        allows={"input": ("input", "context"), **_OPENING},
     ),
-    _Form(
+    Form(
         "sharegpt",
         "conversation",
         _turns("conversations"),
         needs={"conversations": ("conversations", "conversation")},
-        allows=_SYSTEM,
+        allows=_LABEL,
     ),
-    _Form(
+    Form(
         "messages",
         "conversation",
         _turns("messages"),
         needs={"messages": ("messages",)},
-        allows=_SYSTEM,
+        allows=_LABEL,
     ),
-    _Form(
+    Form(
         "question_answer",
         "conversation",
         _pair("question", "answer"),
-        needs={"question": ("question",), "answer": ("answer",)},
+        needs={"question": ("question",), "answer": ("answer", "response")},
         allows=_OPENING,
     ),
-    _Form(
+    Form(
         "prompt_response",
         "conversation",
         _pair("prompt", "response"),
         needs={"prompt": ("prompt",), "response": ("response", "completion")},
         allows=_OPENING,
     ),
-    _Form(
+    Form(
         "preference",
         "comparison",
         _read_preference,
-        needs={"chosen": ("chosen", "response_chosen"), "rejected": ("rejected", "response_rejected")},
-        allows={"margin": ("margin",), **_PROMPT},
+        needs={
+            "chosen": ("chosen", "response_chosen", "chosen_messages"),
+            "rejected": ("rejected", "response_rejected", "rejected_messages"),
+        },
+        allows={"margin": ("margin",), **_SIDES},
     ),
-    _Form(
+    Form(
         "ranked",
         "comparison",
         _read_ranked,
         needs={"responses": ("responses",)},
-        allows={"ranks": ("ranks",), "scores": ("scores", "rewards"), **_PROMPT},
+        allows={"ranks": ("ranks",), "scores": ("scores", "rewards"), **_SIDES},
     ),
-    _Form(
+    Form(
         "prompt",
         "prompt",
         _read_prompt,
         needs={"prompt": _PROMPT["prompt"]},
         allows={name: columns for name, columns in _PROMPT.items() if name != "prompt"},
     ),
-    _Form(
+    Form(
         "prompt_messages",
         "prompt",
         _read_prompt_of_turns,
         needs={"messages": ("messages", "conversations", "conversation")},
-        allows=_SYSTEM,
+        allows=_ALL,
     ),
 )
-
-
-def _format(columns: Sequence[str], kind: Kind, name: str, mapping: Mapping[str, str]) -> _Form:
-    forms = _named(kind, name, mapping)
-    for field, column in mapping.items():
-        if column not in columns:
-            raise InputError(
-                f"no column {column!r} to hold the field {field!r}{_nearest(column, columns)}; "
-                f"there are: {_listed(columns)}"
-            )
-    fitting = [form for form in forms if not _missing(form, columns, mapping)]
-    if kind == "prompt":
-        fitting = fitting[-1:]  # messages hold more than the prompt that may stand beside them
-    if len(fitting) > 1:
-        raise InputError(
-            f"the columns {_listed(columns)} fit more than one format: "
-            f"{', '.join(form.name for form in fitting)}; name the one that is meant"
-        )
-    if not fitting:
-        raise InputError(_why_none_fits(forms, columns, kind, mapping))
-    return fitting[0]
-
-
-def _named(kind: Kind, name: str, mapping: Mapping[str, str]) -> list[_Form]:
-    """The formats of a kind that go by a name and have all the fields that are mapped."""
-    of_kind = [form for form in _FORMS if form.kind == kind]
-    forms = [form for form in of_kind if name in ("auto", form.name)]
-    if not forms:
-        names = ["auto", *(form.name for form in of_kind)]
-        raise InputError(
-            f"no format {name!r} for a {kind}{_nearest(name, names)}; choose one of {', '.join(names)}"
-        )
-    for field in mapping:
-        forms, before = [form for form in forms if field in form.fields], forms
-        if not forms:
-            known = sorted({field for form in before for field in form.fields})
-            raise InputError(
-                f"no field {field!r} in the format {' or '.join(form.name for form in before)}"
-                f"{_nearest(field, known)}; there are: {', '.join(known)}"
-            )
-    return forms
-
-
-def _missing(form: _Form, columns: Sequence[str], mapping: Mapping[str, str]) -> list[str]:
-    return [
-        field
-        for field, names in form.needs.items()
-        if field not in mapping and not any(name in columns for name in names)
-    ]
-
-
-def _why_none_fits(
-    forms: Sequence[_Form], columns: Sequence[str], kind: Kind, mapping: Mapping[str, str]
-) -> str:
-    # A prompt is part of all the others.
-    whole = [form for form in _FORMS if form.kind not in (kind, "prompt")]
-    other = [form for form in whole if not _missing(form, columns, {})]
-    if other:
-        return f"the columns {_listed(columns)} hold a {other[0].kind} ({other[0].name}), not a {kind}"
-    needs = "; ".join(f"{form.name} needs {_spelled(form.needs)}" for form in forms)
-    guess = _guess(forms, columns, mapping)
-    return f"the columns {_listed(columns)} fit no format for a {kind}: {needs}; {guess}"
-
-
-def _spelled(needs: Mapping[str, Sequence[str]]) -> str:
-    return ", ".join(" or ".join(names) for names in needs.values())
-
-
-def _guess(forms: Sequence[_Form], columns: Sequence[str], mapping: Mapping[str, str]) -> str:
-    """What to do: the mapping of the column that is nearest to one that is missing."""
-    for form in forms:
-        for field in _missing(form, columns, mapping):
-            near = get_close_matches(field, columns, n=1)
-            if near:
-                return f"is {near[0]!r} meant? then map columns: {{{field}: {near[0]}}}"
-    return "map its fields to columns, as in columns: {FIELD: COLUMN}"
-
-
-def _place(form: _Form, field: str, columns: Sequence[str], mapping: Mapping[str, str]) -> str:
-    """The column that holds a field, or would hold it if a later row had it."""
-    if field in mapping:
-        return mapping[field]
-    names = form.fields[field]
-    present = [name for name in names if name in columns]
-    if len(present) > 1:
-        raise InputError(
-            f"the columns {' and '.join(present)} can both hold the field {field!r} of the format {form.name}; "
-            f"say which, as in columns: {{{field}: {present[0]}}}"
-        )
-    return present[0] if present else names[0]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _listed(columns: Iterable[str]) -> str:
-    shown = list(columns)
-    return ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "") or "none"

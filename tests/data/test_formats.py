@@ -1,5 +1,7 @@
 """Rows become the same samples whatever the format; a row that cannot be used says why."""
 
+import json
+
 import pytest
 
 from llm3d.data.formats import Comparison, Conversation, Message, reader_for
@@ -99,6 +101,194 @@ def test_whole_conversations_share_their_prompt_up_to_the_last_question_in_commo
     )
 
 
+def tools(*names):
+    return [{"type": "function", "function": {"name": name, "parameters": {}}} for name in names]
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_TOOLS = Conversation(
+    (
+        Message(U, "1 + 1?"),
+        Message(A, "", extra={"tool_calls": [CALL]}),
+        Message("tool", "2"),
+        Message(A, "It is 2."),
+    ),
+    {"tools": tools("add")},
+)
+
+
+def test_calls_of_tools_are_what_templates_expect_however_they_are_spelled():
+    said, last = turns((U, "1 + 1?")), turns(("tool", "2"), (A, "It is 2."))
+    function, bare = CALL["function"], [tool["function"] for tool in tools("add")]
+    openai = {
+        "role": A,
+        "content": None,
+        "tool_calls": [{**CALL, "function": {**function, "arguments": '{"a": 1}'}}],
+    }
+    rows = [
+        {"messages": [*said, {"role": A, "content": "", "tool_calls": [CALL]}, *last], "tools": tools("add")},
+        {"messages": [*said, openai, *last], "tools": tools("add")},
+        {
+            "messages": [*said, {"role": A, "function_call": function}, *last],
+            "tools": json.dumps(tools("add")),
+        },
+        {
+            "conversations": turns(
+                ("human", "1 + 1?"),
+                ("function_call", json.dumps(function)),
+                ("observation", "2"),
+                ("gpt", "It is 2."),
+                keys=("from", "value"),
+            ),
+            "tools": json.dumps(bare),
+        },
+        {
+            "messages": [
+                *said,
+                {"role": A, "content": [{"type": "tool_call", "value": json.dumps(function)}]},
+                *last,
+            ],
+            "tools": bare,
+        },
+    ]
+    for row in rows:
+        assert read(row) == WITH_TOOLS
+
+
+@pytest.mark.parametrize("none", [None, "", "[]", []])
+def test_no_tools_are_no_tools(none):
+    assert read({"question": "Hi", "answer": "Hello", "tools": none, "documents": none}) == ONE
+
+
+def test_what_beside_messages_the_template_reads_goes_to_it():
+    kwargs = {"enable_thinking": False}
+    found = read(
+        {"messages": turns((U, "Hi"), (A, "Hello")), "chat_template_kwargs": kwargs, "documents": [{"a": 1}]}
+    )
+    assert found == Conversation(ONE.messages, {"documents": [{"a": 1}], **kwargs})
+    assert read({"prompt": "Hi", "tools": tools("add")}, "prompt").template_kwargs == {"tools": tools("add")}
+    pair = read({"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": tools("add")}, "comparison")
+    assert pair.template_kwargs == {"tools": tools("add")}
+
+
+def test_further_fields_of_messages_are_kept_for_the_template():
+    row = {
+        "messages": [*turns((U, "Hi")), {"role": A, "content": "a", "reasoning_content": "b", "name": None}]
+    }
+    assert read(row).messages[1] == Message(A, "a", extra={"reasoning_content": "b"})
+
+
+def test_contents_in_parts_are_joined_and_thoughts_are_fields_of_their_own():
+    asked = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    said = [{"type": "reasoning", "value": "c"}, {"type": "text", "value": "d"}]
+    assert read({"messages": turns((U, asked), (A, said))}) == Conversation(
+        (Message(U, "ab"), Message(A, "d", extra={"reasoning_content": "c"}))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "no", "yes"), [("weight", 0, 1), ("loss_weight", 0.0, 1.0), ("train", False, True)]
+)
+def test_replies_with_weight_0_are_context(name, no, yes):
+    said = [
+        {"role": U, "content": "a", name: no},
+        {"role": A, "content": "b", name: no},
+        {"role": U, "content": "c"},
+        {"role": A, "content": "d", name: yes},
+    ]
+    learned = [message.is_learned for message in read({"messages": said}).messages]
+    assert learned == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [(A, "Welcome"), (U, "Hi"), (A, "Hello")],
+        [(U, "a"), (U, "b"), (A, "c"), (A, "d")],
+        [(U, "a"), (S, "b"), (A, "c")],
+    ],
+)
+def test_the_order_of_roles_is_for_the_template_to_judge(pairs):
+    assert read({"messages": turns(*pairs)}) == conversation(*pairs)
+
+
+def test_replies_labelled_for_kto_end_the_command_and_not_only_a_row():
+    for row in (
+        {"prompt": "Hi", "completion": "Go", "label": False},
+        {"messages": turns((U, "a"), (A, "b")), "label": True},
+    ):
+        with pytest.raises(InputError, match="KTO, which no stage trains by"):
+            read(row | {"label": False})
+
+
+def test_the_prompt_of_a_comparison_may_lie_beside_its_sides_as_a_conversation():
+    """LLaMA-Factory's preference data."""
+    keys = ("from", "value")
+    said = turns(("system", "x"), ("human", "a"), ("gpt", "b"), ("human", "Hi"), keys=keys)
+    chosen, rejected = turns(("gpt", "Hello"), ("gpt", "Go"), keys=keys)
+    expected = Comparison(
+        messages((S, "x"), (U, "a"), (A, "b"), (U, "Hi")),
+        (messages((A, "Hello")), messages((A, "Go"))),
+        (0.0, 1.0),
+    )
+    assert read({"conversations": said, "chosen": chosen, "rejected": rejected}, "comparison") == expected
+    row = {"messages": said, "chosen": [chosen], "rejected": [rejected]}
+    assert read(row, "comparison") == expected
+
+
+def test_a_whole_conversation_beside_its_own_prompt_is_not_asked_twice():
+    """HuggingFaceH4/ultrafeedback_binarized has prompt and messages beside whole conversations."""
+    hi, hello, go = turns((U, "Hi")), turns((A, "Hello")), turns((A, "Go"))
+    row = {"prompt": "Hi", "messages": hi + hello, "chosen": hi + hello, "rejected": hi + go}
+    assert read(row, "comparison") == PAIR
+    system = messages((S, "x"))
+    for change in (
+        {"system": "x"},
+        {"chosen": turns((S, "x")) + hi + hello, "rejected": turns((S, "x")) + hi + go},
+    ):
+        assert read(row | change, "comparison").prompt == system + PAIR.prompt
+
+
+def test_dialogues_in_one_text_are_taken_apart():
+    """Anthropic/hh-rlhf, and Dahoas/full-hh-rlhf with the prompt in a column of its own."""
+    start = "\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: Hi\n\nAssistant:"
+    expected = Comparison(messages((U, "a\n\nb"), (A, "c"), (U, "Hi")), PAIR.replies, (0.0, 1.0))
+    row = {"chosen": start + " Hello", "rejected": start + " Go"}
+    assert read(row, "comparison") == expected
+    assert read({"prompt": start, "chosen": "Hello", "rejected": "Go"}, "comparison") == expected
+    assert read({"prompt": start}, "prompt").messages == expected.prompt
+    with pytest.raises(ValueError, match="no reply at the end"):
+        read(row | {"rejected": start}, "comparison")
+
+
+def test_two_texts_share_their_prompt():
+    """As in TRL, whose extract_prompt gives "The sky is", " blue." and " green."."""
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is green.", "id": 7}
+    expected = Comparison(
+        messages((U, "The sky is")), (messages((A, "blue.")), messages((A, "green."))), (0.0, 1.0)
+    )
+    assert read(row, "comparison") == expected
+    assert read({"chosen": "It is blue", "rejected": "It is black"}, "comparison").replies == (
+        messages((A, "blue")), messages((A, "black")),
+    ), "no word is cut"  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"rejected": "No sky"}, {"query": "What is the sky?"}])
+def test_two_texts_that_may_have_their_prompt_elsewhere_are_refused(change):
+    with pytest.raises(
+        ValueError, match=r"texts, and there is no prompt column; name it.*{prompt: (query|COLUMN)}"
+    ):
+        read({"chosen": "The sky is blue.", "rejected": "The sky is green."} | change, "comparison")
+
+
+def test_what_no_field_reads_is_told_apart():
+    reader = reader_for(["question", "answer", "id"], "conversation")
+    assert reader.unread({"question": "a", "answer": "b", "id": 3, "source": "c", "empty": None}) == [
+        "id",
+        "source",
+    ]
+
+
 def test_more_than_two_replies_are_ranked_or_scored():
     row = {"prompt": "Hi", "responses": ["a", "b", "c"]}
     assert read(row | {"ranks": [2, 1, 1]}, "comparison").ranks == (2, 1, 1)
@@ -120,7 +310,8 @@ def test_columns_may_be_mapped_and_then_say_which_format_is_meant():
     ("columns", "how", "message"),
     [
         ("question anser", {}, r"question, anser fit no format .*map columns: {answer: anser}"),
-        ("a b", {}, r"a, b fit no format .*alpaca needs instruction, output; .*{FIELD: COLUMN}"),
+        ("a b", {}, r"a, b fit no format .*alpaca needs instruction, output or .*{FIELD: COLUMN}"),
+        ("text", {}, "llm3d data tokenize"),
         ("", {}, "the columns none fit no format"),
         ("messages conversations", {}, "fit more than one format: sharegpt, messages; name the one"),
         ("prompt response completion", {}, "response and completion can both hold the field 'response'"),
@@ -155,12 +346,21 @@ def test_rows_of_another_format_than_the_first_are_refused():
     [
         ([], "no reply at the end"),
         (turns((U, "Hi")), "no reply at the end"),
-        (turns((A, "Hi")), "turn 1 is the assistant's where the user's must stand"),
-        (turns((U, "a"), (U, "b"), (A, "c")), "turn 2 is the user's where the assistant's"),
-        (turns((U, "a"), (S, "b"), (A, "c")), "a system message that is not the first"),
+        (turns((S, "Hi")), "no reply at the end"),
         (turns((U, "a"), (A, " \n")), "turn 2 is an empty reply"),
-        (turns((U, "a"), ("tool", "b")), "message 2: unknown role 'tool'; known are system, user"),
-        (turns((U, "a"), (A, ["b"])), "message 2: a list where text must stand"),
+        (
+            turns((U, "a"), ("owner", "b")),
+            "message 2: unknown role 'owner'; known are system, developer, user",
+        ),
+        (turns((U, "a"), (A, ["b"])), "message 2: a part of type None; only text is read"),
+        (turns((U, [{"type": "image", "url": "a.png"}])), "message 1: a part of type 'image'; only text"),
+        (turns((U, "a"), ("function_call", "b")), "message 2, tool_calls: not valid JSON"),
+        (
+            turns((U, "a"), ("function_call", "[3]")),
+            "message 2, tool_calls: a call is an object with the name",
+        ),
+        ([*turns((U, "a")), {"role": A, "content": "b", "weight": 0.5}], "message 2: weight 0.5; 1 .* and 0"),
+        ([{"role": U, "content": "a", "weight": 1}, *turns((A, "b"))], "weight 1 on what the user says"),
         (turns((U, "a"), (A, None)), "message 2: null where text must stand"),
         (turns((U, "a"), (A, "\ud83d")), "half of a surrogate pair"),
         ([{"content": "a"}], "unknown role None"),
@@ -188,6 +388,15 @@ def test_a_conversation_that_cannot_be_used_says_why(value, message):
         ({"history": "a"}, "history: not a list of pairs"),
         ({"system": 1}, "system: a number where text must stand"),
         ({"prompt": turns((U, "Hi"), (A, "x"))}, "no prompt that ends with what the user says"),
+        (
+            {"chosen": turns((U, "Ho"), (A, "x")), "rejected": turns((U, "Ho"), (A, "y"))},
+            "prompt is not among",
+        ),
+        (
+            {"chosen": turns((U, "Hi"), (A, "x")), "rejected": turns((U, "Hi"), (U, "y"), (A, "z"))},
+            "one of the",
+        ),
+        ({"images": ["a.png"]}, "images: only text is read"),
     ],
 )
 def test_a_preference_that_cannot_be_used_says_why(change, message):
