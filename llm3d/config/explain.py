@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -35,18 +36,26 @@ def validate(kind: type[S], settings: dict[Any, Any], path: tuple[str, ...] = ()
 
 def _locate(location: tuple[int | str, ...], root: type[Config]) -> tuple[str, list[str]]:
     """The setting's path as the user writes it, and the names that its section has."""
-    where, allowed = "", list[str]()
+    where, allowed, in_union = "", list[str](), False
     section: type[Section] | None = root
     for part in location:
         if isinstance(part, int):
             where += f"[{part}]"
-        elif section is not None:
+        elif in_union or section is None:
+            in_union = False  # pydantic names the member of a union here; the user does not
+        else:
             fields = {field.alias or name: field for name, field in section.model_fields.items()}
             allowed = [*fields, "preset"] if section is ModelConfig else list(fields)
             where = f"{where}.{part}" if where else part
-            section = _section_in(fields[part].annotation) if part in fields else None
-        # else: pydantic names the member of a union here; the user does not
+            annotation = fields[part].annotation if part in fields else None
+            section, in_union = _section_in(annotation), _is_union(annotation)
     return where, allowed
+
+
+def _is_union(annotation: object) -> bool:
+    """Of more than a type and None."""
+    members = [member for member in get_args(annotation) if member is not type(None)]
+    return get_origin(annotation) in (Union, UnionType) and len(members) > 1
 
 
 def _section_in(annotation: object) -> type[Section] | None:

@@ -189,9 +189,12 @@ def _as_list(value: object) -> object:
     return tuple(values) if isinstance(values, list) else values
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class DataConfig(Section):
     train: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
-    valid: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    valid: Annotated[Share | tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
     sequence_length: Positive
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one."""
@@ -200,6 +203,7 @@ class DataConfig(Section):
 class TokenDataConfig(DataConfig):
     """Tokens from `llm3d data tokenize`, or from Megatron."""
 
+    valid: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
     split_documents: bool = True
     """Attention does not cross from one document into the next."""
 
@@ -208,7 +212,9 @@ class ChatDataConfig(DataConfig):
     """Conversations, or replies to compare. No sample is longer than sequence_length."""
 
     train: Annotated[tuple[ChatSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
-    valid: Annotated[tuple[ChatSource, ...], BeforeValidator(_as_list)] = ()
+    valid: Annotated[Share | tuple[ChatSource, ...], BeforeValidator(_as_list)] = ()
+    """Validation data: files as for training, or a share of the training samples, such as 0.1, that is held out of
+    it. Which ones depends on run.seed."""
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one. Null: that of model.path."""
     format: Name = "auto"
@@ -220,9 +226,14 @@ class ChatDataConfig(DataConfig):
     turns: Literal["all", "last", "split"] = "all"
     """Of several replies in a conversation, which are learned: all at once, the last, or each as a sample."""
     truncation: Literal["drop", "left", "right"] = "drop"
-    """What becomes of a sample above sequence_length: left out, or cut at its start or its end."""
+    """Truncation of samples above sequence_length: drop leaves them out, left cuts their start and right their end; a
+    sample that is cut to nothing of a reply is left out, too."""
     skip_bad: bool = False
-    """Leave out, and count, samples that cannot be used."""
+    """Leave out, and count, samples that cannot be used, for another reason than their length."""
+
+    @property
+    def valid_sources(self) -> tuple[ChatSource, ...]:
+        return () if isinstance(self.valid, float) else self.valid
 
 
 class BatchConfig(Section):

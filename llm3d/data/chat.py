@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,29 +18,36 @@ from llm3d.data.formats import (
     Conversation,
     Item,
     Kind,
-    Message,
     Prompt,
     Reader,
     reader_for,
 )
+from llm3d.data.messages import Fields, Message
 from llm3d.data.records import Record, find_record_files, read_records
-from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
+from llm3d.data.samples import Sample, SampleSet, Tokens, fitted, why_useless
 from llm3d.data.templates import Template, Turns, sides, turns
 from llm3d.errors import InputError
 from llm3d.wording import counted
 
 _AT_ONCE = 1024  # records that go through the tokenizer together
 _MOST_NAMED = 5  # bad records that are told one by one
+_WORTH_A_WARNING = 0.05  # of the samples, left out as too long
 
 
 @dataclass
 class Counts:
-    """What became of the records of a source."""
+    """What became of the records of a source.
+
+    too_long: left out.  cut: shortened.  longest: tokens of the longest sequence before that.
+    unread: how many rows have something in a column that means nothing here, by column.
+    """
 
     samples: int = 0
     too_long: int = 0
     cut: int = 0
+    longest: int = 0
     bad: list[BadRecord] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         parts = [counted(self.samples, "sample")]
@@ -47,6 +55,22 @@ class Counts:
         parts += [f"{self.cut:,} cut"] if self.cut else []
         parts += [f"{len(self.bad):,} left out that cannot be used"] if self.bad else []
         return ", ".join(parts)
+
+    def told(self, path: str, settings: ChatDataConfig) -> list[str]:
+        """For people: what there is, what is not read, and a warning where much of it is too long."""
+        lines = [f"{path}: {self}"]
+        if self.unread:
+            columns = ", ".join(f"{column} ({count:,})" for column, count in self.unread.most_common())
+            lines.append(f"{path}: columns that are not read, with their rows: {columns}")
+        share = self.too_long / max(1, self.samples + self.too_long)
+        if share > _WORTH_A_WARNING:
+            lines.append(f"{path}: WARNING: {share:.0%} is left out, too long{self.advice(settings)}")
+        return lines
+
+    def advice(self, settings: ChatDataConfig) -> str:
+        """What to do about what is too long."""
+        hint = f"; the longest has {self.longest:,} tokens: raise data.sequence_length {settings.sequence_length:,}"
+        return hint + (" or set data.truncation to left or right" if settings.truncation == "drop" else "")
 
 
 def read_samples(
@@ -60,14 +84,9 @@ def read_samples(
     counts, samples = Counts(), list[Sample]()
     rows = _rows(path, kind, settings.format, settings.columns, counts)
     while some := list(islice(rows, _AT_ONCE)):
-        for where, sample in _encoded(some, template, settings, counts):
-            try:
-                fits = fitted(
-                    sample, settings.sequence_length, settings.truncation, template.tokenizer.bos_id
-                )
-            except ValueError as error:
-                counts.bad.append(BadRecord(where, str(error)))
-                continue
+        for sample in _encoded(some, template, settings, counts):
+            counts.longest = max(counts.longest, *(len(sequence.ids) for sequence in sample.sequences))
+            fits = fitted(sample, settings.sequence_length, settings.truncation, template.tokenizer.bos_id)
             if fits is None:
                 counts.too_long += 1
             else:
@@ -79,11 +98,12 @@ def read_samples(
 
 
 class PlacedPrompt(NamedTuple):
-    """row: all columns of its record."""
+    """row: all columns of its record.  template_kwargs: see `llm3d.data.formats.Prompt`."""
 
     where: str
     messages: tuple[Message, ...]
     row: dict[str, Any]
+    template_kwargs: Fields
 
     @property
     def shown(self) -> Any:
@@ -104,7 +124,7 @@ def read_prompts(
     counts = Counts()
     mapping = {field: column for field, column in columns.items() if field in PROMPT_FIELDS}
     found = [
-        PlacedPrompt(record.where, item.messages, record.row)
+        PlacedPrompt(record.where, item.messages, record.row, item.template_kwargs)
         for record, item in _rows(path, "prompt", "auto", mapping, counts)
         if isinstance(item, Prompt)
     ]
@@ -128,9 +148,14 @@ def _rows(
                 continue
             reader = reader or _reader(record, kind, form, columns)
             try:
-                yield record, reader(record.row)
+                item = reader(record.row)
+            except InputError as error:
+                raise InputError(f"{record.where}: {error}") from None
             except ValueError as error:
                 counts.bad.append(BadRecord(record.where, str(error)))
+            else:
+                counts.unread.update(reader.unread(record.row))
+                yield record, item
 
 
 def _reader(first: Record, kind: Kind, form: str, columns: Mapping[str, str]) -> Reader:
@@ -145,7 +170,7 @@ def _encoded(
     template: Template,
     settings: ChatDataConfig,
     counts: Counts,
-) -> Iterator[tuple[str, Sample]]:
+) -> Iterator[Sample]:
     """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
     wanted: list[tuple[str, Item, list[Turns]]] = []
     for (where, _), item in rows:
@@ -155,12 +180,13 @@ def _encoded(
             wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
     encoded = _sequences([these for _, _, these in wanted], template)
     for (where, item, _), sequences in zip(wanted, encoded, strict=True):
-        if isinstance(sequences, InputError):
-            counts.bad.append(BadRecord(where, str(sequences)))
+        why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
+        if isinstance(sequences, InputError) or why is not None:
+            counts.bad.append(BadRecord(where, str(why)))
         elif isinstance(item, Comparison):
-            yield where, Sample(sequences, item.ranks, item.margin or 0.0)
+            yield Sample(sequences, item.ranks, item.margin or 0.0)
         else:
-            yield where, Sample(sequences)
+            yield Sample(sequences)
 
 
 def _sequences(wanted: Sequence[list[Turns]], template: Template) -> list[tuple[Tokens, ...] | InputError]:
@@ -192,5 +218,5 @@ def _check(path: str, counts: Counts, settings: ChatDataConfig) -> None:
         raise InputError("\n".join([*_named(path, counts), hint]))
     if not counts.samples:
         left = f": {counts}" if counts.too_long or counts.bad else ""
-        hint = "; raise data.sequence_length or set data.truncation" if counts.too_long else ""
-        raise InputError(f"{path}: holds no sample to use{left}{hint}")
+        advice = counts.advice(settings) if counts.too_long else ""
+        raise InputError(f"{path}: holds no sample to use{left}{advice}")

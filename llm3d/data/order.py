@@ -156,6 +156,12 @@ def _deadline(draw: int, count: int, parts: int) -> int:
     return -(-draw * parts // count)
 
 
+def held_out(size: int, share: float, seed: int, source: int) -> np.ndarray:
+    """bool [size]: which samples of a source are kept for validation, about that share, at least one and never all."""
+    places = permute(np.arange(size), size, derive_key(seed, source, -1))  # epochs have keys from 0 on
+    return places < min(max(1, round(share * size)), size - 1)
+
+
 def sample_window(k: int, blend: Blend, windows_per_source: Sequence[int], seed: int) -> tuple[int, int, int]:
     """Global sample k as (source, epoch, window): each epoch of a source visits each of its windows once."""
     source, index = blend.source_and_index(k)

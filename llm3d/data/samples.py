@@ -77,6 +77,10 @@ class SampleSet:
         sequences = tuple(Tokens(self.ids[start:stop], self.is_target[start:stop]) for start, stop in spans)
         return Sample(sequences, tuple(self.ranks[first:last].tolist()), float(self.margins[index]))
 
+    def chosen(self, which: np.ndarray) -> SampleSet:
+        """Some of the samples. which: bool [samples]."""
+        return SampleSet.of(self[int(i)] for i in np.flatnonzero(which))
+
     @property
     def digest(self) -> str:
         """Hex SHA-256 of all there is."""
@@ -101,11 +105,20 @@ def _starts(lengths: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
+def why_useless(sequences: Sequence[Tokens]) -> str | None:
+    """Why nothing can be learned from a sample with these sequences; None: something can."""
+    # A sequence's first token follows nothing, and so is not learned.
+    if not all(sequence.is_target[1:].any() for sequence in sequences):
+        return "none of its replies is learned"
+    written = {sequence.ids.tobytes() for sequence in sequences}
+    return None if len(written) == len(sequences) else "the chat template makes two replies the same"
+
+
 def fitted(sample: Sample, max_length: int, truncation: Truncation, bos_id: int | None) -> Sample | None:
     """The sample with no sequence above max_length; None where it is left out for being too long.
 
     right: the ends are cut off. left: the start, the same number of tokens of each sequence, so that replies keep one
-    prompt; a leading bos stays. Raises ValueError where what is cut off leaves a sequence nothing to learn.
+    prompt; a leading bos stays. Where that leaves nothing to learn, or no difference of replies, it is left out, too.
     """
     longest = max(len(sequence.ids) for sequence in sample.sequences)
     if longest <= max_length:
@@ -116,12 +129,7 @@ def fitted(sample: Sample, max_length: int, truncation: Truncation, bos_id: int 
         sequences = [Tokens(ids[:max_length], target[:max_length]) for ids, target in sample.sequences]
     else:
         sequences = [without_start(sequence, longest - max_length, bos_id) for sequence in sample.sequences]
-    # A sequence's first token follows nothing, and so is not learned.
-    if not all(sequence.is_target[1:].any() for sequence in sequences):
-        raise ValueError(
-            f"its {longest} tokens, cut to {max_length} at the {truncation}, hold nothing of a reply"
-        )
-    return sample._replace(sequences=tuple(sequences))
+    return sample._replace(sequences=tuple(sequences)) if why_useless(sequences) is None else None
 
 
 def without_start(sequence: Tokens, excess: int, bos_id: int | None) -> Tokens:

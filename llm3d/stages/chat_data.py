@@ -23,7 +23,7 @@ from torch import Tensor
 from llm3d.config import ChatDataConfig, Config, SFTConfig
 from llm3d.data.chat import Counts, read_samples
 from llm3d.data.formats import Kind
-from llm3d.data.order import Blend, derive_key, sample_window
+from llm3d.data.order import Blend, derive_key, held_out, sample_window
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.samples import SampleSet
@@ -86,14 +86,34 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
     data = config.data
     assert tokenizer is not None and isinstance(data, ChatDataConfig), "a model to start from has a tokenizer"
     template = load_template(data.template, tokenizer)
-    sources = (*data.train, *data.valid)
+    sources = (*data.train, *data.valid_sources)
     read = [read_samples(source.path, kind, template, data, prompt_loss) for source in sources]
     sets, num_train = [samples for samples, _ in read], len(data.train)
     counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
     for source, samples in zip(sources, sets, strict=True):
         _check_fits_a_microbatch(source.path, samples, config)
+    if isinstance(data.valid, float):
+        sets, counts = _with_held_out(sets, counts, data.valid, config.run.seed)
     chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
     return config, ChatTokenizer(tokenizer, template), chat
+
+
+def _with_held_out(
+    sets: Sequence[SampleSet], counts: Sequence[tuple[str, Counts]], share: float, seed: int
+) -> tuple[list[SampleSet], list[tuple[str, Counts]]]:
+    """The training sets, then of each the samples that are held out of it for validation; the same of their counts."""
+    chosen = [held_out(len(samples), share, seed, number) for number, samples in enumerate(sets)]
+    train = [samples.chosen(~which) for samples, which in zip(sets, chosen, strict=True)]
+    valid = [
+        (path, s.chosen(which))
+        for (path, _), s, which in zip(counts, sets, chosen, strict=True)
+        if which.any()
+    ]
+    if not valid:
+        raise InputError(f"data.valid: {share:g} of one sample leaves none to train on; name other data")
+    told = [(path, replace(count, samples=len(s))) for (path, count), s in zip(counts, train, strict=True)]
+    told += [(f"{path}, held out for validation", Counts(samples=len(s))) for path, s in valid]
+    return [*train, *(samples for _, samples in valid)], told
 
 
 def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> None:
@@ -129,7 +149,7 @@ class ChatData:
         counts: Sequence[tuple[str, Counts]] = (),
     ) -> None:
         assert isinstance(config.data, ChatDataConfig)
-        self.counts = counts
+        self.counts, self.settings = counts, config.data
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
         alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
@@ -185,7 +205,7 @@ class ChatData:
         """What the run is going to read, for people."""
         last = self.steps.last
         return [
-            *(f"{path}: {counts}" for path, counts in self.counts),
+            *(line for path, counts in self.counts for line in counts.told(path, self.settings)),
             *([self.packing(mesh.data_size)] if last > self.steps.step else []),
             f"by step {last} it has read the data {self.steps.epoch(last):.2f} times",
         ]

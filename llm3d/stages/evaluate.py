@@ -61,7 +61,8 @@ def check(config: Config) -> Validation | OpenedPPO:
     if isinstance(config, PretrainConfig):
         pretraining, _ = open_tokenizer(config)
         return Validation(pretraining, ValidationData(pretraining), objective_of(pretraining))
-    config = config.model_copy(update={"data": config.data.model_copy(update={"train": ()})})  # is not read
+    if not isinstance(config.data.valid, float):  # else it is in the training data, which is not read now
+        config = config.model_copy(update={"data": config.data.model_copy(update={"train": ()})})
     if isinstance(config, PPOConfig):
         without_texts = config.ppo.model_copy(update={"ptx_data": ()})
         opened_ppo = ppo.open_stage(config.model_copy(update={"ppo": without_texts}))

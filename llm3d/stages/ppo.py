@@ -32,7 +32,7 @@ from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
-from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_set
+from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_sets
 from llm3d.stages.rewards import RewardFunction, Rewards
 from llm3d.stages.rollout import (
     Rollouts,
@@ -143,10 +143,7 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
                 f"ppo.rewards[{i}].model: {model.model.path} has no score head; name a trained reward model"
             )
     template = load_template(config.data.template, tokenizer)
-    train, valid = (
-        [read_prompt_set(source.path, template, config) for source in sources]
-        for sources in (config.data.train, config.data.valid)
-    )
+    train, valid = read_prompt_sets(template, config)
     replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
     chat = ChatTokenizer(tokenizer, template)
     data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from llm3d.config import ChatDataConfig, PPOConfig
-from llm3d.data.chat import Counts, PlacedPrompt, read_prompts
-from llm3d.data.order import Blend, sample_window
+from llm3d.data.chat import Counts, read_prompts
+from llm3d.data.documents import BadRecord
+from llm3d.data.order import Blend, held_out, sample_window
 from llm3d.data.samples import Tokens, without_start
 from llm3d.data.steps import Steps
 from llm3d.data.templates import Template
@@ -47,6 +48,29 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def divided(self, share: float, seed: int, source: int) -> tuple[PromptSet, PromptSet]:
+        """What is trained on, and what is held out of it for validation."""
+        which = held_out(len(self), share, seed, source)
+        left, held = (
+            [p for p, w in zip(self.prompts, which, strict=True) if w == part] for part in (False, True)
+        )
+        counts = replace(self.counts, samples=len(left))
+        path = f"{self.path}, held out for validation"
+        return PromptSet(self.path, left, counts), PromptSet(path, held, Counts(samples=len(held)))
+
+
+def read_prompt_sets(template: Template, config: PPOConfig) -> tuple[list[PromptSet], list[PromptSet]]:
+    """The prompts of data.train and of data.valid. Raises InputError where they cannot be used."""
+    data = config.data
+    train = [read_prompt_set(source.path, template, config) for source in data.train]
+    if not isinstance(data.valid, float):
+        return train, [read_prompt_set(source.path, template, config) for source in data.valid]
+    parts = [found.divided(data.valid, config.run.seed, number) for number, found in enumerate(train)]
+    valid = [held_out for _, held_out in parts if held_out.prompts]
+    if not valid:
+        raise InputError(f"data.valid: {data.valid:g} of one prompt leaves none to train on; name other data")
+    return [left for left, _ in parts], valid
+
 
 def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptSet:
     """The prompts in a file that leave room for a reply. Raises InputError where there are none, or one is bad."""
@@ -54,7 +78,14 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
     placed, counts = read_prompts(path, data.columns, data.skip_bad)
     found = list[Prompt]()
     for prompt in placed:
-        tokens = _encoded(prompt, template)
+        try:
+            tokens = np.array(template.encode_prompt(prompt.messages), dtype=np.int32)
+        except InputError as error:
+            if not data.skip_bad:
+                raise InputError(f"{prompt.where}: {error}") from None
+            counts.bad.append(BadRecord(prompt.where, str(error)))
+            continue
+        counts.longest = max(counts.longest, len(tokens))
         if len(tokens) > room and data.truncation == "drop":
             counts.too_long += 1
             continue
@@ -69,13 +100,6 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
         )
     counts.samples = len(found)
     return PromptSet(path, found, counts)
-
-
-def _encoded(placed: PlacedPrompt, template: Template) -> np.ndarray:
-    try:
-        return np.array(template.encode_prompt(placed.messages), dtype=np.int32)
-    except InputError as error:
-        raise InputError(f"{placed.where}: {error}") from None
 
 
 def _cut(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -151,7 +175,7 @@ class PromptData:
         batch, last = self.config.batch.global_size, self.steps.last
         replies = self.config.generate.num_replies
         return [
-            *(f"{found.path}: {found.counts}" for found in (*self.train, *self.valid)),
+            *(line for p in (*self.train, *self.valid) for line in p.counts.told(p.path, self.config.data)),
             f"{counted(batch, 'prompt')} a step, {counted(replies, 'reply', 'replies')} to each; "
             f"by step {last} it has read them {self.steps.epoch(last):.2f} times",
         ]

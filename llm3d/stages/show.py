@@ -46,7 +46,7 @@ def show(
         lines += _described(sample, tokenizer, coloured)
     lines.append(Text())
     for path, count in counts:
-        lines.append(Text(f"{path}: {count}"))
+        lines += map(Text, count.told(path, data.settings))
         lines += [Text(f"  {bad}") for bad in count.bad[:_NAMED]]
     lines += map(Text, _lengths(sets))
     lines += [Text(data.packing(data_size))] if split == "train" else []

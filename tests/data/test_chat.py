@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -176,6 +177,28 @@ def test_what_is_too_long_is_cut_and_counted(truncation: str, template: Template
     samples, counts = read_samples(path, "conversation", template, given)
     assert samples.lengths.tolist() == [min(int(length), limit) for length in lengths]
     assert str(counts) == f"10 samples, {(lengths > limit).sum()} cut"
+
+
+def test_much_that_is_too_long_is_warned_of(template: Template, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", many(40))
+    lengths = np.sort(read_samples(path, "conversation", template, settings())[0].lengths)
+    for left_out, warns in ((1, False), (2, False), (10, True)):
+        given = settings(sequence_length=int(lengths[-left_out - 1]))
+        _, counts = read_samples(path, "conversation", template, given)
+        _, *warnings = counts.told(path, given)
+        assert (counts.too_long > 2) is warns
+        assert [f"WARNING: {counts.too_long / 40:.0%} is left out" in line for line in warnings] == [
+            True
+        ] * warns
+        assert all(f"the longest has {lengths[-1]} tokens: raise" in line for line in warnings)
+
+
+def test_columns_that_are_not_read_are_told_with_their_rows(template: Template, tmp_path: Path) -> None:
+    rows = [row | {"id": i, "source": None if i else "web"} for i, row in enumerate(many(3))]
+    _, counts = read_samples(write(tmp_path / "rows.jsonl", rows), "conversation", template, settings())
+    assert counts.told("P", settings())[1:] == [
+        "P: columns that are not read, with their rows: id (3), source (1)"
+    ]
 
 
 BAD: list[tuple[str, str]] = [

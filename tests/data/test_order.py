@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3d.data.order import CYCLE, Blend, derive_key, order_digest, permute, sample_window
+from llm3d.data.order import CYCLE, Blend, derive_key, held_out, order_digest, permute, sample_window
 
 ORDER = [(0, 0, 1), (0, 0, 2), (0, 0, 8), (1, 0, 6), (0, 6999, 9), (1, 9999847, 17)]
 DIGEST = "811fd12579c7ddff"
@@ -23,6 +23,18 @@ def test_permutation_of_one_index_and_of_an_array_agree(size, key, data):
     index = data.draw(st.integers(0, size - 1))
     assert 0 <= permute(index, size, key) < size
     assert permute(index, size, key) == permute(np.array([index]), size, key)[0]
+
+
+@given(size=st.integers(2, 2000), share=st.floats(0.001, 0.999), source=st.integers(0, 9))
+def test_about_that_share_is_held_out_at_least_one_and_never_all(size, share, source):
+    which = held_out(size, share, 7, source)
+    assert 1 <= which.sum() <= size - 1 and (abs(which.sum() - share * size) <= 1)
+    assert (which == held_out(size, share, 7, source)).all()
+
+
+def test_what_is_held_out_depends_on_the_seed_and_the_source():
+    masks = {held_out(100, 0.3, seed, source).tobytes() for seed in range(5) for source in range(5)}
+    assert len(masks) == 25 and not held_out(1, 0.5, 0, 0).any()
 
 
 def test_every_order_of_a_few_windows_occurs():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from llm3d.data.samples import Sample, SampleSet, Tokens, fitted
+from llm3d.data.samples import Sample, SampleSet, Tokens, fitted, why_useless
 
 BOS = 7
 
@@ -81,11 +81,10 @@ def test_what_is_cut_fits_and_has_something_to_learn_in_every_sequence(
     if truncation == "drop":
         assert fitted(sample, limit, truncation, BOS) is None
         return
-    try:
-        cut = fitted(sample, limit, truncation, BOS)
-    except ValueError:
+    cut = fitted(sample, limit, truncation, BOS)
+    if cut is None:
         return  # nothing would be left to learn: below
-    assert cut is not None and (cut.ranks, cut.margin) == (sample.ranks, sample.margin)
+    assert (cut.ranks, cut.margin) == (sample.ranks, sample.margin)
     assert max(len(ids) for ids, _ in cut.sequences) <= limit
     # A sequence's first token follows nothing, and so cannot be learned.
     assert all(target[1:].any() for _, target in cut.sequences)
@@ -94,12 +93,10 @@ def test_what_is_cut_fits_and_has_something_to_learn_in_every_sequence(
 @given(samples(), st.integers(1, 20))
 def test_cutting_at_the_right_keeps_a_prefix(sample: Sample, limit: int) -> None:
     assume(max(len(ids) for ids, _ in sample.sequences) > limit)
-    try:
-        cut = fitted(sample, limit, "right", BOS)
-    except ValueError:
+    cut = fitted(sample, limit, "right", BOS)
+    if cut is None:
         assert any(len(prompt_of(sequence)) >= limit for sequence in sample.sequences)
         return
-    assert cut is not None
     for before, after in zip(sample.sequences, cut.sequences, strict=True):
         assert after.ids.tolist() == before.ids.tolist()[:limit]
         assert after.is_target.tolist() == before.is_target.tolist()[:limit]
@@ -123,12 +120,18 @@ def test_cutting_at_the_left_keeps_bos_the_replies_and_one_prompt(bos: bool, dat
     assert prompts == [whole[:1] * bos + whole[len(whole) - kept + bos :]] * len(prompts)
 
 
-def test_a_cut_that_leaves_a_reply_nothing_before_it_is_refused() -> None:
+def test_a_sample_that_a_cut_leaves_without_a_reply_is_too_long() -> None:
     """Of the shorter reply one token would be left, the first of its sequence."""
     short, long = ([1, 2, 3, 4, 5], [1, 2, 3, *range(50, 60)])
     sequences = tuple(Tokens(np.array(ids, np.int32), np.arange(len(ids)) >= 3) for ids in (short, long))
     sample = Sample(sequences, (0.0, 1.0))
     assert fitted(sample, len(long) - 3, "left", None) is not None
     for excess in (4, 5, 6):
-        with pytest.raises(ValueError, match="hold nothing of a reply"):
-            fitted(sample, len(long) - excess, "left", None)
+        assert fitted(sample, len(long) - excess, "left", None) is None
+
+
+def test_replies_that_a_cut_makes_the_same_are_too_long() -> None:
+    sequences = tuple(Tokens(np.array([1, 2, 3, 4, last], np.int32), np.arange(5) >= 2) for last in (5, 6))
+    sample = Sample(sequences, (0.0, 1.0))
+    assert why_useless(sample.sequences) is None
+    assert fitted(sample, 4, "right", None) is None and fitted(sample, 4, "left", None) is not None

@@ -191,9 +191,14 @@ LONG_ROWS = {
     "sft": {"question": LONG, "answer": "two"},
     "dpo": {"prompt": LONG, "chosen": "two", "rejected": "six"},
 }
+TOO_LONG = "holds no sample to use: 0 samples, 1 left out, too long; the longest has "
 LONG_REPLY = [{"prompt": "What?", "chosen": "so " * 60, "rejected": "six"}]
 NO_MARKER = (
     "{% for m in messages %}{{ 'answer: ' if m.role == 'assistant' }}{{ m.content + eos_token }}{% endfor %}"
+)
+TRIMMING = (
+    "{% for m in messages %}<|im_start|>{{ m.role + ': ' + m.content | trim }}<|im_end|>{% endfor %}"
+    "{{ '<|im_start|>assistant: ' if add_generation_prompt }}"
 )
 NO_END = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
@@ -221,19 +226,21 @@ TABLE = [
         ("line 1: turn 2 is an empty reply", SKIP),
         lines=2,
     ),
-    Wrong(
-        "order of roles",
-        ("sft",),
-        rows([turns(USER, USER, ASSISTANT)]),
-        ("line 1: turn 2 is the user's", SKIP),
-        lines=2,
-    ),
     Wrong("no reply", ("sft",), rows([turns(USER)]), ("line 1: no reply at the end", SKIP), lines=2),
     Wrong(
-        "late system",
+        "labels of KTO",
         ("sft",),
-        rows([turns(USER, ("system", "Hm."), ASSISTANT)]),
-        ("line 1: a system message", SKIP),
+        rows([{"prompt": "What?", "completion": "two", "label": True}]),
+        ("train.jsonl line 1: replies with a label, true or false, are for KTO",),
+    ),
+    Wrong(
+        "the same in the template",
+        ("dpo",),
+        lambda directory, given: (
+            template(TRIMMING)(directory, given),
+            rows([{"prompt": "What?", "chosen": "two", "rejected": " two\n"}])(directory, given),
+        ),
+        ("line 1: the chat template makes two replies the same", SKIP),
         lines=2,
     ),
     Wrong(
@@ -275,6 +282,20 @@ TABLE = [
         ("no format 'messages_of'", "choose one of"),
         overrides=("data.format=messages_of",),
     ),
+    Wrong(
+        "a share of all",
+        ALL,
+        nothing,
+        ("data.valid: 1.0 is not below 1",),
+        overrides=("data.valid=1.0",),
+    ),
+    Wrong(
+        "a share of one",
+        ("sft",),
+        rows(conversations(1)),
+        ("data.valid: 0.5 of one sample leaves none to train on",),
+        overrides=("data.valid=0.5",),
+    ),
     Wrong("long lists", COMPARING, long_lists, ("batch.micro: 2", "the least is")),
     # templates and tokenizers
     Wrong(
@@ -308,21 +329,24 @@ TABLE = [
     # too long
     *(
         Wrong(
-            f"long prompt, {policy}", (stage,), rows([row]), (message,), (f"data.truncation={policy}",), lines
+            f"long prompt, {policy}",
+            (stage,),
+            rows([row]),
+            (TOO_LONG, advice),
+            (f"data.truncation={policy}",),
         )
         for stage, row in LONG_ROWS.items()
-        for policy, message, lines in (
-            ("drop", "raise data.sequence_length or set data.truncation", 1),
-            ("right", "cut to 96 at the right, hold nothing of a reply", 2),
+        for policy, advice in (
+            ("drop", "raise data.sequence_length 96 or set data.truncation"),
+            ("right", "raise data.sequence_length 96\n"),
         )
     ),
     Wrong(
         "long reply, left",
         COMPARING,
         rows(LONG_REPLY),
-        ("line 1", "cut to 96 at the left, hold nothing of a reply", SKIP),
+        (TOO_LONG, "raise data.sequence_length 96\n"),
         ("data.truncation=left",),
-        2,
     ),
     # models and adapters
     Wrong("no model", ALL, no_model, ("model.path: missing; name the model to start from",)),

@@ -24,6 +24,7 @@ from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatData, Place, open_chat
+from llm3d.stages.evaluate import check
 from llm3d.train.loop import Consumed
 from tests.stages.post_training import conversations, rankings, settings, write_model, write_rows
 
@@ -78,6 +79,34 @@ def assert_same(ours: PackedBatch, theirs: PackedBatch) -> None:
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         same = torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
         assert same, field.name
+
+
+# ---- validation data ----
+
+
+def test_a_share_of_each_source_is_held_out_for_validation(model: Path, tmp_path: Path) -> None:
+    """The same samples whatever is asked of them: training, and an evaluation of the run."""
+    paths = [write_rows(tmp_path / f"{i}.jsonl", conversations(10)[5 * i : 5 * i + 5]) for i in (0, 1)]
+    given = settings(model, paths[0], tmp_path / "run", data={"train": paths})
+    config = make_config(given, None, SFTConfig)
+    _, _, whole = open_chat(config, "conversation")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"valid": 0.4})})
+    _, _, data = open_chat(config, "conversation")
+    assert [len(samples) for samples in data.sets] == [3, 3, 2, 2] and data.num_train == 2
+    for source, samples in enumerate(whole.sets):
+        parts = [data.sets[source], data.sets[source + 2]]
+        assert Counter(texts(samples)) == Counter([text for part in parts for text in texts(part)])
+    assert [line for line in data.introduction(mesh()) if "held out" in line] == [
+        f"{path}, held out for validation: 2 samples" for path in paths
+    ]
+    evaluated = check(config).data
+    assert isinstance(evaluated, ChatData)
+    (ours,), (theirs,) = data.evaluation(mesh()), evaluated.evaluation(mesh())
+    assert firsts(ours) == firsts(theirs) and len(firsts(ours)) == 4
+
+
+def texts(samples: SampleSet) -> list[bytes]:
+    return [samples[i].sequences[0].ids.tobytes() for i in range(len(samples))]
 
 
 # ---- the order ----

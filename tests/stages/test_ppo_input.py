@@ -12,7 +12,7 @@ from llm3d.config import PPOConfig, make_config
 from llm3d.data.templates import load_template
 from llm3d.data.tokenizer import load_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.prompt_data import PromptData, read_prompt_set
+from llm3d.stages.prompt_data import PromptData, read_prompt_set, read_prompt_sets
 from llm3d.train.loop import Consumed
 from tests.stages.common import Settings, command
 from tests.stages.post_training import question, settings, write_model, write_reward_model, write_rows
@@ -174,6 +174,14 @@ def test_prompts_that_cannot_be_used_are_named_or_left_out(files: Path, tmp_path
     config = make_config(given | {"data": {**given["data"], "skip_bad": True}}, 1, PPOConfig)
     found = read_prompt_set(str(path), load_template("auto", load_tokenizer(files / "model")), config)
     assert len(found) == 11 and str(found.counts) == "11 samples, 2 left out that cannot be used"
+
+
+def test_a_share_of_the_prompts_is_held_out_for_validation(files: Path) -> None:
+    config = make_config(given_settings(files, data={"valid": 0.25}), 1, PPOConfig)
+    ((train,), (valid,)) = read_prompt_sets(load_template("auto", load_tokenizer(files / "model")), config)
+    assert (len(train), len(valid), str(train.counts)) == (8, 3, "8 samples")
+    numbers = [prompt.row["number"] for prompt in (*train.prompts, *valid.prompts)]
+    assert sorted(numbers) == list(range(11)) and valid.path.endswith("held out for validation")
 
 
 def test_prompts_without_room_for_a_reply_are_left_out_or_cut(files: Path) -> None:
