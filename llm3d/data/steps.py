@@ -51,6 +51,16 @@ class Steps:
         """The samples of a step, numbered over the run."""
         return range(self.read_by(step - 1), self.read_by(step))
 
+    def repetition(self) -> str | None:
+        """What to tell a user whose steps are larger than a pass over the data; None where they are not."""
+        step = len(self.numbers(self.step + 1))
+        if self.a_pass is None or step <= math.ceil(self.a_pass):
+            return None
+        return (
+            f"batch.global: a step of {step:,} is more than the {math.ceil(self.a_pass):,} of a pass over the data, "
+            "so it reads some more than once; a lower batch.global makes more steps"
+        )
+
     @property
     def last(self) -> int:
         """The step at which the run ends."""

@@ -288,8 +288,9 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
-    if changed := shortened(data.steps.last, config.optim):
-        report.say(changed)
+    for remark in (data.steps.repetition(), shortened(data.steps.last, config.optim)):
+        if remark is not None:
+            report.say(remark)
 
 
 def num_trained(trainer: Trainer) -> int:

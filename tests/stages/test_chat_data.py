@@ -315,6 +315,13 @@ def test_the_last_step_of_epochs_takes_what_is_left(model: Path, tmp_path: Path,
     assert data.consumed(data.steps.last).samples == 10 * epochs
 
 
+def test_a_step_of_more_than_a_pass_is_said(model: Path, tmp_path: Path) -> None:
+    for epochs, said in ((1, None), (3, "batch.global: a step of 12 is more than the 4 of a pass")):
+        train, batch = {"steps": 0, "epochs": epochs}, {"global": 16}
+        found = opened(model, tmp_path, [(4, 1.0)], train=train, batch=batch).steps.repetition()
+        assert found is None if said is None else found is not None and found.startswith(said)
+
+
 @given(
     st.integers(1, 40),
     st.floats(0.1, 4),

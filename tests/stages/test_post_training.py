@@ -146,7 +146,7 @@ def given_settings(name: str, model: Path, directory: Path, run: str, **changes:
     rows = conversations(9) if stage == "sft" else comparisons(9)
     train = write_rows(directory / f"{name}.jsonl", rows)
     valid = {"valid": [write_rows(directory / f"{name}-valid.jsonl", rows[2:7])]}
-    steps = {"steps": 5, "eval_every": 5, **changes.pop("train", {})}
+    steps = {"steps": 0, "epochs": 2, "eval_every": 5, **changes.pop("train", {})}
     # At a high learning rate, Adam makes much of the rounding of small gradients.
     optim = {"lr": 1e-3}
     return settings(
@@ -156,7 +156,7 @@ def given_settings(name: str, model: Path, directory: Path, run: str, **changes:
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Settings]:
-    """Runs of 5 steps on one process, without a stop."""
+    """Runs of 5 steps, the last a smaller one, on one process, without a stop."""
     directory = tmp_path_factory.mktemp("unbroken")
     runs = {name: given_settings(name, model, directory, f"run-{name}") for name in RUNS}
     for name, given in runs.items():
