@@ -42,8 +42,8 @@ class LanguageData(ValidationData):
         windows, needed = self.train.num_windows, config.batch.global_size
         if windows < needed:
             raise InputError(
-                f"data.train: {counted(windows, 'sequence')} of {config.data.sequence_length} tokens in all, fewer than "
-                f"one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
+                f"data.train: {counted(windows, 'sequence')} of {config.data.sequence_length} tokens in all, fewer "
+                f"than one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
             )
         self.steps = Steps(config.batch.global_size, config.train.steps)
         self.resume(0, Consumed(0, 0))

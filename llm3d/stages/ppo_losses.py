@@ -46,7 +46,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     error = (values - returns).square()
     if clip is None:
         return Losses(0.5 * error, torch.zeros_like(error, dtype=torch.bool))
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    # By its bounds, so that a value within them stays what it is to the last digit, and does not count as clipped.
+    bounded = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return Losses(0.5 * torch.maximum(error, bounded), bounded > error)
 
 

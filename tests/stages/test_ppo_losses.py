@@ -124,3 +124,11 @@ def test_the_spread_of_scores_is_that_of_all_of_them() -> None:
         spread.add(part)
     assert spread.mean == pytest.approx(sum(values) / 5)
     assert spread.deviation == pytest.approx(torch.tensor(values).std().item())
+
+
+def test_a_value_within_its_limits_is_not_clipped() -> None:
+    """However its difference from what it was is rounded."""
+    generator = torch.Generator().manual_seed(0)
+    old, returns = (torch.randn(1000, generator=generator) for _ in range(2))
+    values = old + 0.19 * (2 * torch.rand(1000, generator=generator) - 1)
+    assert not value_loss(values, old, returns, 0.2).clipped.any()
