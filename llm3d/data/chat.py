@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,7 +174,10 @@ def _encoded(
     """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
     wanted: list[tuple[str, Item, list[Turns]]] = []
     for (where, _), item in rows:
-        if isinstance(item, Comparison):
+        counts.unread.update(_unwritten(item, template))
+        if _calls_in_vain(item, template):
+            counts.bad.append(BadRecord(where, "calls a tool, and the chat template writes no tool_calls"))
+        elif isinstance(item, Comparison):
             wanted.append((where, item, sides(item)))
         elif isinstance(item, Conversation):
             wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
@@ -187,6 +190,26 @@ def _encoded(
             yield Sample(sequences, item.ranks, item.margin or 0.0)
         else:
             yield Sample(sequences)
+
+
+def _unwritten(item: Item, template: Template) -> set[str]:
+    """What the messages have, or what lies beside them, that the template does not read."""
+    fields = {f"messages.{name}" for message in _messages(item) for name in message.extra} | {
+        *item.template_kwargs
+    }
+    return {field for field in fields if field.removeprefix("messages.") not in template.source}
+
+
+def _calls_in_vain(item: Item, template: Template) -> bool:
+    """Whether a reply that is nothing but a call of a tool would be learned as nothing."""
+    silent = (m for m in _messages(item) if m.role == "assistant" and not m.content.strip())
+    return "tool_calls" not in template.source and any(True for _ in silent)
+
+
+def _messages(item: Item) -> Iterator[Message]:
+    if isinstance(item, Comparison):
+        return chain(item.prompt, *item.replies)
+    return iter(item.messages)
 
 
 def _sequences(wanted: Sequence[list[Turns]], template: Template) -> list[tuple[Tokens, ...] | InputError]:

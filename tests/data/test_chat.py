@@ -201,6 +201,21 @@ def test_columns_that_are_not_read_are_told_with_their_rows(template: Template, 
     ]
 
 
+def test_what_the_template_does_not_read_is_told_and_calls_are_not_lost(
+    tmp_path: Path, template: Template
+) -> None:
+    asked, call = {"role": "user", "content": "1 + 1?"}, {"function": {"name": "add", "arguments": {}}}
+    thought = {"role": "assistant", "content": "2", "reasoning_content": "Easy."}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    rows = [{"messages": [asked, reply], "tools": [call]} for reply in (thought, calling)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    _, counts = read_samples(path, "conversation", template, settings(skip_bad=True))
+    assert counts.unread == {"tools": 2, "messages.reasoning_content": 1, "messages.tool_calls": 1}
+    assert [str(bad) for bad in counts.bad] == [
+        f"{path} line 2: calls a tool, and the chat template writes no tool_calls"
+    ]
+
+
 BAD: list[tuple[str, str]] = [
     ("{", "line 2"),
     ('["a"]', "where an object must stand"),
