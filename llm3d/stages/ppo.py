@@ -33,7 +33,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.stages.chat_data import ChatTokenizer
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.prompt_data import Prompt, PromptData, read_prompt_sets
-from llm3d.stages.rewards import RewardFunction, Rewards
+from llm3d.stages.rewards import RewardFunction, Rewards, reward_names, spread_of_scores
 from llm3d.stages.rollout import (
     Rollouts,
     RolloutWriter,
@@ -42,7 +42,7 @@ from llm3d.stages.rollout import (
     text_sample,
     training_batches,
 )
-from llm3d.stages.tokenizer import end_ids, open_tokenizer
+from llm3d.stages.tokenizer import Beside, check_token_ids, corpora, end_ids, open_tokenizer
 from llm3d.stages.training import load_first_adapters, load_first_weights
 from llm3d.train.advantages import (
     Advantages,
@@ -72,7 +72,6 @@ VALIDATED = (
     "response_length/max",
     "response_length/clip_ratio",
 )
-_EXAMPLES = 4  # replies of a step that are written down
 
 
 # ---- what the settings name ----
@@ -96,8 +95,9 @@ class OpenedPPO(NamedTuple):
 
     @property
     def validation_names(self) -> Sequence[str]:
-        sources = [f"rewards/{i}" for i in range(len(self.rewards)) if len(self.rewards) > 1]
-        return [*VALIDATED, *sources]
+        none, size = torch.zeros(self.config.generate.num_replies), self.config.generate.num_replies
+        names = reward_names(self.config.ppo.rewards)
+        return [*VALIDATED, *spread_of_scores(names, [none] * len(names), none, size)]
 
     def trainer(self, mesh: Mesh) -> PPOTrainer:
         return PPOTrainer(self, mesh)
@@ -147,18 +147,21 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
     replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
     chat = ChatTokenizer(tokenizer, template)
     data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
+    prompts = [prompt for found in (*train, *valid) for prompt in found.prompts]
     rewards = [
-        model or RewardFunction(source, f"ppo.rewards[{i}].function")
+        model or RewardFunction(source, f"ppo.rewards[{i}].function", prompts)
         for i, (source, model) in enumerate(zip(config.ppo.rewards, models, strict=True))
     ]
-    return OpenedPPO(config, chat, data, objective, replies, rewards, critic, open_texts(config))
+    return OpenedPPO(config, chat, data, objective, replies, rewards, critic, open_texts(config, tokenizer))
 
 
-def open_texts(config: PPOConfig) -> PretrainingData | None:
+def open_texts(config: PPOConfig, tokenizer: Tokenizer) -> PretrainingData | None:
+    """What ppo.ptx_data names. Raises InputError where it cannot be read, or its ids mean something else."""
     sources = [(source.path, source.weight) for source in config.ppo.ptx_data]
     assert config.model.vocab_size is not None, "the tokenizer has told it"
     if not sources:
         return None
+    check_token_ids(tokenizer, corpora(config.ppo.ptx_data, "ppo.ptx_data", "train"))
     return PretrainingData(sources, config.data.sequence_length, config.run.seed, config.model.vocab_size)
 
 
@@ -193,6 +196,13 @@ def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> 
             f"{setting}: {path} has {model.vocab_size} tokens, the policy {config.model.vocab_size}; "
             "it needs the policy's tokenizer"
         )
+    named = Beside(setting, hugging_face_directory(path), "name a model with the policy's tokenizer")
+    if not named.has_tokenizer:
+        raise InputError(
+            f"{setting}: {path} has no tokenizer, and nothing else says what token ids mean to it; "
+            "copy the tokenizer that it was trained with beside its weights"
+        )
+    check_token_ids(tokenizer, [named])
     if config.data.sequence_length > model.max_position_embeddings:
         raise InputError(
             f"{setting}: {path} reads {model.max_position_embeddings} tokens, fewer than data.sequence_length "
@@ -343,7 +353,8 @@ class PPOTrainer(Trainer):
             metrics["timing_s/hand_over"] = self.writer.moved.seconds  # part of gen
             metrics["rollout/handed_over_mib"] = self.writer.moved.received_bytes / 2**20
         self._adapt(metrics["objective/kl"], len(rollouts))
-        return result._replace(metrics=metrics, examples=self._examples(scored))
+        examples = self.rewards.examples(rollouts, scored.raw, scored.scores, found.advantages)
+        return result._replace(metrics=metrics, examples=examples)
 
     def _scored(self, prompts: Sequence[Prompt], timing: Timing) -> Scored:
         """Replies, and what the models say of them."""
@@ -484,12 +495,11 @@ class PPOTrainer(Trainer):
         lengths = mask.sum(1).double()
         kl_of_reply = kl.masked_fill(~mask, 0.0).sum(1).mean().item()
         score = scored.scores.mean().item()
-        of_sources = {
-            f"rewards/{i}": raw.mean().item() for i, raw in enumerate(scored.raw) if len(scored.raw) > 1
-        }
         return {
             "objective/scores": score,
-            **of_sources,
+            **spread_of_scores(
+                self.rewards.names, scored.raw, scored.scores, self.config.generate.num_replies
+            ),
             "objective/kl": kl_of_reply,
             "objective/kl_coefficient": self.kl_coefficient,
             "objective/non_score_reward": -self.kl_coefficient * kl_of_reply,
@@ -510,18 +520,6 @@ class PPOTrainer(Trainer):
             "critic/returns/mean": masked_mean(found.returns, mask).item(),
             "critic/vf_explained_var": (1 - left / (whole + 1e-8)).item(),
         }
-
-    def _examples(self, scored: Scored) -> list[dict[str, Any]]:
-        rollouts = scored.rollouts
-        return [
-            {
-                "prompt": rollouts.prompts[i].shown,
-                "reply": rollouts.texts[i],
-                "score": round(scored.scores[i].item(), 4),
-                "ended": rollouts.ended[i],
-            }
-            for i in range(min(_EXAMPLES, len(rollouts)))
-        ]
 
 
 def foretell_nothing(critic: Trainer) -> None:

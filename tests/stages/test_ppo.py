@@ -64,6 +64,11 @@ def leaving(prompts, replies):
     os._exit(7)
 
 
+def as_the_first(prompts, replies):
+    """Of all replies to a prompt the same."""
+    return [float(len(prompt)) for prompt in prompts]
+
+
 def talkative(prompts, replies):
     print("not part of the answer")
     return [float(len(reply)) for reply in replies]
@@ -189,6 +194,43 @@ def test_every_layout_learns_the_same(variant: str, files: Path, tmp_path: Path)
             assert ours.keys() == theirs.keys() and ours
             for key, expected_weight in theirs.items():
                 torch.testing.assert_close(ours[key], expected_weight, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_and_metrics_say_how_replies_differ(files: Path, tmp_path: Path) -> None:
+    """Of groups of replies to a prompt: what each reward gave, how far they are apart, and what is learned of it."""
+    rewards = [
+        {"function": f"{files}/rewards.py:{name}"} for name in ("share_of_e", "talkative", "as_the_first")
+    ]
+    given = given_settings(
+        files,
+        tmp_path / "run",
+        ppo={"rewards": rewards[:2], **GROUPS, "missing_end_penalty": 0.0, "scale_scores": False},
+        generate={"num_replies": 3},
+        train={"steps": 1, "eval_every": None},
+    )
+    pool.run(train_on_rank, 2, "ppo", given)
+    found, (line,) = examples(given), metrics(given)
+    assert [each["group"] for each in found] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({each["prompt"] for each in found}) == 4
+    for each in found:
+        assert each["columns"] == {"want": answer(question_number(each["prompt"]))}
+        assert each["rewards"].keys() == {"share_of_e", "talkative"}
+        assert each["rewards"]["talkative"] == len(each["reply"]) and isinstance(each["ended"], bool)
+        assert each["score"] == pytest.approx(sum(each["rewards"].values()), abs=2e-4)
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        gained, better = (first[key] - second[key] for key in ("advantage", "score"))
+        assert gained * better > 0 or gained == better == 0
+    assert line["rewards/talkative/mean"] > 0 < line["rewards/talkative/std"] < line["reward_std"] + 1
+    assert 0 <= line["frac_reward_zero_std"] < 1
+    given["ppo"]["rewards"], given["run"] = rewards[2:], {**given["run"], "dir": str(tmp_path / "alike")}
+    pool.run(train_on_rank, 1, "ppo", given)
+    (line,) = metrics(given)
+    assert (line["frac_reward_zero_std"], line["reward_std"] > 0) == (1.0, True)
+    assert {each["advantage"] for each in examples(given)} == {0.0}
+
+
+def question_number(text: str) -> int:
+    return next(i for i in range(11) if question(i) == text)
 
 
 def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
@@ -383,7 +425,7 @@ def test_the_reward_rises(files: Path, tmp_path: Path) -> None:
     [
         ("broken", ["ZeroDivisionError", "rewards.py line 8", "prompts.jsonl line", "the reply"]),
         ("slow", ["took more than 1 s for 8 replies"]),
-        ("too_few", ["7 scores for 8 replies"]),
+        ("too_few", ["number of scores: 7, of replies: 8"]),
         ("nothing_finite", ["a score of nan"]),
         ("leaving", ["its process ended with code 7"]),
         ("absent", ["has no function 'absent'", "share_of_e"]),

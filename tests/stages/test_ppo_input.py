@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from llm3d.config import PPOConfig, make_config
+from llm3d.data.corpus import tokenize_corpus
 from llm3d.data.templates import load_template
 from llm3d.data.tokenizer import load_tokenizer
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.prompt_data import PromptData, read_prompt_set, read_prompt_sets
 from llm3d.train.loop import Consumed
-from tests.stages.common import Settings, command
+from tests.stages.common import MODEL, Ended, Settings, command, silent
 from tests.stages.post_training import question, settings, write_model, write_reward_model, write_rows
 
 
@@ -115,6 +117,80 @@ def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
             and f"{setting}: " in ended.stderr
             and "300 tokens, the policy 291" in ended.stderr
         )
+
+
+def exchanged(directory: Path) -> None:
+    """Have the tokenizer of a directory give the letters a and b each other's id."""
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    ids = content["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def other(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many tokens, of which two mean something else: a model, a reward model, and a corpus."""
+    made = tmp_path_factory.mktemp("exchanged")
+    for name in ("model", "reward"):
+        shutil.copytree(files / name, made / name)
+        exchanged(made / name)
+    (made / "text.txt").write_text("What comes after one is two, and so on.\n\n" * 90)
+    with silent():
+        tokenize_corpus([made / "text.txt"], made / "corpus", made / "model", separator="\n\n")
+    return made
+
+
+def test_token_ids_that_mean_something_else_are_refused(files: Path, other: Path) -> None:
+    """In every setting that names what reads the policy's ids, or has written them."""
+    rewards = [{"model": str(files / "reward")}, {"model": str(other / "reward")}]
+    corpus = {"ptx_data": [str(other / "corpus")], "ptx_coefficient": 1.0}
+    for setting, changes in (
+        ("ppo.rewards[1].model", {"ppo": {"rewards": rewards}}),
+        ("ppo.critic", {"ppo": {"critic": str(other / "model")}}),
+        ("ppo.ptx_data[0]", {"ppo": corpus}),
+        ("data.tokenizer", {"data": {"tokenizer": str(other / "model")}}),
+    ):
+        assert_token_is_named(setting, command("ppo", given_settings(files, **changes), "--check"))
+
+
+def test_tokens_of_a_corpus_mean_what_they_mean_to_the_model(files: Path, other: Path) -> None:
+    """Named by data.tokenizer, by the model to start from, or by another corpus."""
+    with silent():
+        tokenize_corpus([other / "text.txt"], files / "corpus", files / "model", separator="\n\n")
+    ours, theirs = (str(directory / "corpus") for directory in (files, other))
+    for setting, changes in (
+        ("data.train[1]", {"data": {"train": [ours, theirs], "tokenizer": str(files / "model")}}),
+        ("data.valid[0]", {"data": {"train": [ours], "valid": [theirs]}}),
+        ("data.train[0]", {"data": {"train": [theirs]}, "model": {"path": str(files / "model")}}),
+    ):
+        given: Settings = given_settings(files) | {"model": {**MODEL, "vocab_size": 291}, **changes}
+        del given["ppo"]
+        given["data"] |= {"sequence_length": 16}
+        assert_token_is_named(setting, command("pretrain", given, "--check"))
+
+
+def assert_token_is_named(setting: str, ended: Ended) -> None:
+    assert (ended.code, ended.stdout) == (2, "") and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"llm3d: {setting}: the tokenizer in ") and "'a'" in ended.stderr
+
+
+def test_a_model_without_a_tokenizer_scores_nothing(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "reward", tmp_path / "reward")
+    (tmp_path / "reward" / "tokenizer.json").unlink()
+    ended = command(
+        "ppo", given_settings(files, ppo={"rewards": [{"model": str(tmp_path / "reward")}]}), "--check"
+    )
+    assert ended.code == 2 and "ppo.rewards[0].model: " in ended.stderr and "has no tokenizer" in ended.stderr
+
+
+def test_a_function_is_held_against_the_columns_of_all_prompts(files: Path) -> None:
+    (files / "needy.py").write_text(
+        "def score(prompts, replies, numbers):\n    return [0.0] * len(replies)\n"
+    )
+    source = {"function": f"{files}/needy.py:score"}
+    ended = command("ppo", given_settings(files, ppo={"rewards": [source]}), "--check")
+    assert ended.code == 2 and "there are: number, prompt; did you mean number?" in ended.stderr
 
 
 def test_data_show_says_that_these_settings_are_not_its(files: Path) -> None:
