@@ -304,7 +304,8 @@ def show_config(
         int | None, typer.Option(min=1, help="Check the layout against this many devices, too.")
     ] = None,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of a settings file.")
+        bool,
+        typer.Option("--schema", help="Print the JSON Schema of settings files, of any stage or of --stage."),
     ] = False,
     stage: StageOption = None,
 ) -> None:
@@ -317,7 +318,7 @@ def show_config(
     config, of_run = settings_at(config) if config is not None else (None, list[str]())
     kind = kind_of_settings(config, stage)
     if schema:
-        print(json.dumps(json_schema(kind), indent=2))
+        print(json.dumps(json_schema(kind if config or stage else None), indent=2))
     elif config is None:
         raise InputError("config: give a CONFIG.yaml, or --schema")
     else:
@@ -508,27 +509,28 @@ def memory(
     asked, others = world_size_among(overrides)
     world_size = 1 if asked is None else asked
     settings, _ = config_for_plan(config, others, world_size, name_of(stage))
+    if settings.model.vocab_size is None:
+        from llm3d.stages.tokenizer import open_tokenizer
+
+        settings, _ = open_tokenizer(settings)
     if isinstance(settings, PPOConfig):
         print(memory_of_phases(settings, world_size, device.value))
         return
     from llm3d.plan.memory import Work, memory_of_stages, table
     from llm3d.stages.by_settings import largest_microbatch, objective_of
     from llm3d.stages.dpo import needs_second_model
-    from llm3d.stages.tokenizer import open_tokenizer
 
-    if settings.model.vocab_size is None:
-        settings, _ = open_tokenizer(settings)
     work = Work(objective_of(settings), largest_microbatch(settings), needs_second_model(settings))
     print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
 
 
 def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
     from llm3d.plan.phases import phases_of_stages, table
-    from llm3d.stages.ppo import models_of
-    from llm3d.stages.ppo_roles import bytes_of_writing, roles_of
+    from llm3d.stages.ppo_roles import bytes_of_writing, planned_models, roles_of
 
-    models = models_of(settings)
-    return table(phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, device))
+    models, remarks = planned_models(settings)
+    phases = phases_of_stages(roles_of(models), bytes_of_writing(settings), world_size, device)
+    return "\n".join([*remarks, table(phases)])
 
 
 def say_memory(settings: PPOConfig) -> None:

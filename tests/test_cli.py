@@ -96,7 +96,8 @@ def test_config_checks_a_layout_for_devices_that_are_not_there(settings: str) ->
 
 
 def test_the_schema_needs_no_settings() -> None:
-    code, shown, _ = llm3d_command("config", "--schema")
+    assert "if" in json.loads(llm3d_command("config", "--schema")[1])
+    code, shown, _ = llm3d_command("config", "--schema", "--stage", "sft")
     assert code == 0
     assert "parallel" in json.loads(shown)["properties"]
     assert llm3d_command("config")[0] == 2

@@ -78,6 +78,7 @@ __all__ = [
     "load_config",
     "make_config",
     "model_at",
+    "model_of_preset",
     "parse_config",
     "with_vocab_size",
 ]
@@ -132,6 +133,11 @@ def parse_config(settings: Mapping[Any, Any], kind: type[C]) -> C:
 def model_at(path: str) -> ModelConfig:
     """The model in a Hugging Face directory or a checkpoint. Raises InputError."""
     return validate(ModelConfig, _from_directory(path, {}) | {"path": path}, ("model",))
+
+
+def model_of_preset(name: str, vocab_size: int | None) -> ModelConfig:
+    """The shape of a preset, under its name; vocab_size: where it has none of its own."""
+    return validate(ModelConfig, {"vocab_size": vocab_size} | PRESETS[name] | {"path": name}, ("model",))
 
 
 def kind_of(path: str | Path) -> type[Config]:

@@ -23,20 +23,22 @@ from llm3d.errors import InputError
 def check_layout(config: Config, world_size: int | None) -> None:
     """Raise InputError with a line for each way in which the settings do not fit each other."""
     problems = [*_training_problems(config), *_start_problems(config), *_path_problems(config)]
-    if not problems and world_size is not None:
-        problems += _world_problems(config, world_size)
-    _refuse(problems)
+    _refuse(problems or _problems_of_world(config, world_size))
 
 
-def check_plan(config: Config, world_size: int) -> None:
+def check_plan(config: Config, world_size: int | None) -> None:
     """The same for what is planned on paper, where a model is a shape."""
-    _refuse([*_training_problems(config)] or [*_world_problems(config, world_size)])
+    _refuse([*_training_problems(config)] or _problems_of_world(config, world_size))
 
 
 def check_generation(config: Config, world_size: int) -> None:
     """The same of what text is written by: the model and its layout, nothing that only training needs."""
     problems = [*_model_problems(config), *_stage_problems(config), *_path_problems(config)]
     _refuse(problems or [*_rank_problems(config, world_size)])
+
+
+def _problems_of_world(config: Config, world_size: int | None) -> list[str]:
+    return [] if world_size is None else [*_world_problems(config, world_size)]
 
 
 def _refuse(problems: list[str]) -> None:

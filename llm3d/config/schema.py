@@ -5,10 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from llm3d.config.presets import PRESETS
-from llm3d.config.sections import Config, PretrainConfig
+from llm3d.config.sections import STAGES, Config
 
 
-def json_schema(kind: type[Config] = PretrainConfig) -> dict[str, Any]:
+def json_schema(kind: type[Config] | None = None) -> dict[str, Any]:
+    """Of a stage's settings; None: of any stage's, which is told by the section that only it has."""
+    if kind is not None:
+        return _of_stage(kind)
+    schemas = {name: _of_stage(stage) for name, stage in STAGES.items()}
+    definitions: dict[str, Any] = {}
+    for name, schema in schemas.items():
+        own = schema.pop("$defs")
+        definitions |= {f"{name}.{part}": _moved(content, name) for part, content in own.items()}
+    branches: Any = _moved(schemas.pop("pretrain"), "pretrain")
+    for name, schema in schemas.items():
+        branches = {"if": {"required": [name]}, "then": _moved(schema, name), "else": branches}
+    return {"$defs": definitions, "type": "object", **branches}
+
+
+def _moved(schema: Any, stage: str) -> Any:
+    """With definitions that are found under the stage's name."""
+    if isinstance(schema, list):
+        return [_moved(item, stage) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    start = "#/$defs/"
+    return {
+        key: value.replace(start, f"{start}{stage}.") if key == "$ref" else _moved(value, stage)
+        for key, value in schema.items()
+    }
+
+
+def _of_stage(kind: type[Config]) -> dict[str, Any]:
     schema = kind.model_json_schema(by_alias=True)
     definitions = schema["$defs"]
     model = definitions["ModelConfig"]

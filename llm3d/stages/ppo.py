@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import Config, LoRASettings, PPOConfig, check_layout, model_at
+from llm3d.config import Config, LoRASettings, ModelConfig, PPOConfig, check_plan, model_at
 from llm3d.config.hugging_face import hugging_face_directory
 from llm3d.data.order import derive_key, permute
 from llm3d.data.packed import PackedBatch
@@ -118,25 +119,27 @@ class Models(NamedTuple):
     """
 
     config: PPOConfig
-    tokenizer: Tokenizer
     critic: PPOConfig | None
     rewards: list[PPOConfig | None]
 
 
-def models_of(config: PPOConfig) -> Models:
-    """What the settings say of models. Raises InputError where they cannot stand beside each other."""
-    config, tokenizer = open_tokenizer(config)
-    assert tokenizer is not None, "a model to start from has a tokenizer"
+def models_of(config: PPOConfig, found: Callable[[str | None, str], PPOConfig]) -> Models:
+    """What the settings say of models. Raises InputError where they cannot stand beside each other.
+
+    found: the settings of the model in a directory, None for the policy's, which a setting names.
+    """
     rewards = [
-        None if source.model is None else beside(config, source.model, f"ppo.rewards[{i}].model", tokenizer)
+        None if source.model is None else found(source.model, f"ppo.rewards[{i}].model")
         for i, source in enumerate(config.ppo.rewards)
     ]
-    return Models(config, tokenizer, critic_settings(config, tokenizer), rewards)
+    return Models(config, critic_settings(config, found), rewards)
 
 
 def open_stage(config: PPOConfig) -> OpenedPPO:
     """Open what the settings name: tokenizer, template, prompts. Raises InputError where it cannot be used."""
-    config, tokenizer, critic, models = models_of(config)
+    config, tokenizer = open_tokenizer(config)
+    assert tokenizer is not None, "a model to start from has a tokenizer"
+    _, critic, models = models_of(config, partial(beside, config, tokenizer))
     for i, model in enumerate(models):
         if model is not None and not holds_scores(model):
             raise InputError(
@@ -165,16 +168,14 @@ def open_texts(config: PPOConfig, tokenizer: Tokenizer) -> PretrainingData | Non
     return PretrainingData(sources, config.data.sequence_length, config.run.seed, config.model.vocab_size)
 
 
-def critic_settings(config: PPOConfig, tokenizer: Tokenizer) -> PPOConfig | None:
+def critic_settings(config: PPOConfig, found: Callable[[str | None, str], PPOConfig]) -> PPOConfig | None:
     settings = config.ppo
     if settings.advantages != "gae":
         return None
     first_model = next((source.model for source in settings.rewards if source.model is not None), None)
-    start = settings.critic or first_model or config.model.path
-    assert start is not None, "checked with the settings"
     rate = settings.critic_lr or config.optim.lr
     least = config.optim.min_lr * rate / config.optim.lr
-    critic = beside(config, start, "ppo.critic", tokenizer)
+    critic = found(settings.critic or first_model or config.model.path, "ppo.critic")
     lora = config.lora.model_copy(update={"path": None})
     optim = config.optim.model_copy(update={"lr": rate, "min_lr": least})
     return critic.model_copy(update={"lora": lora, "optim": optim})
@@ -188,9 +189,14 @@ def critic_started_from(critic: PPOConfig | None, reward_model: PPOConfig, polic
     return critic.model.path == start
 
 
-def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> PPOConfig:
-    """The settings of a model that stands beside the policy, under its layout. Raises InputError where it cannot."""
-    model = model_at(path)
+def beside(config: PPOConfig, tokenizer: Tokenizer, path: str | None, setting: str) -> PPOConfig:
+    """The settings of the model in a directory, with the policy's tokenizer. Raises InputError where it cannot be."""
+    assert path is not None, "checked with the settings"
+    return standing_beside(config, model_at(path), path, setting)
+
+
+def standing_beside(config: PPOConfig, model: ModelConfig, path: str, setting: str) -> PPOConfig:
+    """The settings of a model beside the policy, under its layout. Raises InputError where it cannot."""
     if model.vocab_size != config.model.vocab_size:
         raise InputError(
             f"{setting}: {path} has {model.vocab_size} tokens, the policy {config.model.vocab_size}; "
@@ -213,7 +219,7 @@ def beside(config: PPOConfig, path: str, setting: str, tokenizer: Tokenizer) -> 
         parallel = parallel.model_copy(update={"layers_per_stage": None})
     other = config.model_copy(update={"model": model, "parallel": parallel, "lora": LoRASettings()})
     try:
-        check_layout(other, None)
+        check_plan(other, None)
     except InputError as error:
         raise InputError(f"{setting}: {path}: {error}") from None
     return other

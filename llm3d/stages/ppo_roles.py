@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from llm3d.config import PPOConfig
+from llm3d.config import PPOConfig, model_at, model_of_preset
+from llm3d.config.presets import PRESETS
 from llm3d.data.packed import collate
 from llm3d.data.samples import Sample, Tokens
+from llm3d.errors import InputError
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import MAX_PREFILL_TOKENS
 from llm3d.models.build import DTYPES, spread_layers
-from llm3d.stages.ppo import Models, critic_started_from
+from llm3d.stages.ppo import Models, critic_started_from, models_of, standing_beside
 from llm3d.stages.ppo_losses import PolicyObjective, ValueObjective
 from llm3d.stages.rollout import RolloutBatch, writes_in_place, writing_layout
 from llm3d.train.objective import Objective
@@ -49,6 +52,29 @@ def roles_of(models: Models) -> list[Role]:
     if not writes_in_place(config):
         found.append(Role("policy that writes", "writing", writing_layout(config), policy, microbatch))
     return found
+
+
+def planned_models(config: PPOConfig) -> tuple[Models, list[str]]:
+    """The models of a run, which need not be there: a preset's name will do for a directory; and what is to be said.
+
+    Where the policy is planned without weights, one that is neither is taken to be as large. Raises InputError.
+    """
+    remarks = dict[str, str]()
+
+    def found(path: str | None, setting: str) -> PPOConfig:
+        model = config.model
+        if path is not None and Path(path).is_dir():
+            model = model_at(path)
+        elif path is not None and path in PRESETS:
+            model = model_of_preset(path, config.model.vocab_size)
+        elif path is not None and model.path is not None:
+            raise InputError(f"{setting}: no directory {path!r}; to plan without it, name a preset")
+        elif path is not None:
+            model = model.model_copy(update={"path": path})
+            remarks.setdefault(path, f"{setting}: no directory {path!r}; taken to be as large as the policy")
+        return standing_beside(config, model, str(path), setting)
+
+    return models_of(config, found), list(remarks.values())
 
 
 def largest_microbatch(config: PPOConfig) -> RolloutBatch:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm3d.config import (
+    PretrainConfig,
     config_to_yaml,
     json_schema,
     kind_of,
@@ -36,8 +37,10 @@ train: {steps: 100}
 
 
 SECTIONS = {
-    name: json_schema()["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
-    for name, field in json_schema()["properties"].items()
+    name: json_schema(PretrainConfig)["$defs"]
+    .get(field.get("$ref", "").rpartition("/")[2], {})
+    .get("properties", {})
+    for name, field in json_schema(PretrainConfig)["properties"].items()
 }
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llm3d.config import PPOConfig, make_config
+from llm3d.config.uses import config_for_plan
+from llm3d.errors import InputError
 from llm3d.generate import engine
 from llm3d.parallel.mesh import Mesh
 from llm3d.plan.phases import Phases, phases_of_stages
-from llm3d.stages.ppo import models_of, open_stage
-from llm3d.stages.ppo_roles import bytes_of_writing, roles_of
+from llm3d.stages.ppo import open_stage
+from llm3d.stages.ppo_roles import bytes_of_writing, planned_models, roles_of
 from llm3d.stages.training import load_first_weights
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
@@ -81,7 +84,7 @@ def kept(model: Evaluator) -> dict[str, int]:
 
 
 def planned(given: Settings, world_size: int) -> list[Phases]:
-    models = models_of(make_config(given, world_size, PPOConfig))
+    models, _ = planned_models(make_config(given, world_size, PPOConfig))
     return phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, "cpu")
 
 
@@ -110,3 +113,38 @@ def test_what_is_there_is_what_was_planned(name: str, files: Path) -> None:
 def nearly(found: int, plan: int) -> bool:
     """The first rank has most of a vocabulary that does not divide; the others at most as much."""
     return 0.999 * plan <= found <= plan
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ({"rewards": [{"model": "llama-3.1-8b"}]}, []),
+        (
+            {"rewards": [{"model": "nowhere"}], "critic": "llama-1b"},
+            ["ppo.rewards[0].model: no directory 'nowhere'; taken to be as large as the policy"],
+        ),
+        ({"rewards": [{"function": "x.py:score"}]}, []),
+    ],
+    ids=str,
+)
+def test_models_that_are_not_there_are_planned_by_their_shape(
+    others: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    config = Path(__file__).parent.parent.parent / "configs" / "stages" / "ppo.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"ppo": others}))
+    settings, _ = config_for_plan(path, ["model.preset=llama-3.1-8b", "parallel.tensor=8"], 8)
+    assert isinstance(settings, PPOConfig)
+    models, remarks = planned_models(settings)
+    assert models.critic is not None
+    assert models.critic.model.hidden_size == (2048 if "critic" in others else 4096)
+    assert [model and model.model.hidden_size for model in models.rewards] == [
+        4096 if "model" in source else None for source in others["rewards"]
+    ]
+    assert remarks == said
+
+
+def test_weights_that_should_be_there_are_missed(files: Path) -> None:
+    given = given_settings(files, ppo={"rewards": [{"model": "nowhere"}]})
+    with pytest.raises(InputError, match=r"ppo\.rewards\[0\]\.model: no directory 'nowhere'"):
+        planned_models(make_config(given, 1, PPOConfig))
