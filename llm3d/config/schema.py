@@ -46,8 +46,8 @@ def _of_stage(kind: type[Config]) -> dict[str, Any]:
     data = definitions[schema["properties"]["data"]["$ref"].rpartition("/")[2]]["properties"]
     source = data["train"]["items"]["$ref"]
     for sources in (data["train"], data["valid"]):
-        sources["anyOf"] = [{"$ref": source}, {"type": "array", "items": sources.pop("items")}]
-        del sources["type"]
+        listed = {name: sources.pop(name) for name in ("type", "items") if name in sources}
+        sources["anyOf"] = [{"$ref": source}, *([listed] if listed else sources["anyOf"])]
     name = source.rpartition("/")[2]
     definitions[name] = {"anyOf": [{"type": "string"}, definitions[name]]}
     rope = definitions["RopeScaling"]
