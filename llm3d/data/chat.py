@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -38,11 +38,13 @@ _WORTH_A_WARNING = 0.05  # of the samples, left out as too long
 class Counts:
     """What became of the records of a source.
 
-    too_long: left out.  cut: shortened.  longest: tokens of the longest sequence before that.
+    held_out: no longer here, but in validation.  too_long: left out.  cut: shortened.  longest: tokens of the longest
+    sequence before that.
     unread: how many rows have something in a column that means nothing here, by column.
     """
 
     samples: int = 0
+    held_out: int = 0
     too_long: int = 0
     cut: int = 0
     longest: int = 0
@@ -56,13 +58,16 @@ class Counts:
         parts += [f"{len(self.bad):,} left out that cannot be used"] if self.bad else []
         return ", ".join(parts)
 
+    def without(self, held_out: int) -> Counts:
+        return replace(self, samples=self.samples - held_out, held_out=held_out)
+
     def told(self, path: str, settings: ChatDataConfig) -> list[str]:
         """For people: what there is, what is not read, and a warning where much of it is too long."""
         lines = [f"{path}: {self}"]
         if self.unread:
             columns = ", ".join(f"{column} ({count:,})" for column, count in self.unread.most_common())
             lines.append(f"{path}: columns that are not read, with their rows: {columns}")
-        share = self.too_long / max(1, self.samples + self.too_long)
+        share = self.too_long / max(1, self.samples + self.held_out + self.too_long)
         if share > _WORTH_A_WARNING:
             lines.append(f"{path}: WARNING: {share:.0%} is left out, too long{self.advice(settings)}")
         return lines

@@ -111,7 +111,9 @@ def _with_held_out(
     ]
     if not valid:
         raise InputError(f"data.valid: {share:g} of one sample leaves none to train on; name other data")
-    told = [(path, replace(count, samples=len(s))) for (path, count), s in zip(counts, train, strict=True)]
+    told = [
+        (path, count.without(count.samples - len(s))) for (path, count), s in zip(counts, train, strict=True)
+    ]
     told += [(f"{path}, held out for validation", Counts(samples=len(s))) for path, s in valid]
     return [*train, *(samples for _, samples in valid)], told
 

@@ -54,7 +54,7 @@ class PromptSet:
         left, held = (
             [p for p, w in zip(self.prompts, which, strict=True) if w == part] for part in (False, True)
         )
-        counts = replace(self.counts, samples=len(left))
+        counts = self.counts.without(len(held))
         path = f"{self.path}, held out for validation"
         return PromptSet(self.path, left, counts), PromptSet(path, held, Counts(samples=len(held)))
 
