@@ -192,7 +192,15 @@ def critic_started_from(critic: PPOConfig | None, reward_model: PPOConfig, polic
 def beside(config: PPOConfig, tokenizer: Tokenizer, path: str | None, setting: str) -> PPOConfig:
     """The settings of the model in a directory, with the policy's tokenizer. Raises InputError where it cannot be."""
     assert path is not None, "checked with the settings"
-    return standing_beside(config, model_at(path), path, setting)
+    found = standing_beside(config, model_at(path), path, setting)
+    named = Beside(setting, hugging_face_directory(path), "name a model with the policy's tokenizer")
+    if not named.has_tokenizer:
+        raise InputError(
+            f"{setting}: {path} has no tokenizer, and nothing else says what token ids mean to it; "
+            "copy the tokenizer that it was trained with beside its weights"
+        )
+    check_token_ids(tokenizer, [named])
+    return found
 
 
 def standing_beside(config: PPOConfig, model: ModelConfig, path: str, setting: str) -> PPOConfig:
@@ -202,13 +210,6 @@ def standing_beside(config: PPOConfig, model: ModelConfig, path: str, setting: s
             f"{setting}: {path} has {model.vocab_size} tokens, the policy {config.model.vocab_size}; "
             "it needs the policy's tokenizer"
         )
-    named = Beside(setting, hugging_face_directory(path), "name a model with the policy's tokenizer")
-    if not named.has_tokenizer:
-        raise InputError(
-            f"{setting}: {path} has no tokenizer, and nothing else says what token ids mean to it; "
-            "copy the tokenizer that it was trained with beside its weights"
-        )
-    check_token_ids(tokenizer, [named])
     if config.data.sequence_length > model.max_position_embeddings:
         raise InputError(
             f"{setting}: {path} reads {model.max_position_embeddings} tokens, fewer than data.sequence_length "
