@@ -210,6 +210,12 @@ def tokenizer_train(
         print(f"left out: {counted(trained['skipped'], 'record')} that cannot be read", file=sys.stderr)
 
 
+class PrependBos(str, Enum):
+    auto = "auto"
+    yes = "yes"
+    no = "no"
+
+
 @data_app.command("tokenize")
 @ends_as_promised
 def data_tokenize(
@@ -221,8 +227,12 @@ def data_tokenize(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: a core each]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of documents and of the split.")] = 1234,
     valid_fraction: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Share of documents that is kept for validation.")
+        float, typer.Option(min=0, max=0.99, help="Share of tokens that is kept for validation.")
     ] = 0.01,
+    prepend_bos: Annotated[
+        PrependBos,
+        typer.Option(help="Put bos before every document; auto: where the tokenizer adds one to a text."),
+    ] = PrependBos.auto,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -238,6 +248,7 @@ def data_tokenize(
         workers=workers,
         seed=seed,
         valid_fraction=valid_fraction,
+        prepend_bos={"auto": None, "yes": True, "no": False}[prepend_bos.value],
         skip_bad=skip_bad,
         overwrite=overwrite,
     )

@@ -81,6 +81,18 @@ def inside_checkpoint(path: Path, folder: str) -> Path:
     return path / folder if (path / "manifest.json").is_file() else path
 
 
+def generation_settings(path: str | None) -> dict[str, Any]:
+    """What the generation_config.json of the model at a path says; nothing where there is none. Raises InputError."""
+    file = hugging_face_directory(path) / "generation_config.json" if path else None
+    return read_object("model.path", file) if file is not None and file.is_file() else {}
+
+
+def token_ids(*values: Any) -> list[int]:
+    """The tokens that settings name, each once: a value is an id, several or None."""
+    several = (value if isinstance(value, list | tuple) else (value,) for value in values)
+    return list(dict.fromkeys(index for ids in several for index in ids if index is not None))
+
+
 def read_object(setting: str, file: Path) -> dict[str, Any]:
     """The JSON object in a file that a setting leads to. Raises InputError."""
     try:

@@ -34,6 +34,7 @@ SUMMARY = "corpus.json"
 BATCH_CHARACTERS = 1 << 20  # encoded in one call
 BATCH_TOKENS = 1 << 22  # copied from shards in one go
 BAD_SHOWN = 20
+NEAR = 0.1  # of the share for validation: how far whole documents may be from it
 PARALLELISM = "TOKENIZERS_PARALLELISM"  # of the tokenizers library, over threads
 
 
@@ -47,6 +48,7 @@ def tokenize_corpus(
     workers: int | None = None,
     seed: int = 1234,
     valid_fraction: float = 0.01,
+    prepend_bos: bool | None = None,
     skip_bad: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -56,26 +58,24 @@ def tokenize_corpus(
     files: paths, directories, patterns; kinds as in llm3d.data.documents.  text_field: of JSON lines, or the
     column of parquet.  separator: what ends a document in .txt files; None: a file is a document.  workers:
     processes, None for one a core (a script that calls this with several needs the usual `if __name__ ==
-    "__main__"`).  seed: of the shuffle of documents.  valid_fraction: of documents, for validation, at least
-    one; of a corpus that is a single document, its end; 0: no validation files.  skip_bad: leave out records
-    that cannot be read, and list the first ones; otherwise the first ends the run.  overwrite: replace a
-    corpus at `output`.
+    "__main__"`).  seed: of the shuffle of documents.  valid_fraction: of tokens, for validation; the document at the
+    border is cut where that comes nearer to it; 0: no validation files.  prepend_bos: put the tokenizer's bos
+    before every document; None: where the tokenizer adds one to a text.  skip_bad: leave out records that cannot
+    be read, and list the first ones; otherwise the first ends the run.  overwrite: replace a corpus at `output`.
 
     Every document ends in the tokenizer's eos token; documents without text are left out. The output also
     holds the tokenizer and `corpus.json`, which is what is returned: documents and tokens of each split,
-    text_bytes, empty_documents, bad_records {total, first}, vocab_size, dtype, eos_id, tokenizer_digest,
-    seed, valid_fraction, sources. Takes twice the output's space on disk meanwhile, and about 40 bytes of
-    memory a document. Raises InputError; TrainingAborted when the disk is full.
+    text_bytes, empty_documents, bad_records {total, first}, vocab_size, dtype, bos_id (null: not put), eos_id,
+    tokenizer_digest, seed, valid_fraction, sources. Takes twice the output's space on disk meanwhile, and about
+    40 bytes of memory a document. Raises InputError; TrainingAborted when the disk is full.
     """
     if not 0 <= valid_fraction < 1:
         raise InputError(f"valid_fraction {valid_fraction}: must be at least 0 and below 1")
     if workers is not None and workers < 1:
         raise InputError(f"workers {workers}: must be at least 1")
     check_output(Path(output).absolute(), overwrite, SUMMARY)
-    job = _Job(str(tokenizer_path), Format(text_field, separator), skip_bad)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.eos_id is None:
-        raise InputError(f"{tokenizer_path}: no end-of-text token; set eos_token in tokenizer_config.json")
+    tokenizer = _open_tokenizer(tokenizer_path, prepend_bos)
+    job = _Job(str(tokenizer_path), Format(text_field, separator), skip_bad, tokenizer.adds_bos)
     paths = find_files(files)
     try:
         with new_directory(output, overwrite, SUMMARY) as directory:
@@ -99,6 +99,7 @@ def tokenize_corpus(
                 "bad_records": {"total": parts.num_bad, "first": [str(bad) for bad in parts.bad]},
                 "vocab_size": tokenizer.vocab_size,
                 "dtype": dtype.name,
+                "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
                 "eos_id": tokenizer.eos_id,
                 "tokenizer_digest": tokenizer.digest,
                 "seed": seed,
@@ -115,6 +116,16 @@ def tokenize_corpus(
     return summary
 
 
+def _open_tokenizer(path: str | Path, prepend_bos: bool | None) -> Tokenizer:
+    """The tokenizer, which adds a bos where documents are to begin with one."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_id is None:
+        raise InputError(f"{path}: no end-of-text token; set eos_token in tokenizer_config.json")
+    if prepend_bos and tokenizer.bos_id is None:
+        raise InputError(f"{path}: no token to put before documents; set bos_token in tokenizer_config.json")
+    return tokenizer if prepend_bos is None else tokenizer.with_bos(prepend_bos)
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -126,6 +137,7 @@ class _Job:
     tokenizer_path: str
     form: Format
     skip_bad: bool
+    adds_bos: bool
 
 
 @dataclass
@@ -275,7 +287,8 @@ def _start_process(job: _Job, shards: Path, stop: Event) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops this one
     os.environ[PARALLELISM] = "false"
-    _worker = _make_worker(job, shards, load_tokenizer(job.tokenizer_path), stop.is_set)
+    tokenizer = load_tokenizer(job.tokenizer_path).with_bos(job.adds_bos)
+    _worker = _make_worker(job, shards, tokenizer, stop.is_set)
 
 
 def _encode_in_this_process(item: Item) -> _Encoded:
@@ -298,13 +311,15 @@ def _encode_item(worker: _Worker, item: Item) -> _Encoded:
 
 
 def _encode(tokenizer: Tokenizer, batch: list[str], item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """Documents end to end, and their lengths; only what ends a document gets an eos."""
-    assert tokenizer.eos_id is not None
+    """Documents end to end, and their lengths; only what starts a document gets a bos, what ends one an eos."""
+    bos_id, eos_id = tokenizer.bos_id if tokenizer.adds_bos else None, tokenizer.eos_id
+    assert eos_id is not None
     if item.starts and item.ends:
-        return tokenizer.encode_documents(batch, tokenizer.eos_id)
+        return tokenizer.encode_documents(batch, eos_id, bos_id)
     (text,) = batch
     ids = tokenizer.encode_arrays([text])[0] if item.starts else tokenizer.encode_next(text)
-    ids = np.append(ids, np.int32(tokenizer.eos_id)) if item.ends else ids
+    before = [bos_id] if item.starts and bos_id is not None else []
+    ids = np.concatenate([before, ids, [eos_id] if item.ends else []]).astype(np.int32)
     return ids, np.array([len(ids)])
 
 
@@ -342,6 +357,22 @@ class _Documents:
     def __len__(self) -> int:
         return len(self.first) - 1
 
+    def sizes(self) -> np.ndarray:
+        """Tokens of each document, int64."""
+        return np.add.reduceat(self.parts.length, self.first[:-1])
+
+    def cut(self, document: int, kept: int) -> int:
+        """Make what follows the first `kept` tokens of a document one of its own; -> its number."""
+        parts, rows = self.parts, slice(self.first[document], self.first[document + 1])
+        length = parts.length[rows].copy()
+        front = np.clip(kept - (np.cumsum(length) - length), 0, length)  # of each row
+        parts.length[rows] = front
+        parts.shard = np.append(parts.shard, parts.shard[rows])
+        parts.offset = np.append(parts.offset, parts.offset[rows] + front)
+        parts.length = np.append(parts.length, length - front)
+        self.first = np.append(self.first, len(parts.length))
+        return len(self) - 1
+
 
 def _documents(parts: _Parts, paths: Sequence[Path]) -> _Documents:
     if not len(parts.length):
@@ -351,33 +382,26 @@ def _documents(parts: _Parts, paths: Sequence[Path]) -> _Documents:
 
 
 def _split(documents: _Documents, seed: int, valid_fraction: float) -> dict[str, np.ndarray]:
-    """The documents of each split, int64, shuffled."""
-    if valid_fraction and len(documents) == 1:
-        _cut_in_two(documents, valid_fraction)
-        return {"train": np.array([0]), "valid": np.array([1])}
-    count = len(documents)
-    order = permute(np.arange(count), count, derive_key(seed))
+    """The documents of each split, int64, shuffled: for validation the first ones, by tokens.
+
+    Where whole documents come nowhere near the share, as when they are few and long, the next one is cut, and its
+    end is used for validation.
+    """
+    order = permute(np.arange(len(documents)), len(documents), derive_key(seed))
     if not valid_fraction:
         return {"train": order}
-    num_valid = min(max(1, round(count * valid_fraction)), count - 1)
-    return {"train": order[num_valid:], "valid": order[:num_valid]}
-
-
-def _cut_in_two(documents: _Documents, valid_fraction: float) -> None:
-    """Make the end of the only document a document of its own."""
-    parts = documents.parts
-    total = int(parts.length.sum())
+    sizes = documents.sizes()[order]
+    total = int(sizes.sum())
     if total < 2:
         raise InputError("the corpus is a single token; add text, or set valid_fraction to 0")
-    cut = total - min(max(1, round(total * valid_fraction)), total - 1)
-    ends = np.cumsum(parts.length)
-    row = int(np.searchsorted(ends, cut, side="right"))
-    kept = cut - int(ends[row] - parts.length[row])  # tokens of that row which stay in front
-    parts.shard = np.insert(parts.shard, row, parts.shard[row])
-    parts.offset = np.insert(parts.offset, row + 1, parts.offset[row] + kept)
-    parts.length = np.insert(parts.length, row, kept)
-    parts.length[row + 1] -= kept
-    documents.first = np.array([0, row + 1, len(parts.length)])
+    wanted = min(max(1, round(total * valid_fraction)), total - 1)
+    before = np.cumsum(sizes) - sizes  # tokens of the documents in front
+    count = int(np.argmin(np.abs(before - wanted)))
+    if abs(int(before[count]) - wanted) <= NEAR * wanted:
+        return {"train": order[count:], "valid": order[:count]}
+    count = int(np.searchsorted(before, wanted)) - 1
+    cut = documents.cut(int(order[count]), int(sizes[count]) - (wanted - int(before[count])))
+    return {"train": order[count:], "valid": np.append(order[:count], cut)}
 
 
 def _write_split(
@@ -402,7 +426,7 @@ def _gather(
     """Documents out of the shards, in batches of about BATCH_TOKENS: tokens end to end, and lengths."""
     parts = documents.parts
     shards = [np.memmap(shard, dtype=dtype, mode="r").view(np.ndarray) for shard in parts.shards]
-    sizes = np.add.reduceat(parts.length, documents.first[:-1])[order]
+    sizes = documents.sizes()[order]
     ends = np.cumsum(sizes)
     at = 0
     while at < len(order):

@@ -14,6 +14,7 @@ from llm3d.data.order import Blend, order_digest, sample_window
 from llm3d.errors import InputError
 
 IGNORED = -100  # the target that no loss counts
+LOOKED_AT = 100  # documents of a source that tell what its documents begin with
 FULL_SCAN = 1 << 27  # tokens up to which a source is read through at the start to check its vocabulary
 
 
@@ -116,6 +117,16 @@ class PretrainingData:
             sequence_length,
             seed,
         )
+
+    def starts_with(self, token: int) -> bool:
+        """Whether the documents of every source begin with this token; the first ones tell."""
+        firsts = [
+            reader.tokens(start, start + 1)[0]
+            for reader in self.readers
+            for start in reader.document_offsets[:LOOKED_AT]
+            if start < reader.num_tokens
+        ]
+        return all(first == token for first in firsts)
 
     @property
     def num_windows(self) -> int:

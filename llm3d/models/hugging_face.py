@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from llm3d.config import ModelConfig
+from llm3d.config.hugging_face import generation_settings, token_ids
 from llm3d.errors import InputError
 from llm3d.kernels.rope import inverse_frequencies
 from llm3d.models.adapters import is_adapter
@@ -124,13 +125,43 @@ def index_of(stored: Sequence[StoredBox]) -> tuple[str, str] | None:
     return _INDEX, json.dumps(index, indent=2) + "\n"
 
 
-def config_files(config: ModelConfig, dtype: torch.dtype, head: HeadName = "language") -> dict[str, str]:
-    """config.json and generation_config.json, by name. transformers 4 and 5 both read them."""
+def config_files(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    head: HeadName = "language",
+    bos_id: int | None = None,
+    end_ids: Sequence[int] = (),
+) -> dict[str, str]:
+    """config.json and generation_config.json, by name. transformers 4 and 5 both read them.
+
+    bos_id, end_ids: of the run's tokenizer and template, see `with_tokens`. What the generation_config.json of the
+    model that training started from says beside is kept.
+    """
     files = {"config.json": _config(config, str(dtype).removeprefix("torch."), head)}
-    tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    if head == "language" and tokens["eos_token_id"] is not None:
-        files["generation_config.json"] = {"_from_model_config": True} | tokens
+    if head == "language":
+        generation = generation_settings(config.path)
+        config_json, generation = with_tokens(files["config.json"], generation, bos_id, end_ids)
+        files = {"config.json": config_json} | ({"generation_config.json": generation} if generation else {})
     return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+
+
+def with_tokens(
+    config: dict[str, Any], generation: dict[str, Any], bos_id: int | None, end_ids: Sequence[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json of a language model, with the tokens at which generation begins and ends.
+
+    bos_id counts where the model's own files name none. Generation ends at what either file says and at end_ids,
+    one or a list. Without any token there is nothing to say of generation.
+    """
+    ends = token_ids(config.get("eos_token_id"), generation.get("eos_token_id"), end_ids)
+    starts = token_ids(config.get("bos_token_id"), generation.get("bos_token_id"), bos_id)
+    tokens = {
+        "bos_token_id": starts[0] if starts else None,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+    kept = {key: value for key, value in generation.items() if key not in ("_from_model_config", *tokens)}
+    said = {name: value for name, value in tokens.items() if value is not None}
+    return config | tokens, said | kept if ends or kept else {}
 
 
 def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:

@@ -51,15 +51,29 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Tokenizer, template: Template, pad_id: int | None = None) -> None:
         self.tokenizer, self.template, self.pad_id = tokenizer, template, pad_id
 
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_id
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens at which generation ends: eos, and the template's end of a reply."""
+        return tuple(dict.fromkeys((*self.tokenizer.end_ids, self.template.end_id)))
+
     def save_to(self, directory: Path) -> None:
-        """Write the files that transformers' AutoTokenizer loads, the template among them."""
+        """Write the files that transformers' AutoTokenizer loads, the template among them.
+
+        As TRL has it, eos is the end of a reply (unless the template writes eos for something else), and where
+        padding has no token, it has what was eos before.
+        """
         self.tokenizer.save_to(directory)
         self.template.save_to(directory)
-        if self.pad_id is None:
-            return
-        for file in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
-            if file.is_file():
-                write_json(file, read_json(file) | {"pad_token": self.tokenizer.token(self.pad_id)})
+        file, token = directory / "tokenizer_config.json", self.tokenizer.token
+        config = read_json(file)
+        pad = config.get("pad_token") or config.get("eos_token")
+        pad = pad if self.pad_id is None else token(self.pad_id)
+        end = config["eos_token"] if "eos_token" in self.template.source else token(self.template.end_id)
+        write_json(file, config | {"eos_token": end, "pad_token": pad})
 
 
 class OpenedChat(NamedTuple):

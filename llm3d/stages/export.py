@@ -14,9 +14,9 @@ from llm3d.config.explain import validate
 from llm3d.config.hugging_face import hugging_face_shape
 from llm3d.config.peft import peft_settings
 from llm3d.data.atomic import new_directory
-from llm3d.data.tokenizer import SIDE_FILES, load_tokenizer, read_json
+from llm3d.data.tokenizer import load_tokenizer, read_json
 from llm3d.errors import InputError
-from llm3d.models.hugging_face import config_of_scores, weight_files
+from llm3d.models.hugging_face import config_of_scores, weight_files, with_tokens
 from llm3d.models.merge import write_merged
 from llm3d.parallel.box_files import BoxReader, BoxWriter
 from llm3d.parallel.boxes import Box
@@ -116,7 +116,12 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
     writer = BoxWriter(output)
     head = write_merged(writer, base, adapter, lora)
     if head == "language":
-        _copy(base, output, [CONFIG, GENERATION])
+        tokenizer = load_tokenizer(with_tokenizer) if with_tokenizer else None
+        tokens = (tokenizer.bos_id, tokenizer.end_ids) if tokenizer else (None, ())
+        found = with_tokens(read_json(base / CONFIG), read_json(base / GENERATION), *tokens)
+        for name, content in zip((CONFIG, GENERATION), found, strict=True):
+            if content:
+                writer.text(name, json.dumps(content, indent=2) + "\n")
     else:
         padding = (
             padding_token(shape, load_tokenizer(with_tokenizer)) if with_tokenizer else shape.pad_token_id
@@ -126,7 +131,7 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
     if writer.failure is not None:
         raise InputError(writer.failure)
     if with_tokenizer is not None:
-        _copy(with_tokenizer, output, [*TOKENIZERS, *SIDE_FILES])
+        load_tokenizer(with_tokenizer).save_to(output)
 
 
 def _copy(source: Path, output: Path, names: list[str]) -> None:

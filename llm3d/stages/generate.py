@@ -30,7 +30,7 @@ from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
-from llm3d.stages.tokenizer import end_ids, open_tokenizer
+from llm3d.stages.tokenizer import end_ids, open_tokenizer, with_saved_bos
 from llm3d.stages.training import latest_model
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
@@ -68,7 +68,7 @@ class PromptEncoder:
         self.config, tokenizer = open_tokenizer(generation_layout(config))
         if tokenizer is None:
             raise InputError("data.tokenizer: not set; name the model's tokenizer")
-        self.tokenizer: Tokenizer = tokenizer
+        self.tokenizer = with_saved_bos(self.config, tokenizer)
         self.template: Template | None = None
         if not raw:
             self.template = template_of(config, tokenizer)

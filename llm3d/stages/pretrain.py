@@ -35,6 +35,12 @@ class Pretraining(NamedTuple):
 
 
 def open_stage(config: PretrainConfig) -> Pretraining:
-    """Open what the settings name: tokenizer, data. Raises InputError where it cannot be used."""
+    """Open what the settings name: tokenizer, data. Raises InputError where it cannot be used.
+
+    The tokenizer that is saved adds bos to a text where the documents that are learned begin with it.
+    """
     config, tokenizer = open_tokenizer(config)
-    return Pretraining(config, tokenizer, LanguageData(config), next_token(config))
+    data = LanguageData(config)
+    if tokenizer is not None and tokenizer.bos_id is not None:
+        tokenizer = tokenizer.with_bos(data.train.starts_with(tokenizer.bos_id))
+    return Pretraining(config, tokenizer, data, next_token(config))

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from llm3d.config import ChatDataConfig, Config, DataSource, PretrainConfig, with_vocab_size
-from llm3d.config.hugging_face import hugging_face_directory
+from llm3d.config.hugging_face import generation_settings, hugging_face_directory, token_ids
 from llm3d.config.peft import adapter_directory
+from llm3d.config.places import latest_checkpoint
 from llm3d.data.pretraining import resolve_prefix
 from llm3d.data.templates import Template
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
@@ -18,11 +19,10 @@ C = TypeVar("C", bound=Config)
 
 
 def end_ids(config: Config, tokenizer: Tokenizer, template: Template | None) -> set[int]:
-    """Tokens that end a reply: the model's, the tokenizer's, and the template's."""
-    of_model = config.model.eos_token_id
-    several = of_model if isinstance(of_model, tuple) else (of_model,)
-    known = (*several, tokenizer.eos_id, template.end_id if template else None)
-    return {token for token in known if token is not None}
+    """Tokens that end a reply: the model's, the tokenizer's, and the template's. A checkpoint says the same."""
+    of_run = (*tokenizer.end_ids, *([template.end_id] if template else []))
+    of_base = generation_settings(config.model.path).get("eos_token_id")
+    return set(token_ids(config.model.eos_token_id, of_base, of_run))
 
 
 def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:
@@ -47,6 +47,20 @@ def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:
             f"model.vocab_size {config.model.vocab_size}; give the model's own tokenizer, or a larger vocab_size"
         )
     return config, tokenizer
+
+
+def with_saved_bos(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer as it lies beside the run's latest weights: with or without bos before a text.
+
+    Without such weights it is what the settings name.
+    """
+    resume, run_dir = config.checkpoint.resume, Path(config.run.dir)
+    checkpoint = (
+        None if resume == "none" else latest_checkpoint(run_dir) if resume == "auto" else Path(resume)
+    )
+    folders = [checkpoint / "model", checkpoint / "adapter"] if checkpoint else []
+    saved = next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None)
+    return tokenizer if saved is None else tokenizer.with_bos(load_tokenizer(saved).adds_bos)
 
 
 # ---- token ids that are handed on ----

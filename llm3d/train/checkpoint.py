@@ -50,6 +50,12 @@ _OTHER_MODEL = "set model as it was when this was saved, or name another run.dir
 class Tokenizer(Protocol):
     """What a checkpoint asks of a tokenizer; `llm3d.data.tokenizer.Tokenizer` is one."""
 
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens at which generation ends."""
+
     def save_to(self, directory: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads."""
 
@@ -176,7 +182,8 @@ def _write_small_files(
 ) -> None:
     writer.text("state.json", json.dumps({**state, **trainer.state}, indent=1) + "\n")
     config, head = trainer.config, trainer.objective.head
-    files = config_files(config.model, trainer.dtype, head)
+    tokens = (tokenizer.bos_id, tokenizer.end_ids) if tokenizer is not None else (None, ())
+    files = config_files(config.model, trainer.dtype, head, *tokens)
     if config.lora.rank:
         files = {"adapter_config.json": adapter_config(config, head)}
     for name, content in files.items():

@@ -25,8 +25,8 @@ def stored(output, split, tokenizer):
     reader = IndexedReader(output / split)
     texts = []
     for start, stop in zip(reader.document_offsets[:-1], reader.document_offsets[1:], strict=True):
-        *ids, last = reader.tokens(start, stop).tolist()
-        assert last == tokenizer.eos_id
+        first, *ids, last = reader.tokens(start, stop).tolist()
+        assert (first, last) == (tokenizer.bos_id, tokenizer.eos_id)
         texts.append(tokenizer.decode(ids))
     return texts
 
@@ -39,14 +39,56 @@ def test_every_document_is_in_one_split_once(corpus_file, tokenizer, tokenizer_d
     summary = tokenize_corpus([corpus_file], tmp_path / "c", tokenizer_directory, valid_fraction=0.1, **QUIET)
     train, valid = (stored(tmp_path / "c", split, tokenizer) for split in ("train", "valid"))
     assert sorted(train + valid) == sorted(documents(200))
-    assert train != documents(200)[:180]
-    assert summary["documents"] == {"train": len(train), "valid": len(valid)} == {"train": 180, "valid": 20}
+    assert train != documents(200)[: len(train)]
+    assert summary["documents"] == {"train": len(train), "valid": len(valid)}
+    assert sum(summary["documents"].values()) == 200
+    tokens = summary["tokens"]
+    assert abs(tokens["valid"] - 0.1 * sum(tokens.values())) < 0.01 * sum(tokens.values())
     assert summary["text_bytes"] == sum(len(text.encode()) for text in documents(200))
     assert summary["dtype"] == "uint16"
     assert json.loads((tmp_path / "c" / "corpus.json").read_text()) == summary
     assert load_tokenizer(tmp_path / "c" / "tokenizer").digest == summary["tokenizer_digest"]
     names = sorted(path.name for path in (tmp_path / "c").iterdir())
     assert names == ["corpus.json", "tokenizer", "train.bin", "train.idx", "valid.bin", "valid.idx"]
+
+
+def test_validation_is_a_share_of_tokens_also_of_few_long_documents(tokenizer, tokenizer_directory, tmp_path):
+    """A share that no number of whole documents comes near ends in the end of one that is cut."""
+    texts = [*documents(3), *("\n".join(documents(40)[i:]) for i in range(4))]
+    source = write_jsonl(tmp_path / "x.jsonl", texts)
+    for seed in range(4):
+        output = tmp_path / str(seed)
+        summary = tokenize_corpus(
+            [source], output, tokenizer_directory, valid_fraction=0.05, seed=seed, **QUIET
+        )
+        total, valid = sum(summary["tokens"].values()), summary["tokens"]["valid"]
+        assert abs(valid - 0.05 * total) <= 0.1 * 0.05 * total + 1
+        assert sum(summary["documents"].values()) in (len(texts), len(texts) + 1)
+        read = [IndexedReader(output / split) for split in ("train", "valid")]
+        found = np.concatenate([reader.tokens(0, reader.num_tokens) for reader in read])
+        ids, _ = tokenizer.encode_documents(texts, tokenizer.eos_id, tokenizer.bos_id)
+        assert np.array_equal(np.sort(found), np.sort(ids))
+
+
+@pytest.mark.parametrize(("asked", "put"), [(None, True), (True, True), (False, False)])
+def test_bos_is_put_before_documents_where_the_tokenizer_adds_it_or_it_is_asked_for(
+    asked, put, corpus_file, tokenizer, tokenizer_directory, tmp_path
+):
+    summary = tokenize_corpus([corpus_file], tmp_path / "c", tokenizer_directory, prepend_bos=asked, **QUIET)
+    reader = IndexedReader(tmp_path / "c" / "train")
+    firsts = [int(reader.tokens(at, at + 1)[0]) for at in reader.document_offsets[:-1]]
+    assert all((first == tokenizer.bos_id) == put for first in firsts)
+    assert summary["bos_id"] == (tokenizer.bos_id if put else None)
+    assert load_tokenizer(tmp_path / "c" / "tokenizer").adds_bos == put
+
+
+def test_bos_can_be_asked_for_only_of_a_tokenizer_that_has_one(corpus_file, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    model.add_special_tokens(["</s>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="set bos_token"):
+        tokenize_corpus([corpus_file], tmp_path / "c", tmp_path / "tokenizer.json", prepend_bos=True, **QUIET)
 
 
 def test_result_depends_on_the_seed_and_not_on_workers_or_items(
@@ -119,7 +161,7 @@ def test_a_text_file_is_a_document_however_many_items_it_makes(
     assert not (tmp_path / "c" / "valid.bin").exists()
     # One item or many: the same tokens.
     reader = IndexedReader(tmp_path / "c" / "train")
-    assert reader.num_tokens == sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
+    assert reader.num_tokens == sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts))
 
 
 def test_a_single_document_gives_its_end_for_validation(
@@ -131,7 +173,7 @@ def test_a_single_document_gives_its_end_for_validation(
     tokenize_corpus([tmp_path / "a.txt"], tmp_path / "c", tokenizer_directory, valid_fraction=0.1, **QUIET)
     train, valid = (IndexedReader(tmp_path / "c" / split) for split in ("train", "valid"))
     tokens = [*train.tokens(0, train.num_tokens), *valid.tokens(0, valid.num_tokens)]
-    assert tokens == [*tokenizer.encode(text), tokenizer.eos_id]
+    assert tokens == [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
     assert valid.num_tokens == round(0.1 * len(tokens))
     assert train.num_documents == valid.num_documents == 1
 
@@ -302,6 +344,7 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     model = tokenizers.models.WordLevel({"a": 70_000, "b": 1, "</s>": 2}, unk_token="b")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write_jsonl(tmp_path / "x.jsonl", ["a b a"])
     summary = tokenize_corpus(

@@ -104,7 +104,7 @@ def test_parts_of_a_text_make_up_the_text(text, limit):
 
 
 def test_training_is_deterministic(tokenizer, corpus_file, tmp_path):
-    kind = "sentencepiece" if tokenizer.file.suffix == ".model" else "byte-level"
+    kind = tokenizer.directory.name
     train_tokenizer([corpus_file], tmp_path / "again", kind, 400)
     assert load_tokenizer(tmp_path / "again").digest == tokenizer.digest
 
@@ -165,6 +165,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 def test_eos_is_what_the_files_beside_the_tokenizer_say(tmp_path, file, content):
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1, "the": 7}, unk_token="a"))
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).eos_id is None, "a word is no special token, however it is spelled"
+    model.add_special_tokens(["</s>"])
     model.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).eos_id == 1
     (tmp_path / file).write_text(json.dumps(content).replace('"ID"', "7"))

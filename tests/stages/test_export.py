@@ -16,6 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from llm3d.cli import app
+from llm3d.data.tokenizer import load_tokenizer
 from tests import pool
 from tests.stages.common import Ended, command
 from tests.stages.post_training import (
@@ -84,8 +85,13 @@ def test_the_merged_model_is_the_base_with_its_adapters(directory: Path, stage: 
     assert (expected - before).abs().max() > 1e-2
     files = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(files) > 1 and sorted(path.name for path in output.glob("*.safetensors")) == files
-    for name in ("config.json", "generation_config.json", "chat_template.jinja", "tokenizer.json"):
+    for name in ("chat_template.jinja", "tokenizer.json"):
         assert (output / name).read_bytes() == (base / name).read_bytes()
+    for name in ("config.json", "generation_config.json"):
+        merged, given = (json.loads((path / name).read_text()) for path in (output, base))
+        end = load_tokenizer(source / "adapter").eos_id  # the template's
+        assert merged.pop("eos_token_id") == [given.pop("eos_token_id"), end]
+        assert merged == given
 
 
 def test_an_adapter_names_a_base_that_peft_loads_from_anywhere(
