@@ -61,19 +61,19 @@ def end(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def group(about: str) -> typer.Typer:
+def group(about: str, add_completion: bool = False) -> typer.Typer:
     # Plain help and tracebacks: rich would double the time that --help takes.
     return typer.Typer(
         help=about,
         no_args_is_help=True,
-        add_completion=False,
+        add_completion=add_completion,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
 
 
-app = group("Train LLaMA models under tensor, pipeline and data parallelism.")
+app = group("Train LLaMA models under tensor, pipeline and data parallelism.", add_completion=True)
 tokenizer_app = group("Train tokenizers.")
 data_app = group("Prepare data, and look at it.")
 app.add_typer(tokenizer_app, name="tokenizer")

@@ -82,6 +82,14 @@ def test_help_and_version() -> None:
     assert llm3d_command("--version") == (0, f"llm3d {llm3d.__version__}\n", "")
 
 
+def test_the_shell_completes_commands() -> None:
+    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="llm3d")
+    assert script.exit_code == 0 and "_LLM3D_COMPLETE=complete_bash" in script.stdout
+    words = {"_LLM3D_COMPLETE": "complete_bash", "COMP_WORDS": "llm3d gen", "COMP_CWORD": "1"}
+    found = CliRunner().invoke(app, [], env=words, prog_name="llm3d")
+    assert found.stdout.split() == ["generate"]
+
+
 def test_config_prints_the_settings_that_a_run_has(settings: str) -> None:
     code, shown, _ = llm3d_command("config", settings, "train.steps=20")
     assert code == 0
