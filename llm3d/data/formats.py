@@ -133,7 +133,7 @@ def reader_for(
 
 def _turns(field: str) -> Callable[[Values], Conversation]:
     def read(values: Values) -> Conversation:
-        return _conversation([*_system(values), *read_messages(values[field], field)], values)
+        return _conversation(_with_system(values, read_messages(values[field], field)), values)
 
     return read
 
@@ -159,7 +159,7 @@ def _read_prompt(values: Values) -> Prompt:
 
 
 def _read_prompt_of_turns(values: Values) -> Prompt:
-    messages = [*_system(values), *read_messages(values["messages"], "messages")]
+    messages = _with_system(values, read_messages(values["messages"], "messages"))
     if messages and messages[-1].role == "assistant":
         messages.pop()
     return Prompt(checked_turns(messages, QUESTION), _template_kwargs(values))
@@ -173,7 +173,7 @@ def _read_preference(values: Values) -> Comparison:
     if not asked and _is_plain(chosen) and _is_plain(rejected):
         asked, chosen, rejected = _without_shared_start(chosen, rejected, values["unread"])
     sides = [_side(chosen, "chosen"), _side(rejected, "rejected")]
-    prompt, replies = _divided(_system(values), asked, sides)
+    prompt, replies = _divided(values, asked, sides)
     if replies[0] == replies[1]:
         raise ValueError("chosen and rejected are the same")
     return Comparison(prompt, replies, (0.0, 1.0), _margin(values["margin"]), _template_kwargs(values))
@@ -185,7 +185,7 @@ def _read_ranked(values: Values) -> Comparison:
     sides = [_side(reply, f"response {i}") for i, reply in enumerate(values["responses"], 1)]
     if len(sides) < 2:
         raise ValueError(f"fewer than two responses ({len(sides)}); a comparison needs two")
-    prompt, replies = _divided(_system(values), _asked(values), sides)
+    prompt, replies = _divided(values, _asked(values), sides)
     if any(replies[i] == replies[j] for i in range(len(replies)) for j in range(i)):
         raise ValueError("two responses are the same")
     return Comparison(prompt, replies, _ranks(values, len(replies)), template_kwargs=_template_kwargs(values))
@@ -254,7 +254,7 @@ def _without_shared_start(chosen: str, rejected: str, unread: Fields) -> tuple[l
 
 
 def _divided(
-    system: Sequence[Message], asked: Sequence[Message], sides: Sequence[Sequence[Message]]
+    values: Values, asked: Sequence[Message], sides: Sequence[Sequence[Message]]
 ) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
     """The prompt and the replies to it, where sides may repeat what was asked, or hold it alone."""
     shared = 0
@@ -263,8 +263,7 @@ def _divided(
         if not _holds(sides[0][:shared], asked):
             raise ValueError("the prompt is not among the messages with which chosen and rejected start")
         asked = sides[0][:shared]
-    has_system = bool(asked) and asked[0].role == "system"
-    prompt = checked_turns(asked if has_system else [*system, *asked], QUESTION)
+    prompt = checked_turns(_with_system(values, asked), QUESTION)
     replies = [checked_turns([*prompt, *side[shared:]], REPLY)[len(prompt) :] for side in sides]
     if any(reply[0].role != "assistant" for reply in replies if reply):
         raise ValueError("one of the replies starts with what the user says")
@@ -298,14 +297,18 @@ def _starts_with(messages: Sequence[Message], start: Sequence[Message]) -> bool:
 
 def _prompt(values: Values, field: str) -> list[Message]:
     question = _question(values[field], values.get("input"), field)
-    return [*_system(values), *_history(values["history"]), *question]
+    return _with_system(values, [*_history(values["history"]), *question])
 
 
-def _system(values: Values) -> list[Message]:
-    if values["system"] is None:
-        return []
-    text = read_text(values["system"], "system")
-    return [Message("system", text)] if text.strip() else []
+def _with_system(values: Values, messages: Sequence[Message]) -> list[Message]:
+    """Messages after the system message that a column holds, where they do not have it themselves."""
+    text = "" if values["system"] is None else read_text(values["system"], "system")
+    own = messages[0].content if messages and messages[0].role == "system" else None
+    if own is not None and text.strip() not in ("", own.strip()):
+        raise ValueError(
+            "a system message in a column of its own, and another one at the start of the messages"
+        )
+    return [*messages] if own is not None or not text.strip() else [Message("system", text), *messages]
 
 
 def _history(pairs: Any) -> list[Message]:
@@ -344,6 +347,8 @@ def _template_kwargs(values: Values) -> Fields:
     more = read_json_field(values["chat_template_kwargs"], "chat_template_kwargs")
     if more is not None and not isinstance(more, dict):
         raise ValueError(f"chat_template_kwargs: {json_kind(more)} where an object must stand")
+    if more and not {"messages", "add_generation_prompt"}.isdisjoint(more):
+        raise ValueError("chat_template_kwargs: messages and add_generation_prompt are not for a file to say")
     return {name: value for name, value in {**given, **(more or {})}.items() if value is not None}
 
 

@@ -212,6 +212,15 @@ def test_the_order_of_roles_is_for_the_template_to_judge(pairs):
     assert read({"messages": turns(*pairs)}) == conversation(*pairs)
 
 
+def test_a_system_message_is_said_once() -> None:
+    row = {"messages": turns((S, "Be kind"), (U, "Hi"), (A, "Hello"))}
+    expected = conversation((S, "Be kind"), (U, "Hi"), (A, "Hello"))
+    for system in (None, " ", "Be kind"):
+        assert read(row | {"system": system}) == expected
+    with pytest.raises(ValueError, match="in a column of its own, and another one"):
+        read(row | {"system": "Be brief"})
+
+
 def test_replies_labelled_for_kto_end_the_command_and_not_only_a_row():
     for row in (
         {"prompt": "Hi", "completion": "Go", "label": False},
