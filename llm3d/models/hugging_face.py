@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import gather_bytes
+from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 
 _INDEX = "model.safetensors.index.json"
@@ -46,14 +48,18 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
 
     Called on all ranks. A file holds whole tensors of one pipeline stage, about box_files.FILE_BYTES; its writer,
     one rank of those that together hold the stage, receives their parts from them. Files go round these ranks, and
-    round the copies of the stage, so that many disks or links share the work.
+    round the copies of the stage, so that many disks or links share the work. A model that fits one file is in one.
     """
     mesh, group = flat.mesh, flat.replica
     parts = owned_parts(flat, group)
+    in_one_file = len(split_by_size(_of_stages(sum(_sizes(parts, flat.dtype)), mesh))) == 1
+    if in_one_file:
+        group = ranks_of_a_copy(flat)
+        parts = owned_parts(flat, group)
     names = in_model_order(parts)
     whole = {name: Box.whole(name, parts[name][0][1].shape) for name in names}
-    runs = split_by_size([whole[name].numel * flat.dtype.itemsize for name in names])
-    counts = [int(count) for count in gather_bytes(str(len(runs)).encode(), mesh.pipeline)]
+    runs = split_by_size(_sizes({name: parts[name] for name in names}, flat.dtype))
+    counts = [1] if in_one_file else _of_stages(len(runs), mesh)
     first, total = sum(counts[: mesh.pipeline_rank]), sum(counts)
     views = {piece.box: view for piece, view in flat.pieces(flat.parameters) if piece.owned}
     for i, run in enumerate(runs):
@@ -68,6 +74,21 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
             file = f"model-{first + i + 1:05d}-of-{total:05d}.safetensors" if total > 1 else _SINGLE
             boxes = [whole[key] for key in keys]
             writer.tensors(f"{folder}/{file}", list(zip(keys, boxes, values, strict=True)))
+
+
+def _sizes(parts: dict[str, list[tuple[int, Box]]], dtype: torch.dtype) -> list[int]:
+    """Bytes of each global tensor."""
+    return [math.prod(owned[0][1].shape) * dtype.itemsize for owned in parts.values()]
+
+
+def _of_stages(number: int, mesh: Mesh) -> list[int]:
+    """Each pipeline stage's number, on all of them."""
+    return [int(each) for each in gather_bytes(str(number).encode(), mesh.pipeline)]
+
+
+def ranks_of_a_copy(flat: FlatParameters) -> ProcessGroup:
+    """The ranks whose shards together are one copy of the model."""
+    return flat.mesh.model if flat.num_replicas > 1 else flat.mesh.everyone
 
 
 def owned_parts(flat: FlatParameters, group: ProcessGroup) -> dict[str, list[tuple[int, Box]]]:

@@ -15,7 +15,14 @@ from llm3d.config.peft import PREFIX, WEIGHTS
 from llm3d.errors import InputError
 from llm3d.models.adapters import is_adapter
 from llm3d.models.heads import SCORE, HeadName
-from llm3d.models.hugging_face import all_names, check_shape, gather_whole, in_model_order, owned_parts
+from llm3d.models.hugging_face import (
+    all_names,
+    check_shape,
+    gather_whole,
+    in_model_order,
+    owned_parts,
+    ranks_of_a_copy,
+)
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.box_files import BoxReader, BoxWriter
 from llm3d.parallel.boxes import Box, Piece
@@ -30,7 +37,7 @@ def write_adapter(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
     mesh = flat.mesh
     if flat.num_replicas > 1 and mesh.data_rank:
         return
-    group = mesh.model if flat.num_replicas > 1 else mesh.everyone
+    group = ranks_of_a_copy(flat)
     parts = owned_parts(flat, group)
     views = {piece.box: view for piece, view in flat.pieces(flat.parameters) if piece.owned}
     whole = {name: Box.whole(name, parts[name][0][1].shape) for name in in_model_order(parts)}

@@ -12,15 +12,17 @@ import torch
 from llm3d.config import Config, config_to_yaml
 from llm3d.config.explain import nearest
 from llm3d.config.places import latest_checkpoint
-from llm3d.data.tokenizer import Tokenizer
+from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.stages.chat_data import ChatTokenizer
 from llm3d.train.best import Best
 from llm3d.train.checkpoint import (
     BEST,
+    check_model,
     checkpoint_of,
     load_adapters,
     load_checkpoint,
@@ -28,10 +30,12 @@ from llm3d.train.checkpoint import (
     load_weights,
     save_checkpoint,
     step_of_checkpoint,
+    weights_folder,
 )
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.learning_rate import shortened
 from llm3d.train.loop import Consumed, TrainingData, train
+from llm3d.train.meaning import check_meaning
 from llm3d.train.numa import bind_to_gpu_node
 from llm3d.train.objective import Objective
 from llm3d.train.report import Report
@@ -64,7 +68,7 @@ class Opened(Protocol):
         """The settings, with what only the opened things could tell."""
 
     @property
-    def tokenizer(self) -> Tokenizer | None: ...
+    def tokenizer(self) -> Tokenizer | ChatTokenizer | None: ...
     @property
     def data(self) -> StageData: ...
     @property
@@ -129,7 +133,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     run_dir = Path(config.run.dir)
     trainer = opened.trainer(mesh)
     checkpoint = checkpoint_to_resume(config, run_dir, mesh)
-    start_step = step_of_checkpoint(checkpoint, trainer) if checkpoint else 0
+    start_step, changes = check_goes_on(checkpoint, trainer, opened.tokenizer) if checkpoint else (0, [])
     check_run_directory(run_dir, start_step, mesh)  # before anything is computed or written
     opened.prepare(trainer)
     state, origin = first_state(trainer, checkpoint)
@@ -140,6 +144,8 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     best = best_so_far(config, run_dir, state, mesh)
     with Report(run_dir, start_step, last_step, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, data, origin)
+        for line in changes:
+            report.say(line)
         if state and state["order"] != data.digest:
             report.say(
                 "the training data, its weights or its order are not those of the checkpoint: "
@@ -222,6 +228,8 @@ def latest_model(
             "checkpoint.resume=PATH or model.path=PATH"
         )
     model = Evaluator(config, mesh, objective)
+    if checkpoint is not None:
+        check_model(checkpoint, model)
     prepare(model)
     if checkpoint is None or config.lora.rank:
         return model, load_model(model, str(checkpoint) if checkpoint else config.lora.path)
@@ -254,6 +262,38 @@ def check_run_directory(run_dir: Path, start_step: int, mesh: Mesh) -> None:
         raise InputError(
             f"run.dir: {run_dir} holds {latest.name}, later than step {start_step}, where this run starts; "
             "name another run.dir, remove the checkpoints, or let checkpoint.resume be auto"
+        )
+
+
+def check_goes_on(
+    checkpoint: Path, trainer: Trainer, tokenizer: Tokenizer | ChatTokenizer | None
+) -> tuple[int, list[str]]:
+    """The step of a checkpoint, and on the first rank what has changed since, for people. Called on all ranks.
+
+    Raises InputError where the settings, the tokenizer or the chat template give it another meaning.
+    """
+    step, mesh = step_of_checkpoint(checkpoint, trainer), trainer.mesh
+    with input_errors_on_all(mesh.everyone):
+        if mesh.rank:
+            return step, []
+        _check_tokenizer(checkpoint / weights_folder(trainer), tokenizer)
+        return step, check_meaning(checkpoint, trainer.config, trainer.meaning)
+
+
+def _check_tokenizer(directory: Path, tokenizer: Tokenizer | ChatTokenizer | None) -> None:
+    """Raise InputError where a checkpoint's files have another tokenizer or another chat template."""
+    chat = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
+    plain = tokenizer.tokenizer if isinstance(tokenizer, ChatTokenizer) else tokenizer
+    if plain is None or not list(directory.glob("tokenizer.*")):
+        return
+    remedy = "set it as it was, or name another run.dir"
+    difference = load_tokenizer(directory).difference_from(plain)
+    if difference is not None:
+        raise InputError(f"data.tokenizer: another one than in {directory}: {difference}; {remedy}")
+    saved = directory / "chat_template.jinja"
+    if chat and saved.is_file() and saved.read_text(encoding="utf-8") != chat.template.source:
+        raise InputError(
+            f"data.template: {chat.template.name} is not what the run was trained with, {saved}; {remedy}"
         )
 
 

@@ -1,8 +1,9 @@
 """Checkpoints: written so that one with its final name is complete, read under any layout.
 
 A checkpoint holds manifest.json, model/ (a plain Hugging Face directory; of a model with adapters, adapter/, a PEFT
-directory), optimizer/ (fp32 master weights and moments as boxes of global tensors) and state.json (what the training
-loop needs). Another model that is trained along (a critic) has all this in a folder of its own. Nothing is pickled.
+directory), optimizer/ (fp32 master weights and moments as boxes of global tensors), meaning.json (the settings that
+its numbers depend on) and state.json (what the training loop needs). Another model that is trained along (a critic)
+has all this in a folder of its own. Nothing is pickled.
 There are no states of random number generators: training draws none; first weights and the order of samples are
 pure functions of run.seed.
 
@@ -34,7 +35,7 @@ from llm3d.parallel.box_files import BoxReader, BoxWriter, StoredBox, split_by_s
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.zero.flat import FlatParameters
-from llm3d.train import manifest
+from llm3d.train import manifest, meaning
 from llm3d.train.manifest import Manifest, manifest_text, read_manifest
 from llm3d.train.trainer import Evaluator, Trainer
 
@@ -181,6 +182,7 @@ def _write_small_files(
     writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: Tokenizer | None
 ) -> None:
     writer.text("state.json", json.dumps({**state, **trainer.state}, indent=1) + "\n")
+    writer.text(meaning.FILE, json.dumps(trainer.meaning, indent=1) + "\n")
     config, head = trainer.config, trainer.objective.head
     tokens = (tokenizer.bos_id, tokenizer.end_ids) if tokenizer is not None else (None, ())
     files = config_files(config.model, trainer.dtype, head, *tokens)
@@ -283,12 +285,32 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
 # ---- loading ----
 
 
-def step_of_checkpoint(path: Path, model: Evaluator) -> int:
+def step_of_checkpoint(path: Path, trainer: Trainer) -> int:
     """After which step it was saved. Called on all ranks; its weights are not read.
 
-    Raises InputError, the same on every rank, for a checkpoint of another model.
+    Raises InputError, the same on every rank, for a checkpoint that the trainer cannot go on from: of another model,
+    or with settings without which it means something else.
     """
-    return _fitting_manifest(Path(path), model).step
+    for folder, other in trainer.companions.items():
+        _check_companion(path, folder, other)
+    return _fitting_manifest(path, trainer).step
+
+
+def _check_companion(path: Path, folder: str, trainer: Trainer) -> None:
+    try:
+        _fitting_manifest(path / folder, trainer)
+    except InputError as error:
+        raise InputError(f"of the {folder}, {error}") from None
+
+
+def check_model(path: Path, model: Evaluator) -> None:
+    """Raise InputError, the same on every rank, where a checkpoint was made with other settings. Called on all ranks.
+
+    Of an Evaluator only what the model computes counts; of a Trainer all that it goes on with.
+    """
+    with input_errors_on_all(model.mesh.everyone):
+        if model.mesh.rank == 0:
+            meaning.check_meaning(path, model.config, model.meaning if isinstance(model, Trainer) else None)
 
 
 def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
@@ -403,11 +425,13 @@ def _fitting_manifest(path: Path, model: Evaluator) -> Manifest:
     states = model.optimizer.state.keys() - {"master"} if isinstance(model, Trainer) else ()
     with input_errors_on_all(mesh.everyone):
         found = read_manifest(path)
-        _check_model(path, found, model, names, sorted(states))
+    check_model(path, model)
+    with input_errors_on_all(mesh.everyone):
+        _check_shapes(path, found, model, names, sorted(states))
     return found
 
 
-def _check_model(
+def _check_shapes(
     path: Path, found: Manifest, model: Evaluator, names: set[str], states: Sequence[str]
 ) -> None:
     """Compare names and shapes with the model's."""

@@ -62,6 +62,11 @@ def check_meaning(checkpoint: Path, config: Config, goes_on: dict[str, Any] | No
     stored = _read(checkpoint / FILE)
     now = goes_on or meaning_of(config)
     ignored = set() if goes_on else {"stage", "lora.path", *({"model.path"} if not config.lora.rank else ())}
+    if goes_on and stored.get("stage", now["stage"]) != now["stage"]:
+        raise InputError(
+            f"{checkpoint}: of {stored['stage']}, and cannot go on as {now['stage']}; name another run.dir, and "
+            f"model.path={checkpoint} to start from its weights"
+        )
     differing = [name for name in stored if name not in ignored and _differ(stored[name], now.get(name))]
     for name in differing:
         if name != _HARMLESS:

@@ -26,6 +26,7 @@ from llm3d.parallel.schedules import Part, part_of_rank
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.host_memory import available_memory
 from llm3d.train.loss_scale import LossScale
+from llm3d.train.meaning import meaning_of
 from llm3d.train.objective import NextToken, Objective, Tally
 from llm3d.train.optimizer import Optimizer
 from llm3d.train.throughput import step_flops
@@ -169,6 +170,7 @@ class Trainer(Evaluator):
     """A model with its gradients and its optimiser.
 
     companions: other models that are trained along with it, by the names that they have in its checkpoints.
+    meaning: what its checkpoints mean; on the first rank.
     """
 
     def __init__(self, config: Config, mesh: Mesh, objective: Objective | None = None) -> None:
@@ -178,6 +180,8 @@ class Trainer(Evaluator):
         fp16 = config.precision.compute == "fp16"
         self.loss_scale = LossScale(config.precision.loss_scale) if fp16 else None
         self.companions: dict[str, Trainer] = {}
+        with input_errors_on_all(mesh.everyone):
+            self.meaning = meaning_of(config) if mesh.rank == 0 else {}
 
     @property
     def state(self) -> dict[str, Any]:

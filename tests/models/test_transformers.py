@@ -205,6 +205,7 @@ def test_transformers_loads_what_any_layout_saved(
 ) -> None:
     ours = pool.run(save_ours, layout.world_size, layout, tmp_path, kind)[-1]
     directory = tmp_path / "checkpoints" / "step-00000001" / "model"
+    assert [path.name for path in directory.glob("*.safetensors*")] == ["model.safetensors"], "it is small"
     transformers.logging.enable_propagation()
     with warnings.catch_warnings(), caplog.at_level("WARNING"):
         warnings.simplefilter("error")
@@ -294,6 +295,59 @@ def test_unusable_directories_are_refused(tmp_path: Path) -> None:
     cut = good / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-8])
     assert "model.safetensors: damaged" in refusal(good, good)
+
+
+def changed_tensors(directory: Path, changes: dict[str, Tensor | None]) -> None:
+    """Tensors of the one file added, replaced or, with None, taken out."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors") | {k: v for k, v in changes.items() if v is not None}
+    kept = {name: value for name, value in tensors.items() if changes.get(name, value) is not None}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_no_tensor_is_left_out_unless_it_says_what_the_settings_say(tmp_path: Path) -> None:
+    """Rotary frequencies of old conversions; a head beside the embedding that it is tied to."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, **KINDS["llama-3.2"]))
+    model.save_pretrained(tmp_path)
+    frequencies = LlamaForCausalLM(LlamaConfig(**SHAPE)).model.rotary_emb.inv_freq
+    theta = model.config.rope_parameters["rope_theta"] / 10000
+    exponents = torch.arange(len(frequencies)) / len(frequencies)
+    right, name = frequencies / theta**exponents, "model.layers.0.self_attn.rotary_emb.inv_freq"
+    changed_tensors(tmp_path, {name: right.bfloat16()})
+    assert pool.run(logits_of, 2, tmp_path)[0] is not None
+    changed_tensors(tmp_path, {name: frequencies})
+    assert "the rotary frequencies model.layers.0." in refusal(tmp_path, tmp_path)
+    table = model.model.embed_tokens.weight.detach()
+    changed_tensors(tmp_path, {name: None, "lm_head.weight": table + torch.eye(*table.shape)})
+    message = refusal(tmp_path, tmp_path)
+    assert "lm_head.weight is not model.embed_tokens.weight" in message and "tie_word_embeddings" in message
+
+
+def test_an_index_and_its_files_have_to_agree(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})).save_pretrained(
+        tmp_path, max_shard_size="300KB"
+    )
+    index = tmp_path / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+
+    def refused(changes: dict[str, str]) -> str:
+        index.write_text(json.dumps({"weight_map": said["weight_map"] | changes}))
+        return refusal(tmp_path, tmp_path)
+
+    assert "'../other.safetensors', which is no file of this directory" in refused(
+        {"lm_head.weight": "../other.safetensors"}
+    )
+    assert "missing.safetensors: missing" in refused({"lm_head.weight": "missing.safetensors"})
+    assert f"{first.name}: holds no tensor b, though" in refused({"b": first.name})
+    tensors = load_file(second)
+    save_file(tensors | {"a": torch.zeros(2)}, second)
+    assert f"{second.name}: holds a tensor a that model.safetensors.index.json does not" in refused({})
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert "holds both model.safetensors and model.safetensors.index.json" in refused({})
 
 
 def test_a_tied_model_may_carry_its_head_in_either_place(tmp_path: Path) -> None:

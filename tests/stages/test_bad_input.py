@@ -217,8 +217,20 @@ TABLE = [
         "model.max_position_embeddings 32",
         BOTH,
     ),
-    Wrong("another width", trained_wider, ("step-00000002", "[36, 24]"), "run.dir", BOTH),
-    Wrong("another depth", trained_deeper, ("step-00000002", "layers.4"), "run.dir", BOTH),
+    Wrong(
+        "another width",
+        trained_wider,
+        ("model.intermediate_size: 20", "step-00000002", ", 36;"),
+        "run.dir",
+        BOTH,
+    ),
+    Wrong(
+        "another depth",
+        trained_deeper,
+        ("model.num_hidden_layers: 4", "step-00000002", ", 6;"),
+        "run.dir",
+        BOTH,
+    ),
     Wrong(
         "later checkpoints",
         later_checkpoints,

@@ -409,10 +409,14 @@ def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
-def test_a_checkpoint_of_another_model_is_refused(saved: Path) -> None:
-    def refused(**changes: Any) -> str:
+def test_a_checkpoint_of_another_model_is_refused(saved: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"  # of a version that did not write down what a checkpoint means
+    shutil.copytree(saved, old)
+    (old / "meaning.json").unlink()
+
+    def refused(checkpoint: Path = old, **changes: Any) -> str:
         model = tuple({**dict(FEW), **changes}.items())
-        return refusals(Layout(tensor=2, micro=4, model=model), saved)[0]
+        return refusals(Layout(tensor=2, micro=4, model=model), checkpoint)[0]
 
     assert "has no tensor model.layers.2" in refused(num_hidden_layers=3)
     assert "has a tensor that the model has not, model.layers.1" in refused(num_hidden_layers=1)
@@ -420,6 +424,19 @@ def test_a_checkpoint_of_another_model_is_refused(saved: Path) -> None:
     message = refused(intermediate_size=176)
     assert "shape [172, 120]" in message or "shape [120, 172]" in message
     assert "[176, 120]" in message or "[120, 176]" in message
+    for name, now, stored in (
+        ("num_attention_heads", 6, 12),
+        ("rope_theta", 5000.0, 10000.0),
+        ("rms_norm_eps", 1e-6, 1e-5),
+        ("rope_scaling", {"rope_type": "linear", "factor": 2.0}, None),
+    ):
+        shapes = {"num_key_value_heads": 2, "head_dim": 20} if name == "num_attention_heads" else {}
+        message = refused(saved, **{name: now}, **shapes)
+        assert (
+            message.startswith(f"model.{name}: ")
+            and str(stored or "null") in message
+            and "run.dir" in message
+        )
 
 
 def test_an_unknown_format_is_refused(saved: Path, tmp_path: Path) -> None:
