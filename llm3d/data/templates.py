@@ -1,28 +1,24 @@
 """Conversations as tokens, and which of the tokens a model learns to write.
 
-A chat template is Jinja text, as transformers has it. It is rendered once for every order of roles, with marks in
-the places of contents, and so taken apart into the template's own text, in which special tokens are meant, and
-contents, in which they never are. A reply's tokens are those that follow the tokens of its prompt: nothing is
-merged across that border, so that training sees what generation will see.
+A chat template is Jinja text, as transformers has it. A conversation is rendered as it is, and what the template
+gives is what is trained on. Its special tokens are those that the template writes, never those that a text spells. A
+reply's tokens are those that follow the tokens of its prompt: nothing is merged across that border, so that training
+sees what generation will see.
 """
 
-import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
-import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llm3d.data.documents import first_line
-from llm3d.data.formats import INPUT_HEADING, Comparison, Conversation, Message, Role
+from llm3d.data.formats import Comparison, Conversation, Fields, Message
+from llm3d.data.rendering import Marks, Renderer, without_marks
+from llm3d.data.replies import NO_REPLY, ReplyFinder, Span, missing_tokens, shown
 from llm3d.data.tokenizer import Tokenizer, read_json
 from llm3d.errors import InputError
 
@@ -32,7 +28,7 @@ BUILT_IN = {
         "{{ bos_token }}"
         "{% if messages[0].role != 'system' %}"
         "Below is an instruction that describes a task"
-        "{% if has_input | default('\n\n### Input:\n' in messages[0].content) %}"
+        "{% if '\n\n### Input:\n' in messages[0].content %}"
         ", paired with an input that provides further context"
         "{% endif %}"
         ". Write a response that appropriately completes the request."
@@ -71,13 +67,6 @@ BUILT_IN = {
     ),
 }
 
-MARK = "\ue000"  # private use: around the number of a content that a template is rendered without
-SPACE_BEFORE, SPACE_AFTER = "\n \u2003", "\u2002 \n"  # put around contents to see what a template trims
-# What is left of the spaces above -> the characters that were stripped; None: all white space.
-TRIMS_BEFORE = {"\n \u2003": "", " \u2003": "\n", "\u2003": " \n", "": None}
-TRIMS_AFTER = {"\u2002 \n": "", "\u2002 ": "\n", "\u2002": " \n", "": None}
-LOOKS_SPECIAL = re.compile(r"<[|\uff5c][^\s<>|\uff5c]+[|\uff5c]>")
-
 
 class Encoded(NamedTuple):
     """A conversation. tokens: int32 [length].  is_target: bool [length], the tokens that are learned."""
@@ -87,25 +76,37 @@ class Encoded(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """Messages of which the replies from message `targets_from` on are learned."""
+    """Messages of which the replies from message `targets_from` on are learned, unless they are context alone.
+
+    template_kwargs: what the template reads beside messages: tools, documents, enable_thinking, ...
+    """
 
     messages: tuple[Message, ...]
     targets_from: int = 0
+    template_kwargs: Fields = {}  # noqa: RUF012 (nothing writes to it)
+
+    @property
+    def learned(self) -> list[bool]:
+        """Of each message, whether it is learned."""
+        replies = (m.role == "assistant" and m.is_learned for m in self.messages)
+        return [reply and i >= self.targets_from for i, reply in enumerate(replies)]
 
 
 def turns(conversation: Conversation, replies: Literal["all", "last", "split"]) -> list[Turns]:
     """What is learned of a conversation: all its replies, the last, or each in a sample that ends with it."""
-    messages = conversation.messages
+    messages, kwargs = conversation.messages, conversation.template_kwargs
+    whole = Turns(messages, 0, kwargs)
     if replies == "all":
-        return [Turns(messages)]
+        return [whole]
     if replies == "last":
-        return [Turns(messages, len(messages) - 1)]
-    return [Turns(messages[: i + 1], i) for i, message in enumerate(messages) if message.role == "assistant"]
+        return [whole._replace(targets_from=len(messages) - 1)]
+    return [Turns(messages[: i + 1], i, kwargs) for i, learned in enumerate(whole.learned) if learned]
 
 
 def sides(comparison: Comparison) -> list[Turns]:
     """The prompt with each of its replies, of which the reply is learned."""
-    return [Turns(comparison.prompt + reply, len(comparison.prompt)) for reply in comparison.replies]
+    prompt, kwargs = comparison.prompt, comparison.template_kwargs
+    return [Turns(prompt + reply, len(prompt), kwargs) for reply in comparison.replies]
 
 
 def load_template(name: str, tokenizer: Tokenizer) -> "Template":
@@ -118,7 +119,11 @@ def load_template(name: str, tokenizer: Tokenizer) -> "Template":
     """
     if name == "auto":
         own = _template_beside(tokenizer.directory) if tokenizer.directory else None
-        return Template(*own, tokenizer) if own else Template("alpaca", BUILT_IN["alpaca"], tokenizer)
+        return (
+            Template(*own, tokenizer, is_own=True)
+            if own
+            else Template("alpaca", BUILT_IN["alpaca"], tokenizer)
+        )
     if name in BUILT_IN:
         return Template(name, BUILT_IN[name], tokenizer)
     if Path(name).is_file():
@@ -130,40 +135,52 @@ def load_template(name: str, tokenizer: Tokenizer) -> "Template":
 
 
 class Template:
-    """A chat template with a tokenizer."""
+    """A chat template with a tokenizer.
 
-    def __init__(self, name: str, source: str, tokenizer: Tokenizer):
+    is_own: it lies with the tokenizer, whose tokens are then what they are.
+    remarks: what a user should know about the two, for people.
+    """
+
+    def __init__(self, name: str, source: str, tokenizer: Tokenizer, is_own: bool = False) -> None:
         self.name, self.source, self.tokenizer = name, source, tokenizer
-        self._parts = _Parts(name, source, tokenizer)
-        self._reserved = self._find_reserved(source)
-        spellings = (re.escape(str(tokenizer.token(index))) for index in self._reserved)
-        self._spelled = re.compile(f"(?={'|'.join(spellings)})")  # looks ahead, to find those that overlap
+        self._renderer = Renderer(name, source, _special_tokens(name, source, tokenizer))
+        self.remarks = self._missing(is_own)
+        self._finder = ReplyFinder(self._renderer, tokenizer)
+        self._reserved = self._finder.reserved
+        spelled = [str(tokenizer.token(index)) for index in self._reserved]
+        self._renderer.reserve(spelled)
+        # Looks ahead, to find those that overlap.
+        self._spelled = re.compile(f"(?={'|'.join(map(re.escape, spelled)) or '(?!)'})")
 
     @property
-    def end_id(self) -> int:
-        """The token that ends a reply."""
-        reply = [part for part in self._parts.of(("user", "assistant")) if part.reply != NO_REPLY]
-        assert isinstance(reply[-1].what, int), "a template without one is refused"
-        return reply[-1].what
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        return self._finder.end_ids
 
-    def encode(self, messages: Sequence[Message], targets_from: int = 0) -> Encoded:
+    def encode(
+        self, messages: Sequence[Message], targets_from: int = 0, template_kwargs: Fields | None = None
+    ) -> Encoded:
         """Tokens of a conversation; targets are its replies from message `targets_from` on and their end tokens.
 
-        Raises InputError where the template has no place for one of the roles, and for a text that the tokenizer
-        cannot tell from a special token.
+        Raises InputError where the template cannot take the messages, where a reply that is learned cannot be found
+        in what it writes, and for a text that the tokenizer cannot tell from a special token.
         """
-        return self.encode_many([Turns(tuple(messages), targets_from)])[0]
+        return self.encode_many([Turns(tuple(messages), targets_from, template_kwargs or {})])[0]
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens that a reply follows: `encode` of the same messages and a reply starts with them."""
-        (tokens, _), *_ = self._encode([self._stretches(messages, prompt=True)])
+    def encode_prompt(self, messages: Sequence[Message], template_kwargs: Fields | None = None) -> list[int]:
+        """Tokens that a reply follows.
+
+        `encode` of the same messages and a reply starts with them, wherever the template writes them so.
+        """
+        stretches = self._stretches(Turns(tuple(messages), len(messages), template_kwargs or {}), prompt=True)
+        ((tokens, _),) = self._encode([stretches])
         return tokens.tolist()
 
     def encode_many(self, samples: Sequence[Turns]) -> list[Encoded]:
         """What `encode` gives for each. The fast way for many samples."""
-        encoded = self._encode([self._stretches(sample.messages) for sample in samples])
+        encoded = self._encode([self._stretches(sample) for sample in samples])
         return [
-            Encoded(tokens, replies >= sample.targets_from)
+            Encoded(tokens, np.array([*sample.learned, False])[replies])
             for sample, (tokens, replies) in zip(samples, encoded, strict=True)
         ]
 
@@ -171,33 +188,48 @@ class Template:
         """Write the template to where transformers, and "auto", find it beside a tokenizer's files."""
         (Path(directory) / "chat_template.jinja").write_text(self.source, encoding="utf-8")
 
-    def _find_reserved(self, source: str) -> set[int]:
-        """Ids that no content may hold: of the special tokens that the template writes, and <|...|> of any kind.
+    def _missing(self, is_own: bool) -> list[str]:
+        """Special tokens that the template writes and the tokenizer does not have: an error, or a remark."""
+        missing = missing_tokens(self._renderer, self.tokenizer)
+        if missing and not is_own:
+            raise InputError(
+                f"template {self.name} needs the special token {missing[0]!r}, which the tokenizer does not have; "
+                "choose another template, or, if it is meant as text, save this one as chat_template.jinja beside "
+                "the tokenizer"
+            )
+        written = ", ".join(missing)
+        return (
+            [f"template {self.name}: {written} is text, no special token of the tokenizer"] if missing else []
+        )
 
-        Not all of them: tokenizers have others for plain things, such as two newlines, or <think>.
-        """
-        ids = {index for _, _, index in self.tokenizer.find_special(source)}
-        ids |= {i for text, i in self.tokenizer.special_tokens.items() if LOOKS_SPECIAL.fullmatch(text)}
-        ids |= {index for index in (self.tokenizer.bos_id, self.tokenizer.eos_id) if index is not None}
-        parts = list(self._parts.of(("user", "assistant")))  # so that what is wrong with it is said at once
-        with suppress(InputError):  # some templates have no place for a system message
-            parts += self._parts.of(("system", "user", "assistant"))
-        ids |= {part.what for part in parts if isinstance(part.what, int)}
-        return {index for index in ids if (self.tokenizer.token(index) or "").strip()}
-
-    def _stretches(self, messages: Sequence[Message], prompt: bool = False) -> list["_Stretch"]:
-        """Special tokens, and the texts between them, cut only where a reply starts."""
-        questions = (message.content for message in messages if message.role == "user")
-        has_input = INPUT_HEADING in next(questions, "")
+    def _stretches(self, sample: Turns, prompt: bool = False) -> list["_Stretch"]:
+        """Special tokens, and the texts between them, cut only where a reply starts or ends."""
+        chat = self._renderer.chat(sample.messages, sample.template_kwargs)
+        whole = self._renderer.render(chat, prompt)
+        spans, closing = self._finder.find(chat, whole, sample.learned)
         stretches: list[_Stretch] = []
-        for part, reply in self._parts.of(tuple(role for role, *_ in messages), has_input, prompt):
-            what = part.text(messages) if isinstance(part, _Content) else part
-            last = stretches[-1] if stretches else None
-            if isinstance(what, str) and last and isinstance(last.what, str) and last.reply == reply:
-                stretches[-1] = last._replace(what=last.what + what)
-            elif what != "":
-                stretches.append(_Stretch(what, reply, self._continues(last)))
+        at = 0
+        for start, stop, reply in (*spans, Span(len(whole.text), len(whole.text), NO_REPLY)):
+            self._append(stretches, self._parts(whole.text[at:start], chat.marks), NO_REPLY)
+            self._append(stretches, self._parts(whole.text[start:stop], chat.marks), reply)
+            at = stop
+        if closing and not prompt:
+            self._append(stretches, self._parts(closing, chat.marks), len(sample.messages) - 1)
         return stretches
+
+    def _parts(self, text: str, marks: Marks) -> Iterator[int | str]:
+        """The ids of special tokens, and the texts between them."""
+        at = 0
+        for start, stop, index in self._finder.specials(text, marks):
+            yield without_marks(text[at:start], marks)
+            yield index
+            at = stop
+        yield without_marks(text[at:], marks)
+
+    def _append(self, stretches: list["_Stretch"], parts: Iterable[int | str], reply: int) -> None:
+        for part in parts:
+            if part != "":
+                stretches.append(_Stretch(part, reply, self._continues(stretches[-1] if stretches else None)))
 
     def _continues(self, last: "_Stretch | None") -> bool:
         if last is None:
@@ -236,15 +268,12 @@ class Template:
         ids = np.concatenate([start, *self.tokenizer.encode_next_arrays(rest)]).astype(np.int32)
         forged = self._reserved & set(ids.tolist())
         if forged:
-            token = self.tokenizer.token(forged.pop())
+            token = self.tokenizer.token(next(iter(forged)))
             raise InputError(
                 f"the tokenizer cannot tell text from its special token {token!r}; take it out of "
-                f"{_shown(stretch.what)}"
+                f"{shown(stretch.what)}"
             )
         return ids
-
-
-NO_REPLY = -1
 
 
 class _Stretch(NamedTuple):
@@ -259,187 +288,23 @@ class _Stretch(NamedTuple):
         return isinstance(self.what, str)
 
 
-class _Content(NamedTuple):
-    """The place of a message's content. before, after: the characters that are stripped there; None: spaces."""
-
-    message: int
-    before: str | None
-    after: str | None
-
-    def text(self, messages: Sequence[Message]) -> str:
-        return messages[self.message].content.lstrip(self.before).rstrip(self.after)
-
-
-class _Part(NamedTuple):
-    """The template's own text, the id of a special token in it, or a content; which reply's it is."""
-
-    what: str | int | _Content
-    reply: int
-
-
-class _Parts:
-    """What a template makes of messages, apart from their contents: parts by the order of their roles."""
-
-    def __init__(self, name: str, source: str, tokenizer: Tokenizer):
-        self.name, self.tokenizer = name, tokenizer
-        self._template = _compile(name, source)
-        self._tokens = {
-            f"{end}_token": (tokenizer.token(index) if index is not None else None) or ""
-            for end, index in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
-        }
-        if "eos_token" in source and not self._tokens["eos_token"]:
-            raise InputError(
-                f"template {name} ends replies with the tokenizer's end token, and {tokenizer.file} has none; "
-                "name it in tokenizer_config.json as eos_token, or choose another template"
-            )
-        self._known: dict[tuple[tuple[Role, ...], bool, bool], list[_Part]] = {}
-
-    def of(self, roles: tuple[Role, ...], has_input: bool = False, prompt: bool = False) -> list[_Part]:
-        """Parts of messages with these roles, in order.
-
-        has_input: the first question has the heading of an input in it.  prompt: a reply is to follow.
-        """
-        key = (roles, has_input, prompt)
-        if key not in self._known:
-            self._known[key] = self._take_apart(*key)
-        return self._known[key]
-
-    def _take_apart(self, roles: tuple[Role, ...], has_input: bool, prompt: bool) -> list[_Part]:
-        gaps = self._gaps(roles, has_input, prompt)
-        contents = self._contents(gaps, roles, has_input, prompt)
-        parts: list[_Part] = []
-        for i, role in enumerate(roles):
-            if role == "assistant":
-                start = self._reply_start(gaps[i], roles[:i], has_input)
-                stop = self._reply_stop(gaps[i + 1])
-                parts += self._own(gaps[i][:start], NO_REPLY)
-                parts += [*self._own(gaps[i][start:], i), _Part(contents[i], i)]
-                parts += self._own(gaps[i + 1][:stop], i)
-                gaps[i + 1] = gaps[i + 1][stop:]
-            else:
-                parts += [*self._own(gaps[i], NO_REPLY), _Part(contents[i], NO_REPLY)]
-        parts += self._own(gaps[-1], NO_REPLY)
-        if roles and roles[-1] == "assistant":
-            before = self.of(roles[:-1], has_input, prompt=True)
-            if parts[: len(before)] != before:
-                raise self._error("writes a prompt in another way when a reply follows it")
-        return parts
-
-    def _reply_start(self, gap: str, before: tuple[Role, ...], has_input: bool) -> int:
-        """Where in the text before a reply generation starts."""
-        asked = self._gaps(before, has_input, prompt=True)[-1]
-        if not gap.startswith(asked):
-            raise self._error(
-                f"asks for a reply with {_shown(asked)} and puts {_shown(gap)} before one: where a reply starts "
-                "cannot be found"
-            )
-        if gap[len(asked) :].strip() and asked == self._gaps(before, has_input, prompt=False)[-1]:
-            raise self._error(
-                f"puts {_shown(gap[len(asked) :])} before a reply, but not when add_generation_prompt asks for one"
-            )
-        return len(asked)
-
-    def _reply_stop(self, gap: str) -> int:
-        """Where the end token ends in the text after a reply."""
-        special = self.tokenizer.find_special(gap)
-        if not special or gap[: special[0][0]].strip():
-            found = f"{_shown(gap)}, which the tokenizer has no special token for" if gap else "nothing"
-            raise self._error(f"has no end token after a reply but {found}")
-        return special[0][1]
-
-    def _own(self, text: str, reply: int) -> list[_Part]:
-        """The template's own text, divided at special tokens."""
-        parts: list[_Part] = []
-        at = 0
-        for start, stop, index in self.tokenizer.find_special(text):
-            parts += [_Part(text[at:start], reply), _Part(index, reply)]
-            at = stop
-        parts = [part for part in (*parts, _Part(text[at:], reply)) if part.what != ""]
-        for part in parts:
-            unknown = LOOKS_SPECIAL.search(part.what) if isinstance(part.what, str) else None
-            if unknown:
-                raise self._error(
-                    f"needs the special token {unknown[0]!r}, which the tokenizer does not have"
-                )
-        return parts
-
-    def _contents(
-        self, gaps: Sequence[str], roles: tuple[Role, ...], has_input: bool, prompt: bool
-    ) -> list[_Content]:
-        """The places of contents, with how they are trimmed: what became of spaces around them."""
-        before = self._gaps(roles, has_input, prompt, before=SPACE_BEFORE)
-        after = self._gaps(roles, has_input, prompt, after=SPACE_AFTER)
-        contents = []
-        for i in range(len(roles)):
-            left, right = before[i].removeprefix(gaps[i]), after[i + 1].removesuffix(gaps[i + 1])
-            if left not in TRIMS_BEFORE or right not in TRIMS_AFTER:
-                raise self._error(f"changes the text of a message ({roles[i]})")
-            contents.append(_Content(i, TRIMS_BEFORE[left], TRIMS_AFTER[right]))
-        return contents
-
-    def _gaps(
-        self, roles: tuple[Role, ...], has_input: bool, prompt: bool, before: str = "", after: str = ""
-    ) -> list[str]:
-        """The template's own text before, between and after contents, one more than there are messages."""
-        marks = [f"{MARK}{i}{MARK}" for i in range(len(roles))]
-        messages = [
-            {"role": role, "content": before + mark + after} for role, mark in zip(roles, marks, strict=True)
-        ]
-        try:
-            text = self._template.render(
-                messages=messages, has_input=has_input, add_generation_prompt=prompt, **self._tokens
-            )
-        except Exception as error:  # a template is a program, and stops as it likes
-            raise self._error(
-                f"does not take messages of {', '.join(roles)} ({first_line(error)})"
-            ) from error
-        first, *others = re.split(f"({MARK}[0-9]+{MARK})", text)
-        for mark, role in zip(marks, roles, strict=True):
-            if mark not in others:
-                raise self._error(f"leaves out the text of a message ({role}, of {', '.join(roles)})")
-        if others[::2] != marks:
-            raise self._error(f"repeats messages, or changes their order ({', '.join(roles)})")
-        return [first, *others[1::2]]
-
-    def _error(self, what: str) -> InputError:
-        return InputError(f"template {self.name} {what}; choose another template")
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")
-
-
-def _compile(name: str, source: str) -> jinja2.Template:
-    """A template in the environment that transformers gives to templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"template {name} line {error.lineno}: not Jinja ({first_line(error)})") from error
-
-
-class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %}, around replies in some templates: what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own filter escapes what HTML would read."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _special_tokens(name: str, source: str, tokenizer: Tokenizer) -> dict[str, str]:
+    """What transformers gives to templates: bos_token, eos_token, unk_token, ..., as they are spelled."""
+    found = dict[str, str]()
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = read_json(tokenizer.directory / file) if tokenizer.directory else {}
+        for key in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+            token = config.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            found |= {key: token} if isinstance(token, str) else {}
+    for end, index in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        found[f"{end}_token"] = (tokenizer.token(index) if index is not None else None) or ""
+    if "eos_token" in source and not found["eos_token"]:
+        raise InputError(
+            f"template {name} ends replies with the tokenizer's end token, and {tokenizer.file} has none; "
+            "name it in tokenizer_config.json as eos_token, or choose another template"
+        )
+    return found
 
 
 def _template_beside(directory: Path) -> tuple[str, str] | None:

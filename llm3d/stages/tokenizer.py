@@ -20,7 +20,7 @@ C = TypeVar("C", bound=Config)
 
 def end_ids(config: Config, tokenizer: Tokenizer, template: Template | None) -> set[int]:
     """Tokens that end a reply: the model's, the tokenizer's, and the template's. A checkpoint says the same."""
-    of_run = (*tokenizer.end_ids, *([template.end_id] if template else []))
+    of_run = (*tokenizer.end_ids, *(template.end_ids if template else ()))
     of_base = generation_settings(config.model.path).get("eos_token_id")
     return set(token_ids(config.model.eos_token_id, of_base, of_run))
 

@@ -315,10 +315,13 @@ ASK = "{{ '<|im_start|>assistant:' if add_generation_prompt }}"
         ("m.content.rstrip('\\n ')", " \n \n a\t"),
         ("m.content.lstrip('\\n')", " \n \n a\t\n \n "),
         ("m.content.strip('\\n ')", "a\t"),
+        ("m.content | trim | upper", "A"),
+        ("m.content.split('\\t')[0] * 2", " \n \n a \n \n a"),
     ],
 )
-def test_contents_are_trimmed_as_the_template_trims_them(tmp_path, chat_tokenizer, trimmed, expected):
-    template = jinja(tmp_path, all_turns(trimmed) + ASK, chat_tokenizer)
+def test_contents_are_written_as_the_template_writes_them(tmp_path, chat_tokenizer, trimmed, expected):
+    source = all_turns(f"({trimmed}) if m.role == 'user' else m.content")
+    template = jinja(tmp_path, source + ASK, chat_tokenizer)
     messages = converse(None, [(" \n \n a\t\n \n ", "b")])
     assert decoded(template, messages) == (
         f"<|im_start|>user:{expected}<|im_end|><|im_start|>assistant:b<|im_end|>"
@@ -346,9 +349,8 @@ def test_what_a_template_writes_between_a_prompt_and_its_reply_is_learned(tmp_pa
             r"no end token .* '\\n', which the tokenizer",
         ),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no end token after a reply but nothing"),
-        ("{{ messages[-1].content }}<|im_end|>", r"leaves out the text of a message \(user"),
-        (all_turns("m.content + m.content") + ASK, "repeats messages"),
-        (all_turns("m.content | upper | replace(' ', '')") + ASK, "changes the text of a message"),
+        ("{{ messages[-1].content }}<|im_end|>", "writes a prompt in another way when a reply follows it"),
+        (all_turns("m.content if m.role == 'user'") + ASK, "leaves out the text of a reply"),
         ("<|end|>" + all_turns() + ASK, r"needs the special token '<\|end\|>', which the tokenizer"),
         ("{{ raise_exception('only one message') }}", r"user, assistant \(only one message\)"),
         ("{{ messages.append(1) }}", "does not take messages"),
