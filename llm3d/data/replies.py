@@ -73,7 +73,7 @@ class ReplyFinder:
             again = self._try(_USER, _ASSISTANT, _USER)
         if _ANSWER not in said.text:
             raise self._error("leaves out the text of a reply")
-        opening = self._find_opening(user.text, asked.text, said, again.text)
+        opening = self._find_opening(user.text, asked.text, said)
         self.end_ids, self._ends_itself, self._next = frozenset[int](), True, {"user": "", "tool": ""}
         self._find_ends(said.text, again.text)
         self._find_ends_of_calls(asked.text)
@@ -205,18 +205,18 @@ class ReplyFinder:
 
     # ---- in general ----
 
-    def _find_opening(self, user: str, asked: str, said: Rendered, again: str) -> str:
+    def _find_opening(self, user: str, asked: str, said: Rendered) -> str:
         """What the template writes before every reply, if it can be told from what is before a user's text."""
         start = self._alike(asked, user)
         begin, before = asked[start:], said.text[: said.text.index(_ANSWER)]
-        opening = begin[: self._alike(begin, before[start:])]
+        both = begin[: self._alike(begin, before[start:])]
+        edges = {special.stop for special in self.specials(both)} | {len(both)}
+        edges |= {i + 1 for i, letter in enumerate(both) if letter == "\n"}
+        # The least that tells: after it, templates may write an empty thought, or none.
+        opening = next((both[:edge] for edge in sorted(edges) if both[:edge] not in user), "")
         if not said.generated:
-            self._check_opening(asked, before, start, bool(opening) and opening not in user)
-        if not begin:
-            return asked.rpartition(_QUESTION)[2]
-        followed = again[: again.rindex(_ANSWER)]
-        opening = opening[: self._alike(opening, followed[start:])]
-        return "" if opening in user else opening
+            self._check_opening(asked, before, start, bool(opening))
+        return opening if begin else asked.rpartition(_QUESTION)[2]
 
     def _check_opening(self, asked: str, before: str, start: int, is_telling: bool) -> None:
         """asked: up to a reply, in a prompt; before: in a conversation; start: of what asks for one."""
