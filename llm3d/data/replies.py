@@ -59,7 +59,8 @@ class Replies(NamedTuple):
 class ReplyFinder:
     """How a template begins and ends a reply, tried on conversations of one character a message.
 
-    end_ids: tokens that end a reply.  reserved: ids that no text of a conversation may hold.
+    end_id: the token that ends a reply.  end_ids: all that may; calls of tools may end with another.
+    reserved: ids that no text of a conversation may hold.
     Raises InputError for a template from which it cannot be told where a reply starts or ends.
     """
 
@@ -240,6 +241,7 @@ class ReplyFinder:
         if not ends:
             found = f"{shown(rest)}, which the tokenizer has no special token for" if rest else "nothing"
             raise self._error(f"has no end token after a reply but {found}")
+        self.end_id = ends[0].token_id
         self.end_ids = frozenset(special.token_id for special in ends)
         if not self._ends_itself:
             self._next = dict.fromkeys(self._next, after[ends[0].start : ends[0].stop])

@@ -153,8 +153,13 @@ class Template:
         self._spelled = re.compile(f"(?={'|'.join(map(re.escape, spelled)) or '(?!)'})")
 
     @property
+    def end_id(self) -> int:
+        """The token that ends a reply."""
+        return self._finder.end_id
+
+    @property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end a reply."""
+        """All tokens that end a reply: some templates end one that calls a tool with another."""
         return self._finder.end_ids
 
     def encode(

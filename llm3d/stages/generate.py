@@ -16,7 +16,7 @@ from llm3d.config import ChatDataConfig, Config, RewardConfig
 from llm3d.config.uses import generation_layout, has_template
 from llm3d.data.chat import PlacedPrompt, read_prompts
 from llm3d.data.documents import has_half_a_pair
-from llm3d.data.formats import Message
+from llm3d.data.formats import Fields, Message
 from llm3d.data.order import derive_key
 from llm3d.data.templates import Template, load_template
 from llm3d.data.tokenizer import Tokenizer
@@ -75,12 +75,15 @@ class PromptEncoder:
         ids = end_ids(self.config, tokenizer, self.template)
         self.replies = Replies(tokenizer, ids, config.generate.stop)
 
-    def tokens(self, messages: Sequence[Message]) -> list[int]:
-        """What the model is to go on from. Raises InputError where it cannot."""
+    def tokens(self, messages: Sequence[Message], template_kwargs: Fields | None = None) -> list[int]:
+        """What the model is to go on from. Raises InputError where it cannot.
+
+        template_kwargs: what the chat template reads beside messages: tools, documents, enable_thinking, ...
+        """
         if any(has_half_a_pair(message.content) for message in messages):
             raise InputError("a prompt that is not valid UTF-8")
         if self.template is not None:
-            tokens = self.template.encode_prompt(messages)
+            tokens = self.template.encode_prompt(messages, template_kwargs)
         else:
             text = "\n".join(message.content for message in messages)
             tokens = [*self._beginning(), *self.tokenizer.encode(text)]
@@ -99,7 +102,7 @@ class PromptEncoder:
 
     def tokens_of(self, prompt: PlacedPrompt) -> list[int]:
         try:
-            return self.tokens(prompt.messages)
+            return self.tokens(prompt.messages, prompt.template_kwargs)
         except InputError as error:
             raise InputError(f"{prompt.where}: {error}") from None
 

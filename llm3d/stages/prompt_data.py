@@ -79,7 +79,7 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
     found = list[Prompt]()
     for prompt in placed:
         try:
-            tokens = np.array(template.encode_prompt(prompt.messages), dtype=np.int32)
+            tokens = np.array(template.encode_prompt(prompt.messages, prompt.template_kwargs), np.int32)
         except InputError as error:
             if not data.skip_bad:
                 raise InputError(f"{prompt.where}: {error}") from None
