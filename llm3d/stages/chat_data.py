@@ -58,7 +58,9 @@ class ChatTokenizer:
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens at which generation ends: eos, and the template's end of a reply."""
-        return tuple(dict.fromkeys((*self.tokenizer.end_ids, self.template.end_id, *sorted(self.template.end_ids))))
+        return tuple(
+            dict.fromkeys((*self.tokenizer.end_ids, self.template.end_id, *sorted(self.template.end_ids)))
+        )
 
     def save_to(self, directory: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads, the template among them.
