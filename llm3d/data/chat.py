@@ -185,7 +185,9 @@ def _encoded(
         elif isinstance(item, Comparison):
             wanted.append((where, item, sides(item)))
         elif isinstance(item, Conversation):
-            wanted += [(where, item, [turn]) for turn in turns(item, settings.turns)]
+            made = turns(item, settings.turns)
+            wanted += [(where, item, [turn]) for turn in made]
+            counts.bad += [] if made else [BadRecord(where, "none of its replies is learned")]
     encoded = _sequences([these for _, _, these in wanted], template)
     for (where, item, _), sequences in zip(wanted, encoded, strict=True):
         why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
