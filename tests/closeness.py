@@ -21,10 +21,6 @@ SUBTRACTED = {
     ),
 }
 
-# Shares of tokens beyond a bound. One that lies on it may fall on either side, and there are only some dozens.
-SHARES = ("policy/clipfrac_avg", "val/clipfrac_avg")
-ON_THE_BOUND = 0.01
-
 
 def assert_same_numbers(
     actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5, absolute: float = 0.0
@@ -40,9 +36,7 @@ def assert_same_numbers(
 
 
 def rounding(name: str, numbers: Mapping[str, float]) -> float:
-    """By how much a number may be off, for what it was computed from is; 0 where it is neither difference nor share."""
+    """By how much a number may be off because what was subtracted is; 0 where it is no difference."""
     prefix = "valid_" * name.startswith("valid_")
-    name = name.removeprefix(prefix)
-    if name in SHARES:
-        return ON_THE_BOUND
-    return ROUNDING * max((abs(numbers[prefix + part]) for part in SUBTRACTED.get(name, ())), default=0.0)
+    parts = SUBTRACTED.get(name.removeprefix(prefix), ())
+    return ROUNDING * max((abs(numbers[prefix + part]) for part in parts), default=0.0)

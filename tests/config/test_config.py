@@ -499,8 +499,15 @@ def test_a_model_directory_that_cannot_be_trained(
 
 def test_a_shape_beside_a_model_directory_must_agree(settings: Path, tmp_path: Path) -> None:
     model_directory(tmp_path)
-    assert "128 is not what" in complaint(settings, f"model={{path: {tmp_path}, hidden_size: 128}}")
-    assert load_config(settings, [f"model={{path: {tmp_path}, pad_token_id: 3}}"]).model.pad_token_id == 3
+    assert "128 is not what" in complaint(
+        settings, f"model={json.dumps({'path': str(tmp_path), 'hidden_size': 128})}"
+    )
+    assert (
+        load_config(
+            settings, [f"model={json.dumps({'path': str(tmp_path), 'pad_token_id': 3})}"]
+        ).model.pad_token_id
+        == 3
+    )
     assert "config.json: no such file" in complaint(settings, f"model.path={tmp_path.parent}")
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in complaint(settings, f"model.path={tmp_path}")

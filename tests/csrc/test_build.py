@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_a_compiler_from_before_cpp17_is_none(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.CannotBuild, match=r"g\+\+ does not compile C\+\+17"):
         build.cpp_compiler()
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", shlex.quote(str(compiler)))
     with pytest.raises(build.BuildFailed, match=r"but it does not compile C\+\+17"):
         build.cpp_compiler()
 

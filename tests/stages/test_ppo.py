@@ -272,9 +272,9 @@ def test_a_critic_with_adapters_is_asked_for_the_reward_model_it_started_from(
     world_size: int, layout: dict[str, Any], files: Path, tmp_path: Path
 ) -> None:
     """And says what a reward model of its own would, bit for bit, in a run that goes on as well."""
-    shutil.copytree(files / "reward", tmp_path / "another")
+    shutil.copytree(files / "reward", tmp_path / "another" / "reward")
     runs = []
-    for name, reward in (("shared", files / "reward"), ("apart", tmp_path / "another")):
+    for name, reward in (("shared", files / "reward"), ("apart", tmp_path / "another" / "reward")):
         ppo = {"rewards": [{"model": str(reward)}], "critic": str(files / "reward")}
         changes: dict[str, Any] = {"lora": {"rank": 3}, "ppo": ppo, **layout}
         given = given_settings(files, tmp_path / name, **changes)
