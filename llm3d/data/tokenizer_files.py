@@ -108,15 +108,14 @@ class SideFiles:
         """tokenizer_config.json for a tokenizer.json that is to be used as it stands."""
         left_out = (*_OF_CONVERSION, "add_eos_token") if converted else ()
         kept = {key: value for key, value in self.config.items() if key not in left_out}
-        said = {
-            name: text for name, text in names.items() if name not in kept or _spelling(kept[name]) != text
+        spelled = {name: _spelling(kept[name]) for name in NAMES if name in kept} | dict(names)
+        lists = {
+            name: [_spelling(token) for token in kept[name]]
+            for name in ("additional_special_tokens", "extra_special_tokens")
+            if isinstance(kept.get(name), list)
         }
-        return (
-            {"clean_up_tokenization_spaces": False}
-            | kept
-            | said
-            | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos}
-        )
+        own = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_bos}
+        return {"clean_up_tokenization_spaces": False} | kept | lists | spelled | own
 
 
 def _spelling(token: Any) -> str | None:

@@ -1,0 +1,93 @@
+"""What is saved is in transformers the tokenizer that it is here, whatever files it was made from."""
+
+import json
+
+import pytest
+
+from llm3d.data.tokenizer import HARD_TEXTS, META_SPACE, load_tokenizer
+from tests.data.conftest import documents
+
+sentencepiece = pytest.importorskip("sentencepiece")
+transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
+SPECIAL, PLAIN = "<|im_end|>", "<tool>"
+BESIDE = {
+    "alone": {},
+    "null": {"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}},
+    "no bos": {"tokenizer_config.json": {"add_bos_token": False}},
+    "added": {
+        "added_tokens.json": {SPECIAL: 400, PLAIN: 401},
+        "special_tokens_map.json": {"eos_token": {"content": SPECIAL}},
+    },
+    "described": {
+        "tokenizer_config.json": {
+            "eos_token": SPECIAL,
+            "added_tokens_decoder": {
+                "400": {"content": SPECIAL, "special": True, "normalized": False},
+                "401": {"content": PLAIN, "special": False, "normalized": False},
+            },
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
+def model(request, tmp_path_factory):
+    file = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(documents(50)).split("\n")),
+        model_prefix=str(file.with_suffix("")),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=request.param,
+        allow_whitespace_only_pieces=True,
+        minloglevel=3,
+    )
+    return file
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_is_saved_of_a_sentencepiece_model_gives_the_same_ids(model, name, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.model").write_bytes(model.read_bytes())
+    for file, content in BESIDE[name].items():
+        (source / file).write_text(json.dumps(content))
+    ours = load_tokenizer(source)
+    ours.save_to(tmp_path / "saved")
+    theirs, again = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"),
+        load_tokenizer(tmp_path / "saved"),
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in (*HARD_TEXTS, f"{META_SPACE} a{META_SPACE}", f"a{PLAIN} b", *documents(3)):
+        ids = ours.encode(text)
+        bos = [ours.bos_id] if ours.adds_bos else []
+        assert theirs(text, split_special_tokens=True)["input_ids"] == [*bos, *ids]
+        assert again.encode(text) == ids and ours.decode(ids) == text
+        if META_SPACE not in text and (PLAIN not in text or ours.vocab_size == 400):
+            assert ids == reference.encode(text)
+    assert (
+        (theirs.bos_token_id, theirs.eos_token_id)
+        == (ours.bos_id, ours.eos_id)
+        == (again.bos_id, again.eos_id)
+    )
+    assert len(theirs) == ours.vocab_size == again.vocab_size
+    assert (ours.bos_id, ours.adds_bos) == {"null": (None, False), "no bos": (1, False)}.get(name, (1, True))
+    if "added_tokens_decoder" in str(BESIDE[name]) or "added_tokens.json" in BESIDE[name]:
+        assert (ours.eos_id, ours.encode(f"a{PLAIN}")[-1], ours.vocab_size) == (400, 401, 402)
+        assert SPECIAL not in ours.decode(ours.encode(SPECIAL)[:-1]) and 400 not in ours.encode(SPECIAL)
+    assert ours.difference_from(again) is None
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+def test_a_null_is_an_answer_and_a_word_is_no_special_token(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, unk_token="a"))
+    made.add_special_tokens(["</s>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_id) == (None, 2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    assert load_tokenizer(tmp_path).eos_id is None
