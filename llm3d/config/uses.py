@@ -193,7 +193,7 @@ class Named:
             self.settings |= {"model": {"path": self._base(folder)}, "lora": {"path": str(self.weights)}}
         else:
             self.settings |= {"model": {"path": str(self.weights)}, "lora": {}}
-        self.settings["checkpoint"] = {"resume": "none"}
+        self.section("checkpoint")["resume"] = "none"
         if not self.is_asked("data.tokenizer"):
             before = data.get("tokenizer")
             there = before if isinstance(before, str) and Path(before).exists() else None
@@ -221,7 +221,7 @@ class Named:
         self.settings |= {
             name: of_run[name] for name in ("model", "lora") if name in of_run and not self.is_asked(name)
         }
-        self.settings["checkpoint"] = {"resume": str(self.weights)}
+        self.section("checkpoint")["resume"] = str(self.weights)
 
     def fit_layout(self) -> None:
         """This launch's number of ranks decides; what the command line says of the layout stays."""
@@ -249,7 +249,7 @@ class Named:
                 del model["path"]
             elif self.weights is not None and (self.weights / "model").is_dir():
                 model["path"] = str(self.weights)
-        self.settings["checkpoint"] = {"resume": "none"}
+        self.section("checkpoint")["resume"] = "none"
 
     def _settings_of_model(self, at: Path, stage: str | None) -> Settings:
         """Settings for a model alone, but for itself: to write as its own files say, and to plan fine-tuning it."""
