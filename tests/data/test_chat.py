@@ -216,6 +216,16 @@ def test_what_the_template_does_not_read_is_told_and_calls_are_not_lost(
     ]
 
 
+@pytest.mark.parametrize("replies", ["all", "last", "split"])
+def test_a_conversation_of_which_nothing_is_learned_cannot_be_used(
+    replies: str, template: Template, tmp_path: Path
+) -> None:
+    said = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Yes.", "weight": 0}]
+    path = write(tmp_path / "rows.jsonl", [{"messages": said}])
+    with pytest.raises(InputError, match="line 1: none of its replies is learned"):
+        read_samples(path, "conversation", template, settings(turns=replies))
+
+
 BAD: list[tuple[str, str]] = [
     ("{", "line 2"),
     ('["a"]', "where an object must stand"),
