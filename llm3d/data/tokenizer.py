@@ -262,17 +262,18 @@ class Tokenizer:
             write_json(file, added)
 
     def difference_from(self, other: Tokenizer) -> str | None:
-        """One line on token ids that mean something else in another tokenizer; None where all mean the same.
+        """One line on token ids of this tokenizer that mean something else in another; None where all mean the same.
 
-        Which tokens are bos and eos is no such difference: that is for the use of a tokenizer, not for its ids.
+        Higher ids, which only the other has, do not matter. Which tokens are bos and eos is no such difference: that
+        is for the use of a tokenizer, not for its ids.
         """
         apart = self.special_tokens.items() ^ other.special_tokens.items()
-        if apart:
-            text, index = min(apart, key=lambda item: (item[1], item[0]))
-            return f"the special token {text!r} has the id {index} in one of the two alone"
+        for index, text in sorted((index, text) for text, index in apart):
+            if index < self.vocab_size:
+                return f"the special token {text!r} has the id {index} in one of the two alone"
         if self.digest == other.digest:
             return None
-        for index in range(max(self.vocab_size, other.vocab_size)):
+        for index in range(self.vocab_size):
             mine, others = self._token_or_none(index), other._token_or_none(index)
             if mine != others:
                 return f"the token {index} is {mine!r} in one and {others!r} in the other"

@@ -27,7 +27,6 @@ from llm3d.data.order import Blend, derive_key, held_out, sample_window
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.samples import SampleSet
-from llm3d.data.steps import Steps
 from llm3d.data.templates import Template, load_template
 from llm3d.data.tokenizer import Tokenizer, read_json, write_json
 from llm3d.errors import InputError
@@ -35,6 +34,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.stages.tokenizer import open_tokenizer
 from llm3d.train.loop import Consumed
 from llm3d.train.objective import Objective, names_of
+from llm3d.train.steps import Steps
 from llm3d.train.trainer import Evaluator, Trainer
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told

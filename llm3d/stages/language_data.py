@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from llm3d.config import DataSource, PretrainConfig
 from llm3d.data.batches import evaluation_batches, step_microbatches
 from llm3d.data.pretraining import Microbatch, PretrainingData
-from llm3d.data.steps import Steps
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
+from llm3d.train.steps import Steps
 from llm3d.wording import counted
 
 

@@ -205,10 +205,10 @@ def beside(config: PPOConfig, tokenizer: Tokenizer, path: str | None, setting: s
 
 def standing_beside(config: PPOConfig, model: ModelConfig, path: str, setting: str) -> PPOConfig:
     """The settings of a model beside the policy, under its layout. Raises InputError where it cannot."""
-    if model.vocab_size != config.model.vocab_size:
+    tokens, of_policy = model.vocab_size, config.model.vocab_size
+    if tokens is None or of_policy is None or tokens < of_policy:
         raise InputError(
-            f"{setting}: {path} has {model.vocab_size} tokens, the policy {config.model.vocab_size}; "
-            "it needs the policy's tokenizer"
+            f"{setting}: {path} has {tokens} tokens, the policy {of_policy}; it needs all of the policy's"
         )
     if config.data.sequence_length > model.max_position_embeddings:
         raise InputError(

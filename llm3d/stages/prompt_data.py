@@ -17,12 +17,12 @@ from llm3d.data.chat import Counts, read_prompts
 from llm3d.data.documents import BadRecord
 from llm3d.data.order import Blend, held_out, sample_window
 from llm3d.data.samples import Tokens, without_start
-from llm3d.data.steps import Steps
 from llm3d.data.templates import Template
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.loop import Consumed
+from llm3d.train.steps import Steps
 from llm3d.wording import counted
 
 

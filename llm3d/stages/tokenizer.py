@@ -70,11 +70,13 @@ class Beside(NamedTuple):
     """What reads the run's token ids, or has written them.
 
     setting: that names it.  directory: of its tokenizer, if it has one.  remedy: where ids mean something else to it.
+    is_written: it holds ids that the run reads; else it reads those of the run.
     """
 
     setting: str
     directory: Path
     remedy: str
+    is_written: bool = False
 
     @property
     def has_tokenizer(self) -> bool:
@@ -93,7 +95,8 @@ def check_token_ids(tokenizer: Tokenizer | None, named: Iterable[Beside]) -> Non
         seen.add(beside.directory)
         found = load_tokenizer(beside.directory)
         tokenizer = tokenizer or found
-        difference = found.difference_from(tokenizer)
+        writer, reader = (found, tokenizer) if beside.is_written else (tokenizer, found)
+        difference = writer.difference_from(reader)
         if difference is not None:
             raise InputError(
                 f"{beside.setting}: the tokenizer in {beside.directory} is not the run's: {difference}; {beside.remedy}"
@@ -121,6 +124,6 @@ def corpora(sources: Sequence[DataSource], setting: str, split: str) -> list[Bes
     """Of each source, the tokenizer that `llm3d data tokenize` has left beside its files."""
     remedy = "tokenise its text with the run's: llm3d data tokenize --tokenizer"
     return [
-        Beside(f"{setting}[{i}]", Path(resolve_prefix(source.path, split)).parent / "tokenizer", remedy)
+        Beside(f"{setting}[{i}]", Path(resolve_prefix(source.path, split)).parent / "tokenizer", remedy, True)
         for i, source in enumerate(sources)
     ]

@@ -287,7 +287,8 @@ def _check_tokenizer(directory: Path, tokenizer: Tokenizer | ChatTokenizer | Non
     if plain is None or not list(directory.glob("tokenizer.*")):
         return
     remedy = "set it as it was, or name another run.dir"
-    difference = load_tokenizer(directory).difference_from(plain)
+    saved_one = load_tokenizer(directory)
+    difference = saved_one.difference_from(plain) or plain.difference_from(saved_one)
     if difference is not None:
         raise InputError(f"data.tokenizer: another one than in {directory}: {difference}; {remedy}")
     saved = directory / "chat_template.jinja"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from llm3d.config import Config
-from llm3d.data.steps import Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
@@ -21,6 +20,7 @@ from llm3d.train.best import Best
 from llm3d.train.learning_rate import learning_rate
 from llm3d.train.report import Report, memory_gib, rounded
 from llm3d.train.signals import StopSignals
+from llm3d.train.steps import Steps
 from llm3d.train.throughput import peak_flops
 from llm3d.train.trainer import StepResult, Trainer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import tokenizers
 
 from llm3d.config import PPOConfig, make_config
 from llm3d.data.corpus import tokenize_corpus
@@ -16,7 +17,7 @@ from llm3d.data.tokenizer import load_tokenizer
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.prompt_data import PromptData, read_prompt_set, read_prompt_sets
 from llm3d.train.loop import Consumed
-from tests.stages.common import MODEL, Ended, Settings, command, silent
+from tests.stages.common import MODEL, Ended, Settings, command, metrics, silent
 from tests.stages.post_training import question, settings, write_model, write_reward_model, write_rows
 
 
@@ -106,17 +107,34 @@ def test_a_language_model_does_not_score(files: Path) -> None:
     assert "has no score head" in ended.stderr
 
 
-def test_a_model_with_other_tokens_is_refused(files: Path) -> None:
+def test_a_model_with_fewer_tokens_is_refused(files: Path) -> None:
     for setting, ppo in (
-        ("ppo.rewards[0].model", {"rewards": [{"model": str(files / "other")}]}),
-        ("ppo.critic", {"critic": str(files / "other")}),
+        ("ppo.rewards[0].model", {}),
+        (
+            "ppo.critic",
+            {"rewards": [{"function": f"{files}/rewards.py:score"}], "critic": str(files / "reward")},
+        ),
     ):
-        ended = command("ppo", given_settings(files, ppo=ppo), "--check")
-        assert (
-            ended.code == 2
-            and f"{setting}: " in ended.stderr
-            and "300 tokens, the policy 291" in ended.stderr
-        )
+        given = given_settings(files, model={"path": str(files / "other")}, ppo=ppo)
+        ended = command("ppo", given, "--check")
+        assert ended.code == 2 and f"{setting}: " in ended.stderr
+        assert "291 tokens, the policy 300; it needs all of the policy's" in ended.stderr
+
+
+def test_a_reward_model_may_have_tokens_of_its_own(files: Path, tmp_path: Path) -> None:
+    """Many were given a token for padding, after the policy's."""
+    policy = write_model(tmp_path / "policy")
+    model = tokenizers.Tokenizer.from_file(str(policy / "tokenizer.json"))
+    model.add_special_tokens(["[PAD]"])
+    model.save(str(policy / "tokenizer.json"))
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"vocab_size": 292}))
+    larger = write_reward_model(tmp_path / "larger", policy)
+    given = given_settings(files, run={"dir": str(tmp_path / "run")}, train={"steps": 1})
+    given["ppo"] = {"rewards": [{"model": str(larger)}]}
+    ended = command("ppo", given)
+    assert ended.code == 0, ended.stderr
+    assert [line["step"] for line in metrics(given)] == [1]
 
 
 def exchanged(directory: Path) -> None:

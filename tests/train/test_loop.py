@@ -15,13 +15,13 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
-from llm3d.data.steps import Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.best import Best
 from llm3d.train.loop import Consumed, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
+from llm3d.train.steps import Steps
 from llm3d.train.trainer import Trainer
 from tests.parity.harness import Layout, microbatches, settings
 
