@@ -174,6 +174,16 @@ class Tokenizer:
         return self._model.get_added_tokens_decoder()
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know about it, for people."""
+        if not (self._is_converted and type(self._model.model).__name__ == "Unigram"):
+            return ()
+        return (
+            f"{self.file}: where two ways to divide a text score the same, it may be divided in another one than by "
+            "sentencepiece itself; transformers divides it as is done here",
+        )
+
+    @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokens at which generation ends: eos, where there is one."""
         return () if self.eos_id is None else (self.eos_id,)

@@ -2,19 +2,22 @@
 
 Pieces are spelled with spaces in the places of U+2581, so that U+2581 itself, in a text, is no space: it goes through
 the bytes of its UTF-8, as every character does that has no piece. Special tokens are found in the normalized text,
-so that what stands before and after one is normalized as parts of the same text, as sentencepiece does.
+so that what stands before and after one is normalized as parts of the same text, as sentencepiece does. Three things
+differ: a user-defined piece is found before all others; a text that is one and nothing else has no space before it;
+of several divisions that a unigram model scores the same the first is taken, where sentencepiece's rounding decides.
 """
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import tokenizers
 
 META_SPACE = "\u2581"  # how sentencepiece writes a space inside its pieces
+SWAPPED = str.maketrans(f" {META_SPACE}", f"{META_SPACE} ")
 UNIGRAM, BPE = 1, 2  # sentencepiece's TrainerSpec.ModelType
-NEVER = -1e6  # a score with which no text is divided into a piece
 
 
 def convert(content: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
@@ -33,16 +36,23 @@ def convert(content: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str | None]
     of_text = (kinds.NORMAL, kinds.USER_DEFINED, kinds.UNUSED)
     learned = [piece.type in of_text for piece in model.pieces]
     spelled = [
-        piece.piece.replace(META_SPACE, " ") if text else piece.piece
+        piece.piece.translate(SWAPPED) if text else piece.piece
         for piece, text in zip(model.pieces, learned, strict=True)
     ]
     result = tokenizers.Tokenizer(_model(model, spelled, learned))
-    _put_around(result, model.normalizer_spec)
+    halves = _halves(spelled, learned) if model.trainer_spec.model_type == UNIGRAM else []
+    user_defined = [
+        text for text, p in zip(spelled, model.pieces, strict=True) if p.type == kinds.USER_DEFINED
+    ]
+    _put_around(result, model.normalizer_spec, halves, user_defined)
     result.add_tokens(
         [
             tokenizers.AddedToken(text, special=piece.type != kinds.USER_DEFINED, normalized=True)
             for text, piece in zip(spelled, model.pieces, strict=True)
             if piece.type in (kinds.CONTROL, kinds.UNKNOWN, kinds.USER_DEFINED)
+            and not (
+                model.normalizer_spec.remove_extra_whitespaces and text.isspace()
+            )  # never there to be found
         ]
     )
     spec = model.trainer_spec
@@ -55,7 +65,9 @@ def _model(model: Any, spelled: list[str], learned: list[bool]) -> Any:
 
     spec = model.trainer_spec
     if spec.model_type == UNIGRAM:
-        scores = [piece.score if text else NEVER for piece, text in zip(model.pieces, learned, strict=True)]
+        # What no piece is found for scores 10 below the lowest of all; sentencepiece counts normal pieces alone.
+        lowest = min(piece.score for piece in model.pieces if piece.type == piece.NORMAL)
+        scores = [max(lowest, piece.score) for piece in model.pieces]
         return models.Unigram(
             list(zip(spelled, scores, strict=True)), unk_id=spec.unk_id, byte_fallback=spec.byte_fallback
         )
@@ -79,21 +91,42 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(pairs, key=lambda pair: pair[:2])]
 
 
-def _put_around(result: tokenizers.Tokenizer, spec: Any) -> None:
-    """What comes before the model and after it: spec is sentencepiece's NormalizerSpec."""
+def _halves(spelled: list[str], learned: list[bool]) -> list[tuple[str, str]]:
+    """Of each piece that is no text two parts, one of which ends or begins with a piece, if any does."""
+    pieces = {text for text, of_text in zip(spelled, learned, strict=True) if of_text}
+    others = [text for text, of_text in zip(spelled, learned, strict=True) if not of_text]
+    cuts = [next((i for i in range(1, len(s)) if {s[i - 1], s[i]} & pieces), 1) for s in others]
+    return [(text[:i], text[i:]) for text, i in zip(others, cuts, strict=True)]
+
+
+def _put_around(
+    result: tokenizers.Tokenizer, spec: Any, halves: list[tuple[str, str]], user_defined: list[str]
+) -> None:
+    """What comes before the model and after it.
+
+    spec: sentencepiece's NormalizerSpec.  halves: the model gets text cut where these meet.
+    """
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     steps: list[Any] = []
+    before: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex(r" \z"), "")]
         steps += [] if spec.add_dummy_prefix else [normalizers.Replace(Regex(r"\A "), "")]
     if spec.add_dummy_prefix:
-        # A space before every text, also before one that starts with a space, but before no token that is found in it.
-        doubled = normalizers.Replace(Regex(r"\A "), "  ")
-        steps += [] if spec.remove_extra_whitespaces else [doubled]
-        result.pre_tokenizer = pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False)
+        # A space before every text, also before one that starts with a space or a user-defined piece, but before no
+        # special token that is found in it. Added tokens go through the normalizer themselves, and stay as they are.
+        pieces = "|".join(map(re.escape, user_defined)) or "(?!)"
+        starts = pieces if spec.remove_extra_whitespaces else f" |{pieces}"
+        steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{pieces})\z)(?={starts})"), " "))
+        before.append(pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False))
+    if halves:
+        pattern = "|".join(f"{re.escape(first)}(?={re.escape(rest)})" for first, rest in halves)
+        before.append(pre_tokenizers.Split(Regex(pattern), "merged_with_previous"))
+    if before:
+        result.pre_tokenizer = pre_tokenizers.Sequence(before)
     if steps:
         result.normalizer = normalizers.Sequence(steps)
     stripped = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []

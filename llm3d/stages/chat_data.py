@@ -62,6 +62,11 @@ class ChatTokenizer:
             dict.fromkeys((*self.tokenizer.end_ids, self.template.end_id, *sorted(self.template.end_ids)))
         )
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know about the two, for people."""
+        return (*self.tokenizer.remarks, *self.template.remarks)
+
     def save_to(self, directory: Path) -> None:
         """Write the files that transformers' AutoTokenizer loads, the template among them.
 
@@ -110,7 +115,7 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
         _check_fits_a_microbatch(source.path, samples, config)
     if isinstance(data.valid, float):
         sets, counts = _with_held_out(sets, counts, data.valid, config.run.seed)
-    chat = ChatData(config, sets[:num_train], sets[num_train:], counts, template.remarks)
+    chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
     return config, ChatTokenizer(tokenizer, template), chat
 
 
@@ -156,7 +161,6 @@ class ChatData:
 
     sets: one for each of data.train (none, for evaluation alone), then one for each of data.valid.
     counts: for each, the path, and what became of the records there.
-    remarks: what else to say of them before the run.
     reference: fp32 [sequences] for each set, which batches then bring along; None: they bring none.
     """
 
@@ -166,10 +170,9 @@ class ChatData:
         train: Sequence[SampleSet],
         valid: Sequence[SampleSet],
         counts: Sequence[tuple[str, Counts]] = (),
-        remarks: Sequence[str] = (),
     ) -> None:
         assert isinstance(config.data, ChatDataConfig)
-        self.counts, self.remarks, self.settings = counts, remarks, config.data
+        self.counts, self.settings = counts, config.data
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
         alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
@@ -225,7 +228,6 @@ class ChatData:
         """What the run is going to read, for people."""
         last = self.steps.last
         return [
-            *self.remarks,
             *(line for path, counts in self.counts for line in counts.told(path, self.settings)),
             *([self.packing(mesh.data_size)] if last > self.steps.step else []),
             f"by step {last} it has read the data {self.steps.epoch(last):.2f} times",

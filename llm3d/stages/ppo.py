@@ -149,7 +149,7 @@ def open_stage(config: PPOConfig) -> OpenedPPO:
     train, valid = read_prompt_sets(template, config)
     replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
     chat = ChatTokenizer(tokenizer, template)
-    data, objective = PromptData(config, train, valid, template.remarks), PolicyObjective(config.ppo)
+    data, objective = PromptData(config, train, valid), PolicyObjective(config.ppo)
     prompts = [prompt for found in (*train, *valid) for prompt in found.prompts]
     rewards = [
         model or RewardFunction(source, f"ppo.rewards[{i}].function", prompts)

@@ -110,21 +110,11 @@ def _cut(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
 
 
 class PromptData:
-    """`llm3d.stages.training.StageData` over prompts; a step's are the same on every rank.
+    """`llm3d.stages.training.StageData` over prompts; a step's are the same on every rank."""
 
-    remarks: what to say of them before the run.
-    """
-
-    def __init__(
-        self,
-        config: PPOConfig,
-        train: Sequence[PromptSet],
-        valid: Sequence[PromptSet],
-        remarks: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, config: PPOConfig, train: Sequence[PromptSet], valid: Sequence[PromptSet]) -> None:
         assert isinstance(config.data, ChatDataConfig)
         self.config, self.train, self.valid = config, list(train), list(valid)
-        self.remarks = remarks
         self.sizes = [len(found) for found in train]
         self.steps = Steps.of(config, self.prompts_a_pass)
         self.resume(0, Consumed(0, 0))
@@ -185,7 +175,6 @@ class PromptData:
         batch, last = self.config.batch.global_size, self.steps.last
         replies = self.config.generate.num_replies
         return [
-            *self.remarks,
             *(line for p in (*self.train, *self.valid) for line in p.counts.told(p.path, self.config.data)),
             f"{counted(batch, 'prompt')} a step, {counted(replies, 'reply', 'replies')} to each; "
             f"by step {last} it has read them {self.steps.epoch(last):.2f} times",

@@ -37,8 +37,8 @@ def show(
     part = slice(data.num_train) if split == "train" else slice(data.num_train, None)
     sets, counts = data.sets[part], data.counts[part]
     coloured = console.color_system is not None and not console.no_color
-    template = opened.tokenizer.template
-    lines = [*map(Text, (f"template: {template.name}", *template.remarks)), _legend(coloured)]
+    told = (f"template: {opened.tokenizer.template.name}", *opened.tokenizer.remarks)
+    lines = [*map(Text, told), _legend(coloured)]
     for place in islice(data.in_order(split), min(num_samples, sum(map(len, sets)))):
         path, _ = data.counts[place.number]
         sample = data.sets[place.number][place.sample]

@@ -144,7 +144,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
     best = best_so_far(config, run_dir, state, mesh)
     with Report(run_dir, start_step, last_step, speaks, config.log.tensorboard) as report:
         introduce(report, trainer, data, origin)
-        for line in changes:
+        for line in (*(opened.tokenizer.remarks if opened.tokenizer else ()), *changes):
             report.say(line)
         if state and state["order"] != data.digest:
             report.say(

@@ -1,6 +1,7 @@
 """What is saved is in transformers the tokenizer that it is here, whatever files it was made from."""
 
 import json
+import random
 
 import pytest
 
@@ -81,6 +82,37 @@ def test_what_is_saved_of_a_sentencepiece_model_gives_the_same_ids(model, name, 
         assert SPECIAL not in ours.decode(ours.encode(SPECIAL)[:-1]) and 400 not in ours.encode(SPECIAL)
     assert ours.difference_from(again) is None
     assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_a_unigram_model_divides_text_as_sentencepiece_does(byte_fallback, tmp_path):
+    """Or, where several divisions score the same, into one that does, which is told."""
+    file = tmp_path / "tokenizer.model"
+    with file.open("wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(" ".join(documents(50)).split("\n")),
+            model_writer=writer,
+            model_type="unigram",
+            vocab_size=400,
+            hard_vocab_limit=False,
+            byte_fallback=byte_fallback,
+            user_defined_symbols=["<|im_end|>"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=3,
+        )
+    ours = load_tokenizer(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    words = [*documents(2)[0].split(" "), "<s>", "</s>", "<unk>", "<0x41>", "", "", "<|im_end|>", "Q\u4f60"]
+    drawn = random.Random(0)
+    texts = [" ".join(drawn.choices(words, k=9))[drawn.randrange(9) :] for _ in range(500)]
+    for text in (*(text for text in HARD_TEXTS if META_SPACE not in text), *texts):
+        found, expected = ours.encode(text), reference.encode(text)
+        if found != expected:
+            score, best = (sum(map(reference.get_score, ids)) for ids in (found, expected))
+            assert score == pytest.approx(best, abs=1e-4), text
+            assert reference.decode(found) == reference.decode(expected)
+    assert "score the same" in ours.remarks[0]
 
 
 def test_a_null_is_an_answer_and_a_word_is_no_special_token(tmp_path):

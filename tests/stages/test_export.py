@@ -203,7 +203,10 @@ def test_what_cannot_be_exported_is_said_in_a_line(directory: Path, tmp_path: Pa
     content[-5] ^= 1
     (damaged / "adapter" / weights).write_bytes(content)
     cases: list[tuple[list[object], str]] = [
-        ([directory / "sft"], "neither a checkpoint nor a PEFT directory; name RUN/checkpoints/step-"),
+        (
+            [directory / "sft" / "checkpoints"],
+            "neither a checkpoint nor a PEFT directory; name RUN/checkpoints/step-",
+        ),
         ([tmp_path / "nothing"], "neither a checkpoint nor a PEFT directory"),
         ([source, "--base", "nothing"], "--base: nothing is no directory here"),
         ([source, "--base", tmp_path], "config.json: no such file"),
