@@ -204,10 +204,10 @@ def test_what_cannot_be_exported_is_said_in_a_line(directory: Path, tmp_path: Pa
     (damaged / "adapter" / weights).write_bytes(content)
     cases: list[tuple[list[object], str]] = [
         (
-            [directory / "sft" / "checkpoints"],
-            "neither a checkpoint nor a PEFT directory; name RUN/checkpoints/step-",
+            [directory],
+            "no checkpoint (no manifest.json) and no Hugging Face directory",
         ),
-        ([tmp_path / "nothing"], "neither a checkpoint nor a PEFT directory"),
+        ([tmp_path / "nothing"], "nothing: no such file or directory"),
         ([source, "--base", "nothing"], "--base: nothing is no directory here"),
         ([source, "--base", tmp_path], "config.json: no such file"),
         ([source, "--base", source], "holds adapters and no whole model"),
