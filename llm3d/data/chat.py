@@ -74,7 +74,8 @@ class Counts:
 
     def advice(self, settings: ChatDataConfig) -> str:
         """What to do about what is too long."""
-        hint = f"; the longest has {self.longest:,} tokens: raise data.sequence_length {settings.sequence_length:,}"
+        longest, length = counted(self.longest, "token"), settings.sequence_length
+        hint = f"; the longest has {longest}: raise data.sequence_length {length:,}"
         return hint + (" or set data.truncation to left or right" if settings.truncation == "drop" else "")
 
 
@@ -87,7 +88,7 @@ def read_samples(
     Raises InputError where nothing can be used, and, without settings.skip_bad, for what cannot.
     """
     counts, samples = Counts(), list[Sample]()
-    rows = _rows(path, kind, settings.format, settings.columns, counts)
+    rows = enumerate(_rows(path, kind, settings.format, settings.columns, counts))
     while some := list(islice(rows, _AT_ONCE)):
         for sample in _encoded(some, template, settings, counts):
             counts.longest = max(counts.longest, *(len(sequence.ids) for sequence in sample.sequences))
@@ -171,32 +172,32 @@ def _reader(first: Record, kind: Kind, form: str, columns: Mapping[str, str]) ->
 
 
 def _encoded(
-    rows: Sequence[tuple[Record, Item]],
+    rows: Sequence[tuple[int, tuple[Record, Item]]],
     template: Template,
     settings: ChatDataConfig,
     counts: Counts,
 ) -> Iterator[Sample]:
     """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
-    wanted: list[tuple[str, Item, list[Turns]]] = []
-    for (where, _), item in rows:
+    wanted: list[tuple[int, str, Item, list[Turns]]] = []
+    for row, ((where, _), item) in rows:
         counts.unread.update(_unwritten(item, template))
         if _calls_in_vain(item, template):
             counts.bad.append(BadRecord(where, "calls a tool, and the chat template writes no tool_calls"))
         elif isinstance(item, Comparison):
-            wanted.append((where, item, sides(item)))
+            wanted.append((row, where, item, sides(item)))
         elif isinstance(item, Conversation):
             made = turns(item, settings.turns)
-            wanted += [(where, item, [turn]) for turn in made]
+            wanted += [(row, where, item, [turn]) for turn in made]
             counts.bad += [] if made else [BadRecord(where, "none of its replies is learned")]
-    encoded = _sequences([these for _, _, these in wanted], template)
-    for (where, item, _), sequences in zip(wanted, encoded, strict=True):
+    encoded = _sequences([these for *_, these in wanted], template)
+    for (row, where, item, _), sequences in zip(wanted, encoded, strict=True):
         why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
         if isinstance(sequences, InputError) or why is not None:
             counts.bad.append(BadRecord(where, str(why)))
         elif isinstance(item, Comparison):
-            yield Sample(sequences, item.ranks, item.margin or 0.0)
+            yield Sample(sequences, item.ranks, item.margin or 0.0, row)
         else:
-            yield Sample(sequences)
+            yield Sample(sequences, row=row)
 
 
 def _unwritten(item: Item, template: Template) -> set[str]:

@@ -156,10 +156,16 @@ def _deadline(draw: int, count: int, parts: int) -> int:
     return -(-draw * parts // count)
 
 
-def held_out(size: int, share: float, seed: int, source: int) -> np.ndarray:
-    """bool [size]: which samples of a source are kept for validation, about that share, at least one and never all."""
+def held_out(rows: np.ndarray, share: float, seed: int, source: int) -> np.ndarray:
+    """bool [samples]: which samples of a source are kept for validation: those of about that share of its rows.
+
+    rows: int [samples], the row of its file that each was made of. All samples of a row are on the same side; at
+    least one row is kept, and never all.
+    """
+    found, row_of_sample = np.unique(rows, return_inverse=True)
+    size = len(found)
     places = permute(np.arange(size), size, derive_key(seed, source, -1))  # epochs have keys from 0 on
-    return places < min(max(1, round(share * size)), size - 1)
+    return (places < min(max(1, round(share * size)), size - 1))[row_of_sample]
 
 
 def sample_window(k: int, blend: Blend, windows_per_source: Sequence[int], seed: int) -> tuple[int, int, int]:

@@ -23,11 +23,13 @@ class Sample(NamedTuple):
     """Sequences that are used together: a conversation, or a prompt with each of its replies.
 
     ranks: one a sequence, of a reply, lower is better.  margin: between two replies; 0 where none is given.
+    row: the number of the row of its file that it was made of.
     """
 
     sequences: tuple[Tokens, ...]
     ranks: tuple[float, ...] = (0.0,)
     margin: float = 0.0
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class SampleSet:
 
     ids: int32 [tokens].  is_target: bool [tokens].  sequence_starts: int64 [sequences + 1], tokens.
     sample_starts: int64 [samples + 1], sequences.  ranks: float32 [sequences].  margins: float32 [samples].
+    rows: int64 [samples].
     """
 
     ids: np.ndarray
@@ -44,6 +47,7 @@ class SampleSet:
     sample_starts: np.ndarray
     ranks: np.ndarray
     margins: np.ndarray
+    rows: np.ndarray
 
     @classmethod
     def of(cls, samples: Iterable[Sample]) -> SampleSet:
@@ -57,6 +61,7 @@ class SampleSet:
             sample_starts=_starts([len(sample.sequences) for sample in samples]),
             ranks=np.array(ranks, dtype=np.float32),
             margins=np.array([sample.margin for sample in samples], dtype=np.float32),
+            rows=np.array([sample.row for sample in samples], dtype=np.int64),
         )
 
     def __len__(self) -> int:
@@ -75,7 +80,8 @@ class SampleSet:
         first, last = self.sample_starts[index : index + 2]
         spans = zip(self.sequence_starts[first:last], self.sequence_starts[first + 1 : last + 1], strict=True)
         sequences = tuple(Tokens(self.ids[start:stop], self.is_target[start:stop]) for start, stop in spans)
-        return Sample(sequences, tuple(self.ranks[first:last].tolist()), float(self.margins[index]))
+        ranks = tuple(self.ranks[first:last].tolist())
+        return Sample(sequences, ranks, float(self.margins[index]), int(self.rows[index]))
 
     def chosen(self, which: np.ndarray) -> SampleSet:
         """Some of the samples. which: bool [samples]."""
@@ -83,7 +89,7 @@ class SampleSet:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of all there is."""
+        """Hex SHA-256 of all that is trained on."""
         found = hashlib.sha256()
         for array in (
             self.ids,

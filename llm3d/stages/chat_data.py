@@ -36,6 +36,7 @@ from llm3d.train.loop import Consumed
 from llm3d.train.objective import Objective, names_of
 from llm3d.train.steps import Steps
 from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.wording import counted
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
 
@@ -122,8 +123,8 @@ def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, Chat
 def _with_held_out(
     sets: Sequence[SampleSet], counts: Sequence[tuple[str, Counts]], share: float, seed: int
 ) -> tuple[list[SampleSet], list[tuple[str, Counts]]]:
-    """The training sets, then of each the samples that are held out of it for validation; the same of their counts."""
-    chosen = [held_out(len(samples), share, seed, number) for number, samples in enumerate(sets)]
+    """The training sets, then of each the samples of the rows that are held out for validation; the same of counts."""
+    chosen = [held_out(samples.rows, share, seed, number) for number, samples in enumerate(sets)]
     train = [samples.chosen(~which) for samples, which in zip(sets, chosen, strict=True)]
     valid = [
         (path, s.chosen(which))
@@ -131,7 +132,7 @@ def _with_held_out(
         if which.any()
     ]
     if not valid:
-        raise InputError(f"data.valid: {share:g} of one sample leaves none to train on; name other data")
+        raise InputError(f"data.valid: {share:g} of one row leaves none to train on; name other data")
     told = [
         (path, count.without(count.samples - len(s))) for (path, count), s in zip(counts, train, strict=True)
     ]
@@ -143,9 +144,10 @@ def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> N
     """Raise InputError where a prompt has more replies than go through the model at once."""
     longest, length = int(samples.lengths.max()), config.data.sequence_length
     if longest > config.batch.micro * length:
+        has = counted(config.batch.micro, "sequence")
         raise InputError(
-            f"batch.micro: {config.batch.micro} sequences of data.sequence_length {length} do not hold a sample of "
-            f"{path}, {longest} tokens with all its replies; the least is {-(-longest // length)}"
+            f"batch.micro: {has} of data.sequence_length {length} cannot hold a "
+            f"sample of {path}, {counted(longest, 'token')} with all its replies; the least is {-(-longest // length)}"
         )
 
 

@@ -50,7 +50,7 @@ class PromptSet:
 
     def divided(self, share: float, seed: int, source: int) -> tuple[PromptSet, PromptSet]:
         """What is trained on, and what is held out of it for validation."""
-        which = held_out(len(self), share, seed, source)
+        which = held_out(np.arange(len(self)), share, seed, source)  # a prompt is a row
         left, held = (
             [p for p, w in zip(self.prompts, which, strict=True) if w == part] for part in (False, True)
         )
@@ -68,7 +68,7 @@ def read_prompt_sets(template: Template, config: PPOConfig) -> tuple[list[Prompt
     parts = [found.divided(data.valid, config.run.seed, number) for number, found in enumerate(train)]
     valid = [held_out for _, held_out in parts if held_out.prompts]
     if not valid:
-        raise InputError(f"data.valid: {data.valid:g} of one prompt leaves none to train on; name other data")
+        raise InputError(f"data.valid: {data.valid:g} of one row leaves none to train on; name other data")
     return [left for left, _ in parts], valid
 
 
@@ -95,8 +95,9 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
         found.append(Prompt(len(found), tokens, prompt.shown, prompt.row, prompt.where))
     if not found:
         raise InputError(
-            f"{path}: holds no prompt of at most {room} tokens, data.sequence_length {data.sequence_length} less "
-            f"generate.max_new_tokens {config.generate.max_new_tokens}; raise the one or lower the other"
+            f"{path}: holds no prompt of at most {counted(room, 'token')}, data.sequence_length "
+            f"{data.sequence_length} less generate.max_new_tokens {config.generate.max_new_tokens}; raise the "
+            "one or lower the other"
         )
     counts.samples = len(found)
     return PromptSet(path, found, counts)

@@ -27,14 +27,23 @@ def test_permutation_of_one_index_and_of_an_array_agree(size, key, data):
 
 @given(size=st.integers(2, 2000), share=st.floats(0.001, 0.999), source=st.integers(0, 9))
 def test_about_that_share_is_held_out_at_least_one_and_never_all(size, share, source):
-    which = held_out(size, share, 7, source)
+    which = held_out(np.arange(size), share, 7, source)
     assert 1 <= which.sum() <= size - 1 and (abs(which.sum() - share * size) <= 1)
-    assert (which == held_out(size, share, 7, source)).all()
+    assert (which == held_out(np.arange(size), share, 7, source)).all()
+
+
+@given(of_row=st.lists(st.integers(1, 5), min_size=2, max_size=50), share=st.floats(0.001, 0.999))
+def test_all_samples_of_a_row_are_on_the_side_of_the_row(of_row, share):
+    rows = np.repeat(3 * np.arange(len(of_row)), of_row)  # rows between them gave no sample
+    expected = held_out(np.arange(len(of_row)), share, 7, 0)
+    assert (held_out(rows, share, 7, 0) == np.repeat(expected, of_row)).all()
 
 
 def test_what_is_held_out_depends_on_the_seed_and_the_source():
-    masks = {held_out(100, 0.3, seed, source).tobytes() for seed in range(5) for source in range(5)}
-    assert len(masks) == 25 and not held_out(1, 0.5, 0, 0).any()
+    masks = {
+        held_out(np.arange(100), 0.3, seed, source).tobytes() for seed in range(5) for source in range(5)
+    }
+    assert len(masks) == 25 and not held_out(np.zeros(3, int), 0.5, 0, 0).any()
 
 
 def test_every_order_of_a_few_windows_occurs():

@@ -293,7 +293,7 @@ TABLE = [
         "a share of one",
         ("sft",),
         rows(conversations(1)),
-        ("data.valid: 0.5 of one sample leaves none to train on",),
+        ("data.valid: 0.5 of one row leaves none to train on",),
         overrides=("data.valid=0.5",),
     ),
     Wrong("long lists", COMPARING, long_lists, ("batch.micro: 2", "the least is")),

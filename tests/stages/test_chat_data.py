@@ -105,6 +105,33 @@ def test_a_share_of_each_source_is_held_out_for_validation(model: Path, tmp_path
     assert firsts(ours) == firsts(theirs) and len(firsts(ours)) == 4
 
 
+def test_no_conversation_is_in_training_and_in_validation(model: Path, tmp_path: Path) -> None:
+    """However many samples are made of each; and the same ones are held out."""
+    rows: list[dict[str, Any]] = []
+    for i in range(12):
+        said = [(role, f"{i} {turn}") for turn in range(1 + i % 3) for role in ("user", "assistant")]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in said]})
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+
+    def sets(turns: str, valid: Any) -> list[list[bytes]]:
+        given = settings(model, path, tmp_path / "run", data={"turns": turns, "valid": valid})
+        _, _, data = open_chat(make_config(given, None, SFTConfig), "conversation")
+        return [texts(samples) for samples in data.sets]
+
+    (whole,) = sets("all", [])
+
+    def conversation(piece: bytes) -> int:
+        (found,) = (i for i, text in enumerate(whole) if text.startswith(piece))
+        return found
+
+    expected = [{*map(conversation, side)} for side in sets("all", 0.4)]
+    assert [len(side) for side in expected] == [7, 5] and not expected[0] & expected[1]
+    for turns, count in (("split", 24), ("last", 12)):
+        found = sets(turns, 0.4)
+        assert sum(map(len, found)) == count
+        assert [{*map(conversation, side)} for side in found] == expected
+
+
 def texts(samples: SampleSet) -> list[bytes]:
     return [samples[i].sequences[0].ids.tobytes() for i in range(len(samples))]
 

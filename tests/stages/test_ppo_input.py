@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"generate": {"max_new_tokens": 96}},
         "generate.max_new_tokens: 96 leaves no room for a prompt",
     ),
-    "too long": ({"generate": {"max_new_tokens": 95}}, "holds no prompt of at most 1 tokens"),
+    "too long": ({"generate": {"max_new_tokens": 95}}, "holds no prompt of at most 1 token, data"),
     "right": (
         {"data": {"truncation": "right"}},
         "data.truncation: right would cut off what a prompt asks for",
