@@ -43,15 +43,18 @@ def _of_stage(kind: type[Config]) -> dict[str, Any]:
     del model["required"]  # model.preset or model.path may stand in for the shape
     preset = {"enum": list(PRESETS), "description": "A shape by name; other keys override its fields."}
     model["properties"] = {"preset": preset} | model["properties"]
-    data = definitions[schema["properties"]["data"]["$ref"].rpartition("/")[2]]["properties"]
-    source = data["train"]["items"]["$ref"]
-    for sources in (data["train"], data["valid"]):
-        listed = {name: sources.pop(name) for name in ("type", "items") if name in sources}
-        sources["anyOf"] = [{"$ref": source}, *([listed] if listed else sources["anyOf"])]
-    name = source.rpartition("/")[2]
-    definitions[name] = {"anyOf": [{"type": "string"}, definitions[name]]}
     rope = definitions["RopeScaling"]
     rope["properties"]["type"] = rope["properties"]["rope_type"] | {"description": "Old name of rope_type."}
     rope["required"] = ["factor"]
+    definitions["RopeScaling"] = {"anyOf": [rope, *map(_no_scaling, ("rope_type", "type"))]}
     schema["required"] = ["run", "model", "data", "batch", "optim", "train"]
+    for section in schema["properties"].values():  # one that is named and left empty takes its defaults
+        definition = definitions[section["$ref"].rpartition("/")[2]] if "$ref" in section else {}
+        if definition.get("type") == "object" and not definition.get("required") and definition is not model:
+            definition["type"] = ["object", "null"]
     return schema
+
+
+def _no_scaling(name: str) -> dict[str, Any]:
+    """What transformers writes where positions are not stretched."""
+    return {"type": "object", "properties": {name: {"const": "default"}}, "required": [name]}

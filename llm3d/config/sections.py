@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
-from llm3d.config.base import Fraction, Name, Positive, Section, Whole, whole
+from llm3d.config.base import Fraction, Name, OneOrMore, Positive, Section, Whole, whole
 from llm3d.config.training import (
     CheckpointConfig,
     EpochsCheckpointConfig,
@@ -176,6 +177,12 @@ class DataSource(Section):
     def _bare_path(cls, given: Any) -> Any:
         return {"path": given} if isinstance(given, str) else given
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
+
 
 class ChatSource(DataSource):
     path: Name
@@ -184,17 +191,12 @@ class ChatSource(DataSource):
     """How often each of its samples is read in one pass over the data."""
 
 
-def _as_list(value: object) -> object:
-    values = [value] if isinstance(value, str | dict) else value
-    return tuple(values) if isinstance(values, list) else values
-
-
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class DataConfig(Section):
-    train: Annotated[tuple[DataSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
-    valid: Annotated[Share | tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1), OneOrMore()]
+    valid: Annotated[Share | tuple[DataSource, ...], OneOrMore()] = ()
     sequence_length: Positive
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one."""
@@ -203,7 +205,7 @@ class DataConfig(Section):
 class TokenDataConfig(DataConfig):
     """Tokens from `llm3d data tokenize`, or from Megatron."""
 
-    valid: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    valid: Annotated[tuple[DataSource, ...], OneOrMore()] = ()
     split_documents: bool = True
     """Attention does not cross from one document into the next."""
 
@@ -211,10 +213,10 @@ class TokenDataConfig(DataConfig):
 class ChatDataConfig(DataConfig):
     """Conversations, or replies to compare. No sample is longer than sequence_length."""
 
-    train: Annotated[tuple[ChatSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
-    valid: Annotated[Share | tuple[ChatSource, ...], BeforeValidator(_as_list)] = ()
-    """Validation data: files as for training, or a share of the training samples, such as 0.1, that is held out of
-    it. Which ones depends on run.seed."""
+    train: Annotated[tuple[ChatSource, ...], Field(min_length=1), OneOrMore()]
+    valid: Annotated[Share | tuple[ChatSource, ...], OneOrMore()] = ()
+    """Validation data: files as for training, or a share of the rows of each of data.train, such as 0.1, that is held
+    out of it: whole conversations, comparisons or prompts. Which ones depends on run.seed."""
     tokenizer: Name | None = None
     """A tokenizer.model or tokenizer.json, or the directory of one. Null: that of model.path."""
     format: Name = "auto"
@@ -328,7 +330,7 @@ class PPOSettings(Section):
     The presets in configs/stages name their sources.
     """
 
-    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1), BeforeValidator(_as_list)]
+    rewards: Annotated[tuple[RewardSource, ...], Field(min_length=1), OneOrMore()]
     """Their sum is a reply's score."""
     advantages: Literal["gae", "grpo", "rloo"] = "gae"
     """gae: each token's, by a critic. grpo, rloo: each reply's, against the others to the same prompt."""
@@ -384,7 +386,7 @@ class PPOSettings(Section):
     value_clip: float | None = Field(0.2, gt=0)
     """How far a value may go from what it was before the gain is cut off."""
 
-    ptx_data: Annotated[tuple[DataSource, ...], BeforeValidator(_as_list)] = ()
+    ptx_data: Annotated[tuple[DataSource, ...], OneOrMore()] = ()
     """Tokens from `llm3d data tokenize` that the policy goes on learning, as many sequences a step as replies."""
     ptx_coefficient: float = Field(0.0, ge=0)
     """Times their loss. Ouyang et al. 2022 (InstructGPT), section 3.5."""
@@ -432,7 +434,7 @@ class GenerateSettings(Section):
     """Draw from tokens with at least this share of the likeliest one's probability."""
     repetition_penalty: float = Field(1.0, gt=0)
     """Above 1: tokens that were there before become less likely."""
-    stop: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
+    stop: Annotated[tuple[Name, ...], OneOrMore()] = ()
     """Strings at which a reply ends, beside the model's end token."""
     num_replies: Positive = 1
     """To each prompt."""
