@@ -156,6 +156,8 @@ def divide(path: Path, form: Format) -> Iterator[Item]:
     if kind == "json" and _holds_a_list(path):
         yield from _divide_list(path)
         return
+    if kind == "jsonl":
+        _check_lines(path)
     kind = "jsonl" if kind == "json" else kind
     if kind == "parquet":
         yield from _divide_parquet(path, form)
@@ -248,6 +250,20 @@ def _holds_a_list(path: Path) -> bool:
     if why is not None and not start.startswith(b"["):
         raise InputError(f"{path}: neither one list of objects nor an object a line: line 1 is {why}")
     return start.startswith(b"[")
+
+
+def _check_lines(path: Path) -> None:
+    """Raise InputError where a .jsonl file is one list, or its first object goes over several lines."""
+    with _opened(path) as file:
+        start = file.read(1 << 20).removeprefix(BOM).lstrip()
+    first, _, rest = start.partition(b"\n")
+    if first.startswith(b"[") and (not rest.strip() or parse_json(first)[1] is not None):
+        raise InputError(f"{path}: one list, where a .jsonl file has an object a line; name it .json")
+    if first.strip() == b"{":
+        raise InputError(
+            f"{path}: an object over several lines, where a .jsonl file has an object a line; write each on a line, or "
+            "one list of them to a .json file"
+        )
 
 
 def _is_compressed(path: Path) -> bool:

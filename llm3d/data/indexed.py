@@ -25,6 +25,7 @@ from typing import BinaryIO
 import numpy as np
 
 from llm3d.errors import InputError
+from llm3d.wording import counted
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -180,7 +181,7 @@ class IndexedReader:
             raise InputError(f"{path}: the corpus is empty (no tokens); tokenise a file that has text")
         if size != expected:
             raise InputError(
-                f"{path}: {size} bytes where its index needs {expected} ({self.num_tokens} tokens of "
+                f"{path}: {size} bytes where its index needs {expected} ({counted(self.num_tokens, 'token')} of "
                 f"{self.dtype}); the file is truncated or damaged, copy or tokenise it again"
             )
         self._tokens = np.memmap(path, dtype=self.dtype.newbyteorder("<"), mode="r").view(np.ndarray)

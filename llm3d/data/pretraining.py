@@ -12,6 +12,7 @@ from torch import Tensor
 from llm3d.data.indexed import IndexedReader, check_token_range
 from llm3d.data.order import Blend, order_digest, sample_window
 from llm3d.errors import InputError
+from llm3d.wording import counted
 
 IGNORED = -100  # the target that no loss counts
 LOOKED_AT = 100  # documents of a source that tell what its documents begin with
@@ -174,7 +175,7 @@ def resolve_prefix(path: str, split: str) -> str:
 def _num_windows(reader: IndexedReader, sequence_length: int) -> int:
     if reader.num_tokens < sequence_length + 1:
         raise InputError(
-            f"{reader.prefix}.bin: {reader.num_tokens} tokens, fewer than one sample takes: sequence_length "
+            f"{reader.prefix}.bin: {counted(reader.num_tokens, 'token')}, fewer than one sample takes: sequence_length "
             f"+ 1 = {sequence_length + 1}; lower data.sequence_length or add text"
         )
     return (reader.num_tokens - 1) // sequence_length

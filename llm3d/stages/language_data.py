@@ -41,9 +41,10 @@ class LanguageData(ValidationData):
         self.train = open_sources(config, config.data.train, "train")
         windows, needed = self.train.num_windows, config.batch.global_size
         if windows < needed:
+            length = counted(config.data.sequence_length, "token")
             raise InputError(
-                f"data.train: {counted(windows, 'sequence')} of {config.data.sequence_length} tokens in all, fewer "
-                f"than one step takes: batch.global {needed}; add text, or lower batch.global or data.sequence_length"
+                f"data.train: {counted(windows, 'sequence')} of {length} in all, fewer than one step takes: "
+                f"batch.global {needed}; add text, or lower batch.global or data.sequence_length"
             )
         self.steps = Steps(config.batch.global_size, config.train.steps)
         self.resume(0, Consumed(0, 0))

@@ -60,6 +60,7 @@ from llm3d.train.parking import Parked, what_it_keeps
 from llm3d.train.starting_model import StartingModel
 from llm3d.train.timing import Timing
 from llm3d.train.trainer import Evaluator, StepResult, Trainer
+from llm3d.wording import counted
 
 VALIDATED = (
     "objective/scores",
@@ -212,8 +213,8 @@ def standing_beside(config: PPOConfig, model: ModelConfig, path: str, setting: s
         )
     if config.data.sequence_length > model.max_position_embeddings:
         raise InputError(
-            f"{setting}: {path} reads {model.max_position_embeddings} tokens, fewer than data.sequence_length "
-            f"{config.data.sequence_length}"
+            f"{setting}: {path} reads {counted(model.max_position_embeddings, 'token')}, fewer than "
+            f"data.sequence_length {config.data.sequence_length}"
         )
     parallel = config.parallel
     if model.num_hidden_layers != config.model.num_hidden_layers:

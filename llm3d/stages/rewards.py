@@ -91,8 +91,8 @@ class RewardFunction:
             said = f"{self.setting}: {self.named} needs a column {name!r}"
             if len(without) < len(prompts):
                 raise InputError(
-                    f"{said}, which {len(without)} of {len(prompts)} prompts do not have, {first.where} the first; "
-                    f"give it a default, such as {name}=None, or add the column"
+                    f"{said}, which is not there in {len(without)} of {counted(len(prompts), 'prompt')}, "
+                    f"{first.where} the first; give it a default, such as {name}=None, or add the column"
                 )
             raise InputError(
                 f"{said}, which no prompt has; there are: {', '.join(known)}{nearest(name, known)}"

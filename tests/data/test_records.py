@@ -97,6 +97,11 @@ def test_an_entry_that_is_no_object_is_named(tmp_path):
     [
         ("a.json", b'{\n"a": 1\n}', "neither one list of objects nor an object a line"),
         ("a.json", b'[{"a": 1}', "one list of objects"),
+        ("a.jsonl", b'[\n  {"a": 1},\n  {"a": 2}\n]', "name it .json"),
+        ("a.jsonl", b'\xef\xbb\xbf[{"a": 1},\n{"a": 2}]\n', "name it .json"),
+        ("a.jsonl", b'[{"a": 1}, {"a": 2}]', "name it .json"),
+        ("a.jsonl.gz", gzip.compress(b"[" + b'{"a": 1},' * 200_000 + b'{"a": 1}]\n'), "name it .json"),
+        ("a.jsonl", b'{\n  "a": 1\n}\n{\n  "a": 2\n}\n', "an object over several lines"),
         ("a.json.gz", gzip.compress(LINES)[:-20], "damaged or truncated"),
         ("a.parquet", b"PAR1", "not a readable parquet file"),
     ],
