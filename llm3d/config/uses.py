@@ -7,8 +7,8 @@ What is used, the first of these that there is:
 4. model.path.
 
 A checkpoint knows its model, its tokenizer and its chat template; what the settings say of these then counts only where
-it stands on the command line. All else is said by the settings: for a run directory and a checkpoint, its run's
-config.yaml.
+it stands on the command line, which is refused where it does not agree with the checkpoint. All else is said by the
+settings: for a run directory and a checkpoint, its run's config.yaml.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from llm3d.config import (
     check_plan,
     parse_config,
 )
+from llm3d.config.explain import show
 from llm3d.config.places import is_checkpoint, latest_checkpoint, place_of
+from llm3d.config.presets import PRESETS
 from llm3d.config.settings_file import read_settings
 from llm3d.errors import InputError
 
@@ -57,7 +59,9 @@ def config_for_generation(
     named.check_there_are_weights()
     named.take_model()
     named.fit_layout()
-    config = generation_layout(parse_config(named.settings, named.kind))
+    as_given = parse_config(named.settings, named.kind)
+    config = generation_layout(as_given)
+    named.check_is_kept(as_given, config)
     check_generation(config, world_size)
     return Use(config, named.remarks)
 
@@ -165,7 +169,7 @@ class Named:
     def _weights(self) -> Path | None:
         resume, run_dir = self.section("checkpoint").get("resume", "auto"), self.section("run").get("dir")
         if self.is_asked("checkpoint.resume") or self.place.checkpoint is None:
-            if self.place.model is not None:
+            if self.place.model is not None and resume in ("auto", "none"):
                 return self.place.model
             if resume == "auto":
                 return latest_checkpoint(Path(run_dir)) if isinstance(run_dir, str) else None
@@ -189,10 +193,22 @@ class Named:
                 data["tokenizer"] = _tokenizer_in(_weights_in(Path(path)))
             return
         folder = _weights_in(self.weights)
+        model, lora = self._asked_of("model"), self._asked_of("lora")
         if (folder / "adapter_config.json").is_file():
-            self.settings |= {"model": {"path": self._base(folder)}, "lora": {"path": str(self.weights)}}
+            self._check_names_the_weights("lora.path", lora)
+            if "lora" in self.asked and not lora:
+                raise InputError(f"lora: null, but {self.weights} holds adapters and no whole model")
+            self.settings |= {
+                "model": model | {"path": self._base(folder)},
+                "lora": lora | {"path": str(self.weights)},
+            }
         else:
-            self.settings |= {"model": {"path": str(self.weights)}, "lora": {}}
+            self._check_names_the_weights("model.path", model)
+            for name in (name for name in lora if lora[name]):
+                raise InputError(
+                    f"lora.{name}: {show(lora[name])}, but {self.weights} holds a whole model and no adapters"
+                )
+            self.settings |= {"model": model | {"path": str(self.weights)}, "lora": lora}
         self.section("checkpoint")["resume"] = "none"
         if not self.is_asked("data.tokenizer"):
             before = data.get("tokenizer")
@@ -201,11 +217,44 @@ class Named:
         if has_template(folder) and "template" in data and not self.is_asked("data.template"):
             data["template"] = "auto"
 
+    def _asked_of(self, section: str) -> Settings:
+        """What the command line says in a section; that it agrees with the weights' own files is checked with these."""
+        given = self.section(section)
+        asked = {name: given[name] for name in given if self.is_asked(f"{section}.{name}")}
+        if section == "model" and isinstance(asked.get("preset"), str) and asked["preset"] in PRESETS:
+            asked = PRESETS[asked.pop("preset")] | asked
+        if section == "model" and asked.get("vocab_size", 0) is None:
+            del asked["vocab_size"]  # the tokenizer tells it
+        return asked
+
+    def _check_names_the_weights(self, setting: str, asked: Settings) -> None:
+        """Raise InputError where the command line names neither the weights that are used nor their run's start."""
+        section, _, name = setting.partition(".")
+        if name not in asked:
+            return
+        used, given = self.weights, asked[name]
+        assert used is not None
+        known = [used, _weights_in(used), (self._of_run().get(section) or {}).get(name)]
+        if given is None or Path(str(given)).resolve() not in [
+            Path(path).resolve() for path in known if path
+        ]:
+            raise InputError(
+                f"{setting}: {show(given)} is not what is used, {used}; leave it out, or let checkpoint.resume=none "
+                "take what the settings name"
+            )
+
+    def _of_run(self) -> Settings:
+        """What the config.yaml of the run that the weights are of says, where it is there."""
+        settings = place_of(self.weights).settings if self.weights is not None else None
+        return read_settings(settings) if settings is not None else {}
+
     def _base(self, adapter: Path) -> str:
         """The directory of the model that adapters are for: as the command line, the adapters or the settings say."""
         of_settings = self.section("model").get("path")
+        if self.is_asked("model.path") and isinstance(of_settings, str):
+            return of_settings
         own = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-        for base in (of_settings if self.is_asked("model.path") else None, own, of_settings):
+        for base in (own, of_settings):
             if isinstance(base, str) and Path(base).is_dir():
                 return base
         raise InputError(
@@ -215,9 +264,7 @@ class Named:
 
     def take_start_of_run(self) -> None:
         """The model and the adapters that a run's own config.yaml names, where it is there; and its checkpoint."""
-        assert self.weights is not None
-        settings = place_of(self.weights).settings
-        of_run = read_settings(settings) if settings is not None else {}
+        of_run = self._of_run()
         self.settings |= {
             name: of_run[name] for name in ("model", "lora") if name in of_run and not self.is_asked(name)
         }
@@ -240,11 +287,20 @@ class Named:
             f"{now}: tensor {tensor} x pipeline {pipeline} needs {ranks} processes, here is {self.world_size}"
         )
 
+    def check_is_kept(self, given: Config, used: Config) -> None:
+        """Raise InputError where the command line asks for what is not used."""
+        for name in sorted(self.asked):
+            asked, kept = _value_of(given, name), _value_of(used, name)
+            if asked != kept:
+                raise InputError(
+                    f"{name}: {show(asked)} is for training; to write text it is {show(kept)}: leave it out"
+                )
+
     def forget_missing_model(self) -> None:
         """Where model.path is not there, or no longer, its shape suffices, which a run's own settings have."""
         model = self.section("model")
         path = model.get("path")
-        if isinstance(path, str) and not Path(path).exists():
+        if isinstance(path, str) and not Path(path).exists() and not self.is_asked("model.path"):
             if "hidden_size" in model:
                 del model["path"]
             elif self.weights is not None and (self.weights / "model").is_dir():
@@ -276,6 +332,14 @@ class Named:
             "generate": sampling,
         }
         return settings | ({"sft": {}} if stage is None and has_template(folder) else {})
+
+
+def _value_of(config: Config, setting: str) -> Any:
+    """As YAML would give it; None where there is none."""
+    value: Any = config.model_dump(mode="json", by_alias=True)
+    for part in setting.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _weights_in(path: Path) -> Path:

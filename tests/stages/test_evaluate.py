@@ -254,11 +254,10 @@ def test_only_the_validation_data_is_read(trained: dict[str, Any]) -> None:
     assert (code, stderr) == (2, "llm3d: data.valid: empty; name the data to evaluate on\n")
 
 
-def test_adapters_and_whole_models_are_told_apart(trained: dict[str, Any], tmp_path: Path) -> None:
-    rank, said = (
-        ("lora=null", "holds adapters and no whole model")
-        if "lora" in trained
-        else ("lora.rank=4", "holds a whole model and no adapters")
-    )
-    code, _, stderr = command("eval", trained, rank)
-    assert code == 2 and said in stderr and stderr.count("\n") == 1
+def test_adapters_and_whole_models_are_told_apart(trained: dict[str, Any]) -> None:
+    """A command line that asks for the one where the checkpoint holds the other is refused."""
+    path = Path(trained["run"]["dir"]) / "checkpoints" / "step-00000004"
+    for words in [("lora=null",), ("lora.rank=0",)] if "lora" in trained else [("lora.rank=4",)]:
+        code, _, stderr = command("eval", trained, *words)
+        assert code == 2 and stderr.startswith("llm3d: lora") and stderr.count("\n") == 1
+        assert str(path) in stderr or "is not what lora.path has" in stderr

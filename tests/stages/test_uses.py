@@ -124,6 +124,65 @@ def test_a_run_is_evaluated_by_its_own_settings(runs: Runs) -> None:
     assert llm3d("eval", runs.adapters).code == 0
 
 
+def refused(runs: Runs) -> dict[str, tuple[tuple[object, ...], str]]:
+    """What the command line says, and what the weights have otherwise."""
+    whole, adapters = runs.checkpoint(runs.whole), runs.checkpoint(runs.adapters)
+    return {
+        "alpha": ((adapters, "lora.alpha=7"), "lora.alpha: 7 is not what lora.path has, 4"),
+        "alpha of a run": ((runs.adapters, "lora.alpha=7"), "lora.alpha: 7 is not what lora.path has, 4"),
+        "no adapters": ((runs.adapters, "lora=null"), f"{adapters} holds adapters and no whole model"),
+        "no path": ((runs.adapters, "lora.path=null"), f"lora.path: null is not what is used, {adapters}"),
+        "other adapters": ((adapters, f"lora.path={runs.base}"), "is not what is used"),
+        "adapters": ((runs.whole, "lora.rank=2"), "holds a whole model and no adapters"),
+        "a shape": ((runs.whole, "model.rope_theta=5"), "model.rope_theta: 5 is not what"),
+        "a shape of settings": ((runs.settings, f"run.dir={runs.whole}", "model.rope_theta=5"), "rope_theta"),
+        "a preset": ((runs.whole, "model.preset=llama-7b"), "is not what"),
+        "another model": ((runs.whole, f"model.path={runs.base}"), f"is not what is used, {whole}"),
+        "no base": ((adapters, "model.path=nowhere"), "nowhere"),
+        "tokenizer": ((runs.whole, "data.tokenizer=nowhere"), "nowhere"),
+        "template": ((runs.whole, "data.template=nowhere"), "nowhere"),
+    }
+
+
+@pytest.mark.parametrize("name", refused(Runs(*[Path()] * 4)))
+def test_the_command_line_is_not_left_aside_for_what_the_weights_have(name: str, runs: Runs) -> None:
+    words, said = refused(runs)[name]
+    for ended in (llm3d("generate", *words, "--prompt", "x"), llm3d("eval", *words)):
+        assert (ended.code, ended.stdout) == (2, "") and said in ended.stderr
+
+
+def test_the_command_line_may_say_what_the_weights_have(runs: Runs) -> None:
+    whole, adapters = runs.checkpoint(runs.whole), runs.checkpoint(runs.adapters)
+    start = yaml.safe_load((runs.whole / "config.yaml").read_text())["model"]["path"]
+    for words in (
+        [f"model.path={whole}"],
+        [f"model.path={whole}/model"],
+        [f"model.path={start}"],
+        ["lora.rank=0"],
+    ):
+        assert config_for_evaluation(runs.whole, words, 1)[0].model.path == str(whole)
+    for words in (["lora.alpha=4", "lora.rank=2"], [f"lora.path={adapters}"], [f"model.path={runs.base}"]):
+        lora = config_for_evaluation(runs.adapters, words, 1)[0].lora
+        assert (lora.path, lora.alpha) == (str(adapters), 4)
+    assert config_for_generation(runs.whole, ["model.eos_token_id=7"], 1)[0].model.eos_token_id == 7
+    assert config_for_generation(runs.base, [f"checkpoint.resume={whole}"], 1)[0].model.path == str(whole)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.sequence=true",
+        "parallel.schedule=gpipe",
+        "parallel.chunks=2",
+        "zero.stage=1",
+        "recompute=full",
+    ],
+)
+def test_a_layout_in_which_no_text_is_written_is_refused(override: str, runs: Runs) -> None:
+    with pytest.raises(InputError, match=f"{override.partition('=')[0]}: .* is for training"):
+        config_for_generation(runs.whole, [override], 1)
+
+
 def test_what_is_only_for_training_is_not_asked_of_who_writes(runs: Runs, tmp_path: Path) -> None:
     given = yaml.safe_load(runs.settings.read_text())
     given["data"]["sequence_length"] = 4096
