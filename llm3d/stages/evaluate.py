@@ -79,8 +79,8 @@ def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:
 
 def evaluate_replies(opened: OpenedPPO, mesh: Mesh) -> tuple[str, dict[str, float], str]:
     """Where the policy's weights came from, what its replies to the validation prompts are worth, and to how many."""
-    trainer, run_dir = opened.trainer(mesh), Path(opened.config.run.dir)
-    checkpoint = checkpoint_to_resume(opened.config, run_dir, mesh)
+    checkpoint = checkpoint_to_resume(opened.config, Path(opened.config.run.dir), mesh)
+    trainer = opened.trainer(mesh)
     if checkpoint is not None:
         step_of_checkpoint(checkpoint, trainer)  # whether it is this model's, before anything is loaded
     opened.prepare(trainer)

@@ -92,7 +92,8 @@ class PromptEncoder:
             raise InputError("an empty prompt, and no token that begins a text")
         if len(tokens) >= most:
             raise InputError(
-                f"a prompt of {len(tokens):,} tokens; model.max_position_embeddings {most:,} leaves no room for a reply"
+                f"a prompt of {counted(len(tokens), 'token')}; model.max_position_embeddings {most:,} leaves no room "
+                "for a reply"
             )
         return tokens
 
@@ -242,7 +243,8 @@ def run(config: Config, wanted: Wanted) -> None:
             opened = check(config, wanted)
         writer = Writer(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
         if writer.mesh.rank == 0:
-            print(writer.source, file=sys.stderr)
+            template = opened.encoder.template
+            print(writer.source, *(template.remarks if template else ()), sep="\n", file=sys.stderr)
         if wanted.chat:
             converse(writer)
         elif wanted.prompt is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from llm3d.config import Config, config_to_yaml
-from llm3d.config.explain import nearest
+from llm3d.config.explain import nearest, show
 from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
@@ -131,8 +132,8 @@ def summary(opened: Opened) -> str:
 def train_stage(opened: Opened, mesh: Mesh) -> None:
     config, data = opened.config, opened.data
     run_dir = Path(config.run.dir)
-    trainer = opened.trainer(mesh)
     checkpoint = checkpoint_to_resume(config, run_dir, mesh)
+    trainer = opened.trainer(mesh)
     start_step, changes = check_goes_on(checkpoint, trainer, opened.tokenizer) if checkpoint else (0, [])
     check_run_directory(run_dir, start_step, mesh)  # before anything is computed or written
     opened.prepare(trainer)
@@ -238,10 +239,32 @@ def latest_model(
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path, mesh: Mesh) -> Path | None:
-    """What checkpoint.resume names: the run directory's latest checkpoint, none, or a path."""
+    """What checkpoint.resume names: the run directory's latest checkpoint, none, or a path. Called on all ranks.
+
+    Raises InputError on all of them where they were not given the same weights.
+    """
+    _check_same_weights(config, mesh)
     if config.checkpoint.resume == "auto":
         return latest_on_first_rank(run_dir, mesh)
     return None if config.checkpoint.resume == "none" else Path(config.checkpoint.resume)
+
+
+def _check_same_weights(config: Config, mesh: Mesh) -> None:
+    """Raise InputError, on every rank, where the settings of two ranks name different weights or tokenizers."""
+    named = {
+        "model.path": config.model.path,
+        "lora.path": config.lora.path,
+        "checkpoint.resume": config.checkpoint.resume,
+        "data.tokenizer": config.data.tokenizer,
+    }
+    everyones = [json.loads(theirs) for theirs in gather_bytes(json.dumps(named).encode(), mesh.everyone)]
+    for rank, theirs in enumerate(everyones):
+        for name, first in everyones[0].items():
+            if theirs[name] != first:
+                raise InputError(
+                    f"{name}: {show(first)} on rank 0, {show(theirs[name])} on rank {rank}: their hosts see different "
+                    "files; mount the same directory on all, or name what is there on all"
+                )
 
 
 def latest_on_first_rank(run_dir: Path, mesh: Mesh) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.config import STAGES, make_config
 from llm3d.data.formats import Message
+from llm3d.data.templates import BUILT_IN
+from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.generate import PromptEncoder, Wanted, Writer, Written, check
 from tests import pool
@@ -250,6 +253,35 @@ def test_wrong_input_ends_with_one_line(name: str, given: Settings, tmp_path: Pa
     lines = [line for line in ended.stderr.splitlines() if line != given["model"]["path"]]
     assert len(lines) == 1 and lines[0].startswith("llm3d: ")
     assert snapshot(tmp_path) == before
+
+
+def test_role_marks_that_are_plain_text_are_told(given: Settings, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", template=None)
+    (model / "chat_template.jinja").write_text(BUILT_IN["chatml"].replace("<|im_start|>", "<|turn|>"))
+    given["model"]["path"] = str(model)
+    ended = generate(given, tmp_path, "--prompt", "x")
+    remark = f"template {model}/chat_template.jinja: <|turn|> is text, no special token of the tokenizer"
+    assert (ended.code, ended.stderr) == (0, f"{model}\n{remark}\n")
+    assert generate(given, tmp_path, "--prompt", "x", "--raw").stderr == f"{model}\n"
+
+
+def refused_on_rank(given: Settings, of_ranks: list[Settings]) -> str:
+    config = make_config(given | of_ranks[dist.get_rank()], dist.get_world_size(), STAGES["sft"])
+    with pytest.raises(InputError) as caught:
+        Writer(PromptEncoder(config, raw=False), Mesh())
+    return str(caught.value)
+
+
+def test_ranks_that_found_different_weights_end_alike(given: Settings, model: Path, tmp_path: Path) -> None:
+    """As where the hosts' copies of a run directory hold different checkpoints."""
+    shutil.copytree(model, other := tmp_path / "other")
+    for name, of_ranks in {
+        "model.path": [{}, {}, {"model": {"path": str(other)}}],
+        "checkpoint.resume": [{}, {"checkpoint": {"resume": "none"}}, {}],
+        "data.tokenizer": [{"data": {**given["data"], "tokenizer": str(other)}}, {}, {}],
+    }.items():
+        said = pool.run(refused_on_rank, 3, given, of_ranks)
+        assert len({*said}) == 1 and said[0].startswith(f"{name}: ") and "see different files" in said[0]
 
 
 def test_a_reward_model_writes_nothing(given: Settings, tmp_path: Path) -> None:
