@@ -201,7 +201,12 @@ def test_a_bad_line_is_named_and_leaves_nothing(line, message, tokenizer_directo
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["x.jsonl"]
     summary = tokenize_corpus(
-        [tmp_path / "x.jsonl"], tmp_path / "c", tokenizer_directory, skip_bad=True, **QUIET
+        [tmp_path / "x.jsonl"],
+        tmp_path / "c",
+        tokenizer_directory,
+        valid_fraction=0.5,
+        skip_bad=True,
+        **QUIET,
     )
     assert summary["bad_records"]["total"] == 1
     assert "x.jsonl line 3" in summary["bad_records"]["first"][0]

@@ -210,8 +210,10 @@ TABLE = [
     # what the file holds
     Wrong("empty file", ALL, text(""), ("train.jsonl: holds no sample to use",)),
     Wrong("no file", ALL, no_file, ("train.jsonl", "no such file")),
-    Wrong("not JSON", ALL, text("{\n"), ("train.jsonl line 1", "not valid JSON", SKIP), lines=2),
-    Wrong("not objects", ALL, text("[1]\n"), ("line 1", "where an object must stand", SKIP), lines=2),
+    Wrong("not JSON", ALL, text("so what\n"), ("train.jsonl line 1", "not valid JSON", SKIP), lines=2),
+    Wrong("not objects", ALL, text("1\n"), ("line 1", "where an object must stand", SKIP), lines=2),
+    Wrong("a list", ("sft",), text("[1]\n"), ("train.jsonl: one list", "name it .json")),
+    Wrong("over lines", ("sft",), text("{\n"), ("train.jsonl: an object over several lines",)),
     Wrong(
         "mixed formats",
         ("sft",),
@@ -372,20 +374,25 @@ TABLE = [
         "adapters late",
         ("sft",),
         trained_without_adapters("sft"),
-        ("step-00000001", "of another model", "run.dir"),
+        ("lora.rank: 2 is not what", "step-00000001 was trained with, 0", "run.dir"),
     ),
     Wrong(
         "adapters late, compared",
         ("dpo",),
         trained_without_adapters("dpo"),
-        ("step-00000001", "of another model", "run.dir"),
+        ("lora.rank: 2 is not what", "step-00000001 was trained with, 0", "run.dir"),
     ),
-    Wrong("another rank", ("sft",), trained_with_other_adapters, ("step-00000001", "[2, ", "run.dir")),
+    Wrong(
+        "another rank",
+        ("sft",),
+        trained_with_other_adapters,
+        ("lora.rank: 3 is not what", "step-00000001 was trained with, 2", "run.dir"),
+    ),
     Wrong(
         "another stage's run",
         ("sft", "dpo"),
         another_stages_checkpoint,
-        ("step-00000001", "of another model", "run.dir"),
+        ("step-00000001: of reward", "run.dir", "model.path"),
     ),
     # settings
     Wrong(
