@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 ROUNDING = 1e-6  # of what was subtracted: fp32's 6e-8, added up over layers and tokens
 
 # By the name of a difference, the names of the numbers that say how large what was subtracted is.
@@ -33,6 +36,12 @@ def assert_same_numbers(
         if not abs(actual[name] - value) <= relative * abs(value) + absolute + rounding(name, expected)
     }
     assert not wrong, wrong
+
+
+def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
+    """To 1e-5. A logit is a sum whose terms are as large where it is near 0 as where it is large."""
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
 def rounding(name: str, numbers: Mapping[str, float]) -> float:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from llm3d.config import STAGES, LoRASettings, make_config
 from llm3d.errors import InputError
 from tests import pool
+from tests.closeness import assert_same_logits
 from tests.models.adapted import by_transformers, said_on_rank, trained_and_said_on_rank
 from tests.stages.common import Settings
 from tests.stages.post_training import comparisons, conversations, settings, write_model, write_rows
@@ -82,7 +83,7 @@ def test_peft_reads_what_any_layout_trained(
     before = by_transformers(base, IDS)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "run/checkpoints/step-00000002/adapter")
     expected = by_transformers(model, IDS)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert_same_logits(ours, expected)
     assert (ours - before).abs().max() > 1e-2, "training has changed something"
 
 
@@ -106,7 +107,7 @@ def test_what_peft_wrote_is_read_under_any_layout(
     world_size, changes = LAYOUTS[layout]
     given = given_settings("sft", bases[tied], tmp_path, {"path": str(tmp_path / "theirs")}, **changes)
     ours = pool.run(said_on_rank, world_size, "sft", given, IDS)[-1]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert_same_logits(ours, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,7 +123,7 @@ def test_a_reward_models_adapter_carries_its_score_head(
     padded = torch.tensor([[*ids, *[PADDING] * (width - len(ids))] for ids in IDS])
     with torch.no_grad():
         expected = model(padded).logits[:, 0]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert_same_logits(ours, expected)
     again = given_settings("reward", bases[False], tmp_path, {"path": str(adapter.parent)}, **changes)
     torch.testing.assert_close(pool.run(said_on_rank, world_size, "reward", again, IDS)[-1], ours)
 
@@ -142,7 +143,7 @@ def test_a_score_head_that_peft_wrote_is_read(bases: dict[bool, Path], tmp_path:
     model.save_pretrained(tmp_path / "theirs")
     given = given_settings("reward", bases[True], tmp_path, {"path": str(tmp_path / "theirs")})
     ours = pool.run(said_on_rank, 1, "reward", given, IDS)[-1]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert_same_logits(ours, expected)
 
 
 # ---- adapters that cannot be used ----

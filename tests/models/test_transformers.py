@@ -24,6 +24,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.train.checkpoint import load_pretrained, save_checkpoint
 from llm3d.train.trainer import Trainer
 from tests import pool
+from tests.closeness import assert_same_logits
 from tests.parity.harness import Layout, owned_pieces, settings
 
 LENGTH = 48
@@ -96,7 +97,7 @@ def test_logits_and_gradients_are_those_of_transformers(
     directory, model = oracle
     expected_logits, expected_gradients = with_transformers(model)
     parts = pool.run(with_ours, layout.world_size, layout, directory)
-    torch.testing.assert_close(parts[-1][0], expected_logits, rtol=1e-5, atol=1e-5)
+    assert_same_logits(parts[-1][0], expected_logits)
     gradients = joined([gradient for _, pieces in parts for gradient in pieces])
     assert gradients.keys() == expected_gradients.keys()
     for name, expected in expected_gradients.items():
@@ -224,7 +225,7 @@ def test_transformers_loads_what_any_layout_saved(
             exact = model.float()(samples()[1].tokens[None, :-1]).logits[0]
         assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max()
     else:
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert_same_logits(ours, theirs)
 
 
 def test_settings_survive_the_journey_through_transformers(
@@ -363,7 +364,7 @@ def test_a_tied_model_may_carry_its_head_in_either_place(tmp_path: Path) -> None
         tensors |= {name: table.clone() for name in names}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         actual = pool.run(logits_of, 2, directory)[0]
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert_same_logits(actual, expected)
 
 
 def logits_of(directory: Path) -> Tensor | None:

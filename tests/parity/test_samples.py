@@ -180,9 +180,18 @@ def test_a_list_of_replies_is_the_mean_of_its_pairs(stage: str, model: Path) -> 
         of_lists = {
             name: numbers[name] for name in ("grad_norm", "max_reward", "min_reward") if name in numbers
         }
+        if "nll_loss" in numbers:
+            of_lists["nll_loss"] = over_tokens([of_pair for of_pair, _ in pairs])
         assert_same_numbers(numbers, of_pairs | of_lists, absolute=1e-6)
         means = {name: torch.stack([of_pair[name] for _, of_pair in pairs]).mean(0) for name in gradients}
         assert_same(({}, gradients), ({}, means))
+
+
+def over_tokens(pairs: list[dict[str, float]]) -> float:
+    """The mean of nll_loss over the tokens of all chosen replies, each as often as it is in a pair."""
+    told = [-numbers["logps/chosen"] for numbers in pairs]
+    tokens = [sum_of / numbers["nll_loss"] for sum_of, numbers in zip(told, pairs, strict=True)]
+    return sum(told) / sum(tokens)
 
 
 # ---- sharing out ----

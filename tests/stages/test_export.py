@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.data.tokenizer import load_tokenizer
 from tests import pool
+from tests.closeness import assert_same_logits
 from tests.stages.common import Ended, command
 from tests.stages.post_training import (
     comparisons,
@@ -81,7 +82,7 @@ def test_the_merged_model_is_the_base_with_its_adapters(directory: Path, stage: 
     before = logits(plain)
     expected = logits(peft.PeftModel.from_pretrained(plain, source / "adapter"))
     found = logits(transformers.AutoModelForCausalLM.from_pretrained(output))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert_same_logits(found, expected)
     assert (expected - before).abs().max() > 1e-2
     files = sorted(path.name for path in base.glob("*.safetensors"))
     assert len(files) > 1 and sorted(path.name for path in output.glob("*.safetensors")) == files
@@ -127,7 +128,7 @@ def test_a_merged_reward_model_scores_as_the_base_with_its_adapters(directory: P
     assert not said["missing_keys"] and not said["unexpected_keys"]
     assert merged.config.pad_token_id not in (None, merged.config.eos_token_id)
     expected = logits(peft.PeftModel.from_pretrained(base, source / "adapter"))
-    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
+    assert_same_logits(logits(merged), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
