@@ -222,14 +222,12 @@ TABLE = [
         trained_wider,
         ("model.intermediate_size: 20", "step-00000002", ", 36;"),
         "run.dir",
-        BOTH,
     ),
     Wrong(
         "another depth",
         trained_deeper,
         ("model.num_hidden_layers: 4", "step-00000002", ", 6;"),
         "run.dir",
-        BOTH,
     ),
     Wrong(
         "later checkpoints",
@@ -247,7 +245,7 @@ TABLE = [
         "model from nowhere", model_from_nowhere, ("model.path: no directory", "nowhere"), "model.path", BOTH
     ),
     Wrong(
-        "no weights", model_without_weights, ("holds neither model.safetensors",), "name a directory", BOTH
+        "no weights", model_without_weights, ("model.safetensors: missing",), "remove this checkpoint", BOTH
     ),
     Wrong("file in the way", file_in_the_way, ("run.dir", "File exists"), "name a directory"),
     Wrong(
@@ -277,7 +275,7 @@ TABLE = [
         "unknown setting",
         nothing,
         ("optim.learning_rate: unknown setting",),
-        "optim has lr",
+        "did you mean optim.lr?",
         BOTH,
         ("optim.learning_rate=1",),
     ),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ def test_it_is_computed_again_for_other_samples_and_for_those_alone(
     assert computed == [1]
     assert len(stored(given).keys() - before.keys()) == 1
     computed.clear()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what goes on from one keeps its template
     assert command("dpo", given, "train.stop_after=3", "data.template=llama3").code == 0
     assert computed == [0, 1, 2], "another template makes other tokens"
 
@@ -220,6 +222,7 @@ def test_it_is_computed_again_for_another_model(
     before = stored(given)
     computed.clear()
     given["train"] = {"steps": 2}
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # what goes on from one keeps its model
     if change == "other weights":
         other = write_model(tmp_path / "other", seed=9)
         (other / "model.safetensors").replace(model / "model.safetensors")
