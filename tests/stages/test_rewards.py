@@ -203,7 +203,7 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     ),
     "a column that some have": (
         f"def score(prompts, replies, *, level): return {SCORED}",
-        ["'level', which 1 of 3 prompts", "x.jsonl line 2 the first", "level=None"],
+        ["'level', which is not there in 1 of 3 prompts", "x.jsonl line 2 the first", "level=None"],
     ),
     "columns first": (
         f"def score(replies): return {SCORED}",
