@@ -222,12 +222,15 @@ def test_the_tokenizer_lies_beside_the_weights(kind: str, tmp_path: Path) -> Non
     assert theirs(sample, add_special_tokens=False)["input_ids"] == tokenizer.encode(sample)
     recorded = read_manifest(model.parent).files
     assert {f"model/{path.name}" for path in model.iterdir()} == {*recorded, "model/model.safetensors"} - {
-        "state.json"
+        "state.json",
+        "meaning.json",
     }
 
 
 class SavedBesideAnotherRank:
     """A tokenizer during whose saving another rank begins to write weights."""
+
+    bos_id, end_ids = None, ()
 
     def __init__(self, partial: Path) -> None:
         self.partial = partial
@@ -251,6 +254,7 @@ def test_weights_that_another_rank_is_writing_are_not_taken_for_the_tokenizers(t
     assert "model/tokenizer.json" in recorded and "model/model-00009.safetensors" not in recorded
     assert {path.name for path in checkpoint.iterdir()} == {
         "manifest.json",
+        "meaning.json",
         "model",
         "optimizer",
         "state.json",
