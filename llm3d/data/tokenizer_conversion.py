@@ -3,8 +3,9 @@
 Pieces are spelled with spaces in the places of U+2581, so that U+2581 itself, in a text, is no space: it goes through
 the bytes of its UTF-8, as every character does that has no piece. Special tokens are found in the normalized text,
 so that what stands before and after one is normalized as parts of the same text, as sentencepiece does. Three things
-differ: a user-defined piece is found before all others; a text that is one and nothing else has no space before it;
-of several divisions that a unigram model scores the same the first is taken, where sentencepiece's rounding decides.
+differ: a user-defined piece is found before all others; a text that starts with one, as a chat may with the mark of a
+role, has no space before it; of several divisions that a unigram model scores the same the first is taken, where
+sentencepiece's rounding decides.
 """
 
 from __future__ import annotations
@@ -41,10 +42,7 @@ def convert(content: bytes) -> tuple[tokenizers.Tokenizer, dict[str, str | None]
     ]
     result = tokenizers.Tokenizer(_model(model, spelled, learned))
     halves = _halves(spelled, learned) if model.trainer_spec.model_type == UNIGRAM else []
-    user_defined = [
-        text for text, p in zip(spelled, model.pieces, strict=True) if p.type == kinds.USER_DEFINED
-    ]
-    _put_around(result, model.normalizer_spec, halves, user_defined)
+    _put_around(result, model.normalizer_spec, halves)
     result.add_tokens(
         [
             tokenizers.AddedToken(text, special=piece.type != kinds.USER_DEFINED, normalized=True)
@@ -99,9 +97,7 @@ def _halves(spelled: list[str], learned: list[bool]) -> list[tuple[str, str]]:
     return [(text[:i], text[i:]) for text, i in zip(others, cuts, strict=True)]
 
 
-def _put_around(
-    result: tokenizers.Tokenizer, spec: Any, halves: list[tuple[str, str]], user_defined: list[str]
-) -> None:
+def _put_around(result: tokenizers.Tokenizer, spec: Any, halves: list[tuple[str, str]]) -> None:
     """What comes before the model and after it.
 
     spec: sentencepiece's NormalizerSpec.  halves: the model gets text cut where these meet.
@@ -116,11 +112,9 @@ def _put_around(
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex(r" \z"), "")]
         steps += [] if spec.add_dummy_prefix else [normalizers.Replace(Regex(r"\A "), "")]
     if spec.add_dummy_prefix:
-        # A space before every text, also before one that starts with a space or a user-defined piece, but before no
-        # special token that is found in it. Added tokens go through the normalizer themselves, and stay as they are.
-        pieces = "|".join(map(re.escape, user_defined)) or "(?!)"
-        starts = pieces if spec.remove_extra_whitespaces else f" |{pieces}"
-        steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{pieces})\z)(?={starts})"), " "))
+        # A space before every text, also before one that starts with a space, but before no token that is found in it.
+        doubled = normalizers.Replace(Regex(r"\A "), "  ")
+        steps += [] if spec.remove_extra_whitespaces else [doubled]
         before.append(pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False))
     if halves:
         pattern = "|".join(f"{re.escape(first)}(?={re.escape(rest)})" for first, rest in halves)

@@ -107,6 +107,9 @@ def test_a_unigram_model_divides_text_as_sentencepiece_does(byte_fallback, tmp_p
     drawn = random.Random(0)
     texts = [" ".join(drawn.choices(words, k=9))[drawn.randrange(9) :] for _ in range(500)]
     for text in (*(text for text in HARD_TEXTS if META_SPACE not in text), *texts):
+        if text.startswith("<|im_end|>"):  # as a mark at the start of a chat, without a space before it
+            assert ours.encode(text)[0] == ours.special_id("<|im_end|>")
+            continue
         found, expected = ours.encode(text), reference.encode(text)
         if found != expected:
             score, best = (sum(map(reference.get_score, ids)) for ids in (found, expected))
