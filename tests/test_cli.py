@@ -83,7 +83,7 @@ def test_help_and_version() -> None:
 
 
 def test_the_shell_completes_commands() -> None:
-    script = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="llm3d")
+    script = CliRunner().invoke(app, [], env={"_LLM3D_COMPLETE": "source_bash"}, prog_name="llm3d")
     assert script.exit_code == 0 and "_LLM3D_COMPLETE=complete_bash" in script.stdout
     words = {"_LLM3D_COMPLETE": "complete_bash", "COMP_WORDS": "llm3d gen", "COMP_CWORD": "1"}
     found = CliRunner().invoke(app, [], env=words, prog_name="llm3d")
