@@ -352,7 +352,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
-    for remark in (data.steps.repetition(), shortened(data.steps.last, config.optim)):
+    for remark in (data.steps.repetition(), shortened(data.steps.schedule(data.steps.last)[1], config.optim)):
         if remark is not None:
             report.say(remark)
 

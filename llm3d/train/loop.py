@@ -81,7 +81,7 @@ def train(
             microbatches = _read(upcoming, mesh, rescue)
             if step < last_step:
                 upcoming = reader.submit(data.microbatches, step + 1, mesh)
-            lr = learning_rate(step, steps, config.optim)
+            lr = learning_rate(*data.steps.schedule(step), config.optim)
             with _saving_first(rescue):
                 result = trainer.step(microbatches, lr)
             if result.problem:

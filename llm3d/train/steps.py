@@ -61,6 +61,15 @@ class Steps:
             "so it reads some more than once; a lower batch.global makes more steps"
         )
 
+    def schedule(self, step: int) -> tuple[int, int]:
+        """Where the learning-rate schedule is at `step`, and its length, in steps of `size` samples.
+
+        A run that ends after so many samples follows them: with another batch it goes on from where it was.
+        """
+        if self.end is None:
+            return step, self.last_given
+        return math.ceil(self.read_by(step) / self.size), math.ceil(self.end / self.size)
+
     @property
     def last(self) -> int:
         """The step at which the run ends."""
