@@ -7,8 +7,9 @@ What is used, the first of these that there is:
 4. model.path.
 
 A checkpoint knows its model, its tokenizer and its chat template; what the settings say of these then counts only where
-it stands on the command line, which is refused where it does not agree with the checkpoint. All else is said by the
-settings: for a run directory and a checkpoint, its run's config.yaml.
+it stands on the command line, which is refused where it does not agree with the checkpoint; so is a settings file whose
+model has other sizes than what its run.dir holds. All else is said by the settings: for a run directory and a
+checkpoint, its run's config.yaml.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ class Named:
             if isinstance(path, str) and data.get("tokenizer") is None:
                 data["tokenizer"] = _tokenizer_in(_weights_in(Path(path)))
             return
+        self._check_sizes()
         folder = _weights_in(self.weights)
         model, lora = self._asked_of("model"), self._asked_of("lora")
         if (folder / "adapter_config.json").is_file():
@@ -216,6 +218,21 @@ class Named:
             data["tokenizer"] = _tokenizer_in(folder) or there
         if has_template(folder) and "template" in data and not self.is_asked("data.template"):
             data["template"] = "auto"
+
+    def _check_sizes(self) -> None:
+        """Raise InputError where a settings file describes another model than its run directory holds."""
+        if self.place.run_dir is not None or self.is_asked("checkpoint.resume"):
+            return
+        assert self.weights is not None
+        stored, model = _read_json(self.weights / "meaning.json"), self.section("model")
+        for name, value in (PRESETS.get(str(model.get("preset")), {}) | model).items():
+            trained = stored.get(f"model.{name}")
+            sizes = all(isinstance(size, int | float) for size in (value, trained))
+            if sizes and value != trained and not self.is_asked(f"model.{name}"):
+                raise InputError(
+                    f"model.{name}: {show(value)} is not what {self.weights} was trained with, {show(trained)}; set "
+                    "it as it was, or name another run.dir"
+                )
 
     def _asked_of(self, section: str) -> Settings:
         """What the command line says in a section; that it agrees with the weights' own files is checked with these."""
@@ -264,6 +281,7 @@ class Named:
 
     def take_start_of_run(self) -> None:
         """The model and the adapters that a run's own config.yaml names, where it is there; and its checkpoint."""
+        self._check_sizes()
         of_run = self._of_run()
         self.settings |= {
             name: of_run[name] for name in ("model", "lora") if name in of_run and not self.is_asked(name)

@@ -151,6 +151,24 @@ def test_the_command_line_is_not_left_aside_for_what_the_weights_have(name: str,
         assert (ended.code, ended.stdout) == (2, "") and said in ended.stderr
 
 
+def test_settings_of_a_model_of_other_sizes_do_not_use_this_one(runs: Runs, tmp_path: Path) -> None:
+    """Who has changed the sizes and has not trained yet is not told the numbers of the model before."""
+    given = yaml.safe_load(runs.settings.read_text())
+    given["run"]["dir"] = str(runs.whole)
+    sizes = yaml.safe_load((runs.whole / "config.yaml").read_text())["model"]
+    for changes in ({"hidden_size": 32}, {"rope_theta": 5.0}, {}):
+        given["model"] = {name: sizes[name] for name in sizes if name != "path"} | changes
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(given))
+        ended = llm3d("eval", tmp_path / "other.yaml")
+        if changes:
+            said = "model.{}: {} is not what".format(*next(iter(changes.items())))
+            assert (ended.code, ended.stdout) == (2, "") and said in ended.stderr
+            assert str(runs.checkpoint(runs.whole)) in ended.stderr
+            assert llm3d("generate", tmp_path / "other.yaml", *GREEDY).code == 2
+        else:
+            assert ended.code == 0, ended.stderr
+
+
 def test_the_command_line_may_say_what_the_weights_have(runs: Runs) -> None:
     whole, adapters = runs.checkpoint(runs.whole), runs.checkpoint(runs.adapters)
     start = yaml.safe_load((runs.whole / "config.yaml").read_text())["model"]["path"]
