@@ -126,3 +126,25 @@ def test_a_null_is_an_answer_and_a_word_is_no_special_token(tmp_path):
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_id) == (None, 2)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
     assert load_tokenizer(tmp_path).eos_id is None
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GemmaTokenizer"])
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("puts", [True, False], ids=["its processor puts bos", "none"])
+def test_the_processor_of_a_tokenizer_json_puts_bos_whatever_stands_beside(kind, asked, puts, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(letters))}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<s>", "</s>"])
+    if puts:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 256)]
+        )
+    made.save(str(tmp_path / "tokenizer.json"))
+    names = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
+    beside = names if asked is None else {**names, "add_bos_token": asked}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"]
+    assert load_tokenizer(tmp_path).adds_bos == (theirs[0] == 256)

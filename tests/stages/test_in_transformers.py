@@ -27,7 +27,7 @@ from llm3d.parallel.mesh import Mesh, process_group
 from llm3d.stages.export import export
 from llm3d.stages.generate import PromptEncoder, Writer
 from tests.stages.common import command, silent
-from tests.stages.post_training import SHAPE, comparisons, conversations, settings, write_rows
+from tests.stages.post_training import SHAPE, Row, comparisons, conversations, question, settings, write_rows
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 TEXT = "What comes after one? It is two, of course.\n\tdef f(x):\n        return x  # one\n"
@@ -144,8 +144,13 @@ def trained_on_text(base: Path, directory: Path, prepend_bos: bool | None) -> Pa
 
 
 def trained_on_chats(base: Path, directory: Path, stage: str, **changes: Any) -> Path:
-    rows = conversations(8) if stage == "sft" else comparisons(8)
+    rows = {"sft": conversations(8), "ppo": prompts(8)}.get(stage, comparisons(8))
     sequences = {"sequence_length": 256}
+    if stage == "ppo":
+        (directory / "rewards.py").write_text("def length(prompts, replies): return [len(r) for r in replies]")
+        rewards = [{"function": f"{directory}/rewards.py:length"}]
+        changes["ppo"] = {"advantages": "grpo", "rewards": rewards, "ema": 0.5}
+        changes["generate"] = {"max_new_tokens": 4, "num_replies": 2}
     return trained_by(
         stage,
         settings(
@@ -154,14 +159,18 @@ def trained_on_chats(base: Path, directory: Path, stage: str, **changes: Any) ->
     )
 
 
+def prompts(count: int) -> list[Row]:
+    return [{"prompt": question(i)} for i in range(count)]
+
+
 def trained_by(stage: str, given: dict[str, Any]) -> Path:
     ended = command(stage, given, "train.steps=1")
     assert ended.code == 0, ended.stderr
     return Path(given["run"]["dir"]) / "checkpoints" / "step-00000001"
 
 
-def exported(checkpoint: Path) -> Path:
-    export(checkpoint, checkpoint.parent / "exported")
+def exported(checkpoint: Path, average: bool = False) -> Path:
+    export(checkpoint, checkpoint.parent / "exported", average=average)
     return checkpoint.parent / "exported"
 
 
@@ -180,8 +189,9 @@ class Case(NamedTuple):
             return trained_on_text(base, directory, prepend_bos) / "model"
         if stage == "lora":
             return exported(trained_on_chats(base, directory, "sft", lora={"rank": 2}))
-        checkpoint = trained_on_chats(base, directory, stage.removesuffix(" exported"))
-        return exported(checkpoint) if stage.endswith("exported") else checkpoint / "model"
+        stage, _, how = stage.partition(" ")
+        checkpoint = trained_on_chats(base, directory, stage)
+        return exported(checkpoint, average=how == "averaged") if how else checkpoint / "model"
 
 
 CASES = [
@@ -199,6 +209,8 @@ CASES = [
     Case("null", "lora", "chatml"),
     Case("null", "dpo", "chatml"),
     Case("no prefix", "dpo exported", "llama2"),
+    Case("null", "ppo", "chatml"),
+    Case("added", "ppo averaged", "chatml"),
     Case("added", "reward", "chatml"),
 ]
 
