@@ -36,16 +36,18 @@ demo: .venv/installed
 demo-chat: .venv/installed
 	.venv/bin/python launch/demo_chat.py
 
-# One thread a process: the tests start many.
+# One thread a process: the tests start many. Each of the two workers takes whole files, and has its own eight ranks.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 test: install
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+	$(PYTEST)
 
 parity: install
 	for kernels in $(KERNELS); do \
-	    LLM3D_KERNELS=$$kernels OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PARITY) || exit 1; done
+	    LLM3D_KERNELS=$$kernels $(PYTEST) $(PARITY) || exit 1; done
 
 parity-all: install
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m all_layouts tests/parity
+	$(PYTEST) -m all_layouts tests/parity
 
 lint: install
 	.venv/bin/ruff check .
