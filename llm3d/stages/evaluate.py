@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from llm3d.config import Config, PPOConfig, PretrainConfig
+from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.stages import ppo
 from llm3d.stages.by_settings import objective_of, open_chat_stage
+from llm3d.stages.chat_data import ChatTokenizer
 from llm3d.stages.language_data import ValidationData
 from llm3d.stages.ppo import OpenedPPO
 from llm3d.stages.tokenizer import open_tokenizer
@@ -30,6 +33,7 @@ class Validation(NamedTuple):
 
     config: Config
     data: EvaluationData
+    tokenizer: Tokenizer | ChatTokenizer | None
     objective: Objective
     prepare: Callable[[Evaluator], None] = lambda model: None
 
@@ -40,6 +44,8 @@ def run(config: Config) -> None:
         with input_errors_on_all(whole_world()):
             opened = check(config)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
+        for remark in opened.tokenizer.remarks if mesh.rank == 0 and opened.tokenizer else ():
+            print(remark, file=sys.stderr)
         if isinstance(opened, OpenedPPO):
             source, numbers, terms = evaluate_replies(opened, mesh)
         else:
@@ -59,8 +65,8 @@ def check(config: Config) -> Validation | OpenedPPO:
     if not config.data.valid:
         raise InputError("data.valid: empty; name the data to evaluate on")
     if isinstance(config, PretrainConfig):
-        pretraining, _ = open_tokenizer(config)
-        return Validation(pretraining, ValidationData(pretraining), objective_of(pretraining))
+        pretraining, plain = open_tokenizer(config)
+        return Validation(pretraining, ValidationData(pretraining), plain, objective_of(pretraining))
     if not isinstance(config.data.valid, float):  # else it is in the training data, which is not read now
         config = config.model_copy(update={"data": config.data.model_copy(update={"train": ()})})
     if isinstance(config, PPOConfig):
@@ -68,7 +74,7 @@ def check(config: Config) -> Validation | OpenedPPO:
         opened_ppo = ppo.open_stage(config.model_copy(update={"ppo": without_texts}))
         return opened_ppo._replace(critic=None)  # is not asked
     opened = open_chat_stage(config)
-    return Validation(opened.config, opened.data, opened.objective, opened.prepare)
+    return Validation(opened.config, opened.data, opened.tokenizer, opened.objective, opened.prepare)
 
 
 def evaluate_latest(opened: Validation, mesh: Mesh) -> tuple[str, Tally]:

@@ -147,7 +147,9 @@ def trained_on_chats(base: Path, directory: Path, stage: str, **changes: Any) ->
     rows = {"sft": conversations(8), "ppo": prompts(8)}.get(stage, comparisons(8))
     sequences = {"sequence_length": 256}
     if stage == "ppo":
-        (directory / "rewards.py").write_text("def length(prompts, replies): return [len(r) for r in replies]")
+        (directory / "rewards.py").write_text(
+            "def length(prompts, replies): return [len(r) for r in replies]"
+        )
         rewards = [{"function": f"{directory}/rewards.py:length"}]
         changes["ppo"] = {"advantages": "grpo", "rewards": rewards, "ema": 0.5}
         changes["generate"] = {"max_new_tokens": 4, "num_replies": 2}

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.config import PretrainConfig
 from llm3d.config.uses import config_for_evaluation, config_for_generation, config_for_plan
+from llm3d.data.templates import BUILT_IN
 from llm3d.errors import InputError
 from tests import pool
 from tests.stages.common import Ended
@@ -276,3 +277,11 @@ def test_runs_are_shown_and_planned_by_their_own_settings(runs: Runs) -> None:
         planned = config_for_plan(place, [], 2)[0]
         assert planned.parallel.pipeline == 2 and planned.model.path is None
     assert config_for_plan(runs.base, [], 4, "dpo")[0].model.hidden_size == planned.model.hidden_size
+
+
+def test_an_evaluation_says_what_the_template_writes_as_text(runs: Runs, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(runs.base, model)
+    (model / "chat_template.jinja").write_text("{{ '<|note|>' }}" + BUILT_IN["chatml"])
+    ended = llm3d("eval", runs.settings, f"run.dir={tmp_path}", f"model.path={model}", "data.template=auto")
+    assert ended.code == 0 and "<|note|> is text, no special token" in ended.stderr
