@@ -88,6 +88,11 @@ def fused(op: str, x: Tensor) -> Op | None:
     return None
 
 
+def is_plain_torch() -> bool:
+    """Whether plain PyTorch was chosen for everything."""
+    return _chosen == "reference"
+
+
 def of(op: str, device: torch.device | str) -> str:
     """What computes one operation on a device: native cpu avx512, native cuda, the name of a package, reference."""
     found = fused(op, torch.empty(0, device=device))

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
+from llm3d.kernels.linear import linear, linear_input_gradient
 from llm3d.parallel.boxes import ShardedParameter
 from llm3d.parallel.collectives import gather_rows, scatter_sum_rows
 from llm3d.parallel.layers import add_linear_gradient
@@ -184,7 +185,7 @@ class _OfHidden(Function):
         ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and group.size() > 1
         local = targets - first_id
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
-        stats = [softmax_stats(x[part] @ weight.t(), local[part]) for part in _chunks(x, weight)]
+        stats = [softmax_stats(linear(x[part], weight), local[part]) for part in _chunks(x, weight)]
         terms, maximum, total = _softmax(torch.cat(stats, dim=1), targets, group)
         ctx.save_for_backward(hidden, targets, local, maximum, total)
         ctx.mark_non_differentiable(terms.below_maximum)
@@ -199,9 +200,9 @@ class _OfHidden(Function):
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
         gradient = torch.empty_like(x)
         for part in _chunks(x, weight):
-            logits = x[part] @ weight.t()
+            logits = linear(x[part], weight)
             cross_entropy_backward_(logits, local[part], maximum[part], *(f[part] for f in factors))
-            torch.mm(logits, weight, out=gradient[part])
+            linear_input_gradient(logits, weight, out=gradient[part])
             if ctx.needs_input_grad[1]:
                 add_linear_gradient(weight, logits, x[part])
         if ctx.needs_input_grad[1]:

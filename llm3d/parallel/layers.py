@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.function import Operation
+from llm3d.kernels.linear import add_linear_weight_gradient_, linear, linear_input_gradient
 from llm3d.kernels.noise import keep_mask
-from llm3d.kernels.paper import is_cuda
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (
@@ -204,20 +204,10 @@ def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
 
 
 def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
-    """main_grad += grad_output^T x. On a CPU a product in bf16 is rounded to it before it is added.
-
-    The last of a microbatch's additions is followed by weight.accumulated().
-    """
-    main_grad, transposed = weight.main_grad, grad_output.t()
-    assert main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
-    if grad_output.dtype == main_grad.dtype:
-        # What is stale counts as zero, whatever it is.
-        main_grad.addmm_(transposed, x, beta=0 if weight.main_grad_is_stale else 1)
-        weight.main_grad_is_stale = False
-    elif is_cuda(grad_output):
-        _add(weight, torch.mm(transposed, x, out_dtype=main_grad.dtype))
-    else:
-        _add(weight, transposed @ x)
+    """main_grad += grad_output^T x; the last of a microbatch's additions is followed by weight.accumulated()."""
+    assert weight.main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    add_linear_weight_gradient_(weight.main_grad, grad_output, x, replace=weight.main_grad_is_stale)
+    weight.main_grad_is_stale = False
 
 
 def _add(weight: ShardedParameter, gradient: Tensor) -> None:
@@ -248,7 +238,7 @@ class _Linear(Operation):
     ) -> Tensor:
         ctx.weight, ctx.group, ctx.sequence, ctx.adapters, ctx.keys = weight, group, sequence, adapters, keys
         whole = gather_rows(x, group)[0] if group is not None and sequence else x
-        y = whole @ weight.t()
+        y = linear(whole, weight)
         inner = [adapter.dropped(whole, keys) @ adapter.a.t() for adapter in adapters]
         for adapter, h in zip(adapters, inner, strict=True):
             y[:, adapter.rows].addmm_(h, adapter.b.t(), alpha=adapter.scale)
@@ -264,7 +254,7 @@ class _Linear(Operation):
         if x is not None and group is not None and ctx.sequence:
             x, gathering = gather_rows(x, group, async_op=True)
         grad_inner = [adapter.scale * (grad_output[:, adapter.rows] @ adapter.b) for adapter in ctx.adapters]
-        grad_input = grad_output @ weight if ctx.needs_input_grad[0] else None
+        grad_input = linear_input_gradient(grad_output, weight) if ctx.needs_input_grad[0] else None
         if grad_input is not None:
             for adapter, grad_h in zip(ctx.adapters, grad_inner, strict=True):
                 grad_input += adapter.dropped(grad_h @ adapter.a, ctx.keys)

@@ -15,7 +15,7 @@ from llm3d.config.explain import nearest, show
 from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
-from llm3d.kernels import backend
+from llm3d.kernels import backend, linear
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
@@ -348,6 +348,8 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
             f"{each / 2**20:,.1f} MiB a microbatch over its data group"
         )
     report.say(f"kernels: {backend.describe(mesh.device)}")
+    if by_onednn := linear.describe():
+        report.say(f"oneDNN computes, as it is faster than BLAS here: {by_onednn}")
     if peak:
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):

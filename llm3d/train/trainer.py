@@ -22,6 +22,7 @@ from llm3d.parallel.boxes import Piece
 from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_from_last
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
+from llm3d.parallel.products import choose_products
 from llm3d.parallel.schedules import Part, part_of_rank
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.host_memory import available_memory
@@ -62,6 +63,7 @@ class Evaluator:
             config.model, config.parallel, mesh, config.recompute, self.objective.head, config.lora
         )
         self._check_host_memory(trainable)
+        self._choose_products()
         gradients = DTYPES[config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
         tokens_a_row = mesh.tensor_size if config.parallel.sequence else 1
@@ -83,6 +85,11 @@ class Evaluator:
                     f"{available / 2**30:.1f} GiB are left; use more ranks with a higher zero.stage, a lower "
                     "zero.offload_fraction or a smaller model"
                 )
+
+    def _choose_products(self) -> None:
+        """The libraries that compute matrix products, where there is a choice."""
+        if self.mesh.device.type == "cpu" and self.dtype == torch.float32 and not backend.is_plain_torch():
+            choose_products((p for stage in self.stages for p in stage.parameters()), self.mesh.everyone)
 
     def weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """What to write first weights into; then call `publish`."""

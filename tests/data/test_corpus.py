@@ -339,7 +339,7 @@ if __name__ == "__main__":
     root = os.path.dirname(os.path.dirname(os.path.dirname(corpus_module.__file__)))
     environment = {**os.environ, "PYTHONPATH": root}
     command = [sys.executable, str(tmp_path / "script.py")]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
     assert os.listdir(tmp_path) == ["script.py"]
 
