@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from llm3d.errors import InputError
 from llm3d.parallel.box_files import BoxReader, BoxWriter, split_by_size
 from llm3d.parallel.boxes import Box
+from tests.gpu import ON_GPU
 
 extents = st.integers(1, 12)
 
@@ -75,3 +76,20 @@ def test_runs_cover_the_items_in_order_within_the_limit(sizes: list[int], limit:
     runs = split_by_size(sizes, limit)
     assert [i for run in runs for i in run] == list(range(len(sizes)))
     assert all(len(run) == 1 or sum(sizes[i] for i in run) <= limit for run in runs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_what_is_written_is_what_the_device_holds_at_that_time(device: str, tmp_path: Path) -> None:
+    """Views with strides of several sizes, which are overwritten as soon as they are said to be written."""
+    tables = [torch.randn(300, 500, device=device) for _ in range(3)]
+    views = {"rows": tables[0][3:200], "columns": tables[1][:, 7:300], "across": tables[2].t()[:20]}
+    expected = {key: view.clone().cpu() for key, view in views.items()}
+    writer = BoxWriter(tmp_path)
+    entries = [(key, Box.whole(key, tuple(view.shape)), view) for key, view in views.items()]
+    writer.tensors("x.safetensors", entries)
+    for table in tables:
+        table.zero_()
+    reader = BoxReader(tmp_path)
+    for stored in writer.boxes:
+        reader.check(stored)
+        assert torch.equal(reader.tensor(stored), expected[stored.key])
