@@ -258,6 +258,10 @@ class KernelsConfig(Section):
     backend: Literal["auto", "native", "transformer_engine", "apex", "reference"] = "auto"
     """Which code computes norms, rotary positions, activations, losses and AdamW; auto: LLM3D_KERNELS, or the
     fastest that is there; native: llm3d's own, or an error; reference: plain PyTorch."""
+    attention: Literal["auto", "fa2", "fa3", "fa4", "cudnn"] = "auto"
+    """Attention back end on a GPU. fa2 (auto): PyTorch's FlashAttention-2; fa3, fa4: FlashAttention-3 or 4, faster on
+    Hopper, whose package is installed beside; cudnn: cuDNN where all sequences of a microbatch are of one length, which
+    is not deterministic."""
 
 
 class LogConfig(Section):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm3d.generate.replay import padded_count
 from llm3d.generate.scheduler import Decode, Prefill, Running, Work
-from llm3d.kernels.attention import attention
+from llm3d.kernels.attention import attention, parts
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
 from llm3d.models.llama import Attend, LlamaStage
 
@@ -137,11 +137,12 @@ class Cache:
     def attention(self, inputs: Inputs) -> Attend:
         """Keeps the tokens' keys and values; then each token sees those before it in its own sequence."""
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, num_heads: int) -> Tensor:
             keys, values = self.tensors[layer]
+            q, k, v = parts(qkv, num_heads)
             kv_cache_append_(keys, values, k, v, inputs.slots)
             if inputs.block_table is None or inputs.lengths is None:
-                return attention(q, k, v, inputs.cu_seqlens, inputs.max_seqlen)
+                return attention(qkv, num_heads, inputs.cu_seqlens, inputs.max_seqlen)
             scale = q.shape[2] ** -0.5
             return paged_decode_attention(q, keys, values, inputs.block_table, inputs.lengths, scale)
 

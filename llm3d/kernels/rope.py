@@ -48,7 +48,7 @@ def rope(
     qkv: [tokens, heads * head_dim], contiguous, and no view, which autograd would copy.
     cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the number of tokens. cos, sin: of
     rope_tables, for the longest sequence or more. Backward: the inverse rotation, over
-    the gradient that it is given: the result is to be split into queries, keys and values, and not used otherwise.
+    the gradient that it is given, which `attention` has made: the result is to be used for nothing else.
     """
     return _Rope.of(qkv, head_dim, cos, sin, cu_seqlens, num_rotated)
 
@@ -73,7 +73,7 @@ class _Rope(Operation):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        grad = grads[0].contiguous()  # made by the backward of a split just now, so it may be overwritten
+        grad = grads[0].contiguous()  # made by attention's backward just now, so it may be overwritten
         cos, sin, cu_seqlens = ctx.saved_tensors
         heads = grad.unflatten(1, (-1, ctx.head_dim))[:, : ctx.num_rotated]
         rotate_(heads, cos, sin, cu_seqlens, inverse=True)

@@ -58,8 +58,11 @@ class Batch(Protocol):
 class Attend(Protocol):
     """What each token sees of which others."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim] -> as q. layer: of the whole model."""
+    def __call__(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        """qkv: [tokens, num_heads + 2 kv_heads, head_dim] -> [tokens, num_heads, head_dim].
+
+        layer: of the whole model.
+        """
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,8 @@ class WithinSequences:
     cu_seqlens: Tensor  # int32 [sequences + 1]
     max_seqlen: int
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, self.cu_seqlens, self.max_seqlen)
+    def __call__(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        return attention(qkv, num_heads, self.cu_seqlens, self.max_seqlen)
 
 
 class Context(NamedTuple):
@@ -262,9 +265,8 @@ class Attention(nn.Module):
         qkv = rope(
             self.qkv(x, context.keys), self.head_dim, context.cos, context.sin, context.starts, rotated
         )
-        qkv = qkv.unflatten(1, (-1, self.head_dim))  # [tokens, heads + 2 kv_heads, head_dim]
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return self.output(context.attend(self.layer, q, k, v).flatten(1), context.keys)
+        heads = context.attend(self.layer, qkv.unflatten(1, (-1, self.head_dim)), self.num_heads)
+        return self.output(heads.flatten(1), context.keys)
 
 
 class MLP(nn.Module):

@@ -15,7 +15,7 @@ from llm3d.config.explain import nearest, show
 from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
-from llm3d.kernels import backend, linear
+from llm3d.kernels import attention, backend, linear
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
@@ -102,7 +102,9 @@ def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
 
 def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
     """Open all that the settings name. Raises InputError where it cannot be used."""
-    backend.use(config.kernels.backend, device_of_this_process())
+    device = device_of_this_process()
+    backend.use(config.kernels.backend, device)
+    attention.use(config.kernels.attention, device)
     opened = open_stage(config)
     _check_best(config.checkpoint.best, opened.validation_names)
     return opened
@@ -347,7 +349,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
             f"zero.stage {config.zero.stage}: rank 0 sends {once / 2**20:,.1f} MiB a step and at most "
             f"{each / 2**20:,.1f} MiB a microbatch over its data group"
         )
-    report.say(f"kernels: {backend.describe(mesh.device)}")
+    report.say(f"kernels: {backend.describe(mesh.device)}; attention: {attention.describe(mesh.device)}")
     if by_onednn := linear.describe():
         report.say(f"oneDNN computes, as it is faster than BLAS here: {by_onednn}")
     if peak:
