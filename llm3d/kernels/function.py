@@ -34,3 +34,6 @@ class _NoBackward:
 
     def mark_dirty(self, *tensors: Tensor) -> None:
         pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from llm3d.parallel.layers import (
     split_evenly,
 )
 from llm3d.parallel.mesh import Mesh
+
+T = TypeVar("T")
 
 _NOISE_STREAM = zlib.crc32(b"NEFTune")
 
@@ -185,10 +187,13 @@ class LlamaStage(nn.Module):
         return self.through_layers(hidden, Context(*tables, batch.cu_seqlens, attend, batch.keys))
 
     def through_layers(self, hidden: Tensor, context: Context) -> Tensor:
-        """The layers, and the final norm where this stage has it."""
+        """The layers, and the final norm where this stage has it. hidden: the whole residual stream."""
+        x, residual = hidden, None
         for layer in self.layers.values():
-            hidden = layer(hidden, context)
-        return self.norm(hidden) if self.head is not None else hidden
+            x, residual = layer(x, residual, context)
+        if self.head is not None:
+            return self.norm(x, residual)[0]
+        return x if residual is None else x + residual
 
     def _with_noise(self, hidden: Tensor, batch: Batch) -> Tensor:
         """NEFTune: uniform noise, up to batch.noise for each token. Jain et al. 2023."""
@@ -201,7 +206,7 @@ class LlamaStage(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), whose sum is left to the next layer's norm."""
 
     def __init__(
         self,
@@ -221,19 +226,20 @@ class LlamaLayer(nn.Module):
         self.mlp = MLP(config, mesh, f"{prefix}.mlp", sequence_parallel, lora)
         self.recompute = recompute
 
-    def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        return self._recomputed("full", self._forward)(hidden, context)
+    def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """x: what the layer before adds to the residual stream, [tokens, hidden], is overwritten -> the same two.
 
-    def _forward(self, hidden: Tensor, context: Context) -> Tensor:
-        attend = self._recomputed("selective", self._attend)
-        hidden, normalised = self.mlp_norm.after_adding(attend(hidden, context), hidden)
-        return hidden + self.mlp(normalised, context)
+        residual: None, where x is the whole stream.
+        """
+        if self.recompute == "full" and torch.is_grad_enabled():
+            # What is kept is the sum, made here: were it made in the norm, it would be x, and made twice.
+            return recomputed(self._forward)(x if residual is None else x + residual, None, context)
+        return self._forward(x, residual, context)
 
-    def _recomputed(self, kind: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return recomputed(function) if self.recompute == kind and torch.is_grad_enabled() else function
-
-    def _attend(self, hidden: Tensor, context: Context) -> Tensor:
-        return self.attention(self.attention_norm(hidden), context)
+    def _forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        normalised, hidden = self.attention_norm(x, residual)
+        normalised, hidden = self.mlp_norm(self.attention(normalised, context), hidden)
+        return self.mlp(normalised, context), hidden
 
 
 class Attention(nn.Module):
@@ -306,10 +312,10 @@ def _row_parallel(box: Box, mesh: Mesh, sequence_parallel: bool, lora: LoRASetti
     return RowParallelLinear(piece, mesh.tensor, sequence_parallel, row_adapters(piece, lora, mesh.tensor))
 
 
-def recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def recomputed(function: Callable[..., T]) -> Callable[..., T]:
     """The function, with its inner activations computed again in backward instead of kept. Chen et al. 2016."""
 
-    def run(*args: Any) -> Tensor:
+    def run(*args: Any) -> T:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
     return run

@@ -136,7 +136,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension. x: [tokens, hidden] -> [tokens, hidden].
+    """x / rms(x) * weight over the last dimension, after x has been added to the residual stream.
 
     Under sequence parallelism each rank sees a part of the tokens, so the weight's gradient is a partial sum
     over the tensor group. Zhang and Sennrich 2019.
@@ -148,12 +148,13 @@ class RMSNorm(nn.Module):
         self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=partial)])
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _RMSNorm.of(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, residual: [tokens, hidden] -> the norm of their sum, and the sum; one pass over memory.
 
-    def after_adding(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x + residual, written over x, and its norm: one pass over memory where there is a fused kernel."""
-        return _AddRMSNorm.of(x, residual, self.weight, self.eps)
+        The sum is written over x. Without a residual the sum is x. Backward adds the gradient of the norm to that of
+        the sum, in one pass too.
+        """
+        return _RMSNorm.of(x, residual, self.weight, self.eps)
 
 
 def split_evenly(extent: int, group: ProcessGroup) -> range:
@@ -316,39 +317,26 @@ class _Embedding(Operation):
 
 class _RMSNorm(Operation):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: ShardedParameter, eps: float) -> Tensor:
-        y, inverse_rms = rms_norm_forward(x, weight, eps)
-        ctx.save_for_backward(x, inverse_rms)
-        ctx.weight = weight
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse_rms = ctx.saved_tensors
-        grad_input, grad_weight = rms_norm_backward(grads[0].contiguous(), x, ctx.weight, inverse_rms)
-        if ctx.needs_input_grad[1]:
-            add_to_main_grad(ctx.weight, grad_weight)
-        return grad_input, None, None
-
-
-class _AddRMSNorm(Operation):
-    @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: ShardedParameter, eps: float
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: ShardedParameter, eps: float
     ) -> tuple[Tensor, Tensor]:
-        y, inverse_rms = add_rms_norm_forward(x, residual, weight, eps)
-        ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)  # nothing goes on from the sum that the last norm is made of
+        if residual is None:
+            y, inverse_rms = rms_norm_forward(x, weight, eps)
+        else:
+            y, inverse_rms = add_rms_norm_forward(x, residual, weight, eps)
+            ctx.mark_dirty(x)
         ctx.save_for_backward(x, inverse_rms)
-        ctx.weight = weight
-        return x, y
+        ctx.weight, ctx.added = weight, residual is not None
+        return y, x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_sum, grad_y = (grad.contiguous() for grad in grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_y, grad_sum = (None if grad is None else grad.contiguous() for grad in grads)
+        assert grad_y is not None, "the norm is what it was computed for"
         x, inverse_rms = ctx.saved_tensors
         grad_input, grad_weight = rms_norm_backward(grad_y, x, ctx.weight, inverse_rms, grad_sum)
         if ctx.needs_input_grad[2]:
             add_to_main_grad(ctx.weight, grad_weight)
-        return grad_input, grad_input, None, None
+        return grad_input, grad_input if ctx.added else None, None, None

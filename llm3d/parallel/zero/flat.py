@@ -326,17 +326,21 @@ class _Passage:
 
 
 def _watch(module: nn.Module, passage: _Passage) -> None:
-    """Have the passage follow the module's calls, and their way back through autograd."""
+    """Have the passage follow the module's calls, and their way back through autograd.
+
+    Of several results the first is the one that the module computes last: its way back begins there.
+    """
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> None:
         passage.enter_forward()
         if torch.is_grad_enabled() and isinstance(args[0], Tensor) and args[0].requires_grad:
             args[0].register_hook(lambda _: passage.leave_backward())
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         passage.leave_forward(torch.is_grad_enabled())
-        if output.requires_grad:
-            output.register_hook(lambda _: passage.enter_backward())
+        last = output if isinstance(output, Tensor) else output[0]
+        if last.requires_grad:
+            last.register_hook(lambda _: passage.enter_backward())
 
     module.register_forward_pre_hook(before)
     module.register_forward_hook(after)
