@@ -464,6 +464,8 @@ class Config(Section):
     zero: ZeroConfig
     precision: PrecisionConfig
     recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in backward. selective: norms and SwiGLU, without a matrix product; full: whole layers
+    and logits."""
     data: DataConfig
     batch: BatchConfig
     lora: LoRASettings

@@ -21,7 +21,7 @@ from llm3d.config import LoRASettings, ModelConfig
 from llm3d.kernels.attention import attention
 from llm3d.kernels.noise import symmetric_noise
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
-from llm3d.kernels.swiglu import swiglu
+from llm3d.kernels.swiglu import swiglu, swiglu_forward
 from llm3d.models.adapters import column_adapters, is_adapter, row_adapters
 from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
@@ -29,6 +29,7 @@ from llm3d.parallel.layers import (
     ColumnParallelLinear,
     RMSNorm,
     RowParallelLinear,
+    Source,
     VocabParallelEmbedding,
     split_evenly,
 )
@@ -94,8 +95,8 @@ class LlamaStage(nn.Module):
     head: "language" (token logits) or "score" (a number a token).
     lora: with a rank, only adapters and a score head are trained.
     sequence_parallel: split the tokens over the tensor group between sublayers.
-    recompute: "none"; "selective" keeps neither the inputs of attention (queries, keys, values) nor those of
-        the cross-entropy (logits) for backward; "full" keeps only the input of each layer.
+    recompute: "none"; "selective" keeps neither norms nor SwiGLU's output for backward, and makes them again there of
+        what they were made of, without a matrix product; "full" keeps only the input of each layer, and no logits.
     The parameters have no storage until `FlatParameters` gives it to them.
     """
 
@@ -135,7 +136,7 @@ class LlamaStage(nn.Module):
                 score = Box.whole(SCORE, (1, config.hidden_size))
                 self.head = ScoreHead(score, mesh.tensor, sequence_parallel)
             else:
-                self.head = self._language_head(table, mesh, sequence_parallel, shared, recompute != "none")
+                self.head = self._language_head(table, mesh, sequence_parallel, shared, recompute == "full")
         if lora.rank:
             for parameter in self.parameters():
                 assert isinstance(parameter, ShardedParameter)
@@ -238,8 +239,12 @@ class LlamaLayer(nn.Module):
 
     def _forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         normalised, hidden = self.attention_norm(x, residual)
-        normalised, hidden = self.mlp_norm(self.attention(normalised, context), hidden)
-        return self.mlp(normalised, context), hidden
+        attended = self.attention(normalised, context, self._source(self.attention_norm, hidden))
+        normalised, hidden = self.mlp_norm(attended, hidden)
+        return self.mlp(normalised, context, self._source(self.mlp_norm, hidden)), hidden
+
+    def _source(self, norm: RMSNorm, hidden: Tensor) -> Source | None:
+        return Source(norm.again, (hidden,)) if self.recompute == "selective" else None
 
 
 class Attention(nn.Module):
@@ -266,10 +271,16 @@ class Attention(nn.Module):
         )
         self.output = _row_parallel(output, mesh, sequence_parallel, lora)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context, source: Source | None) -> Tensor:
+        """source: of x, where it is not kept."""
         rotated = self.num_heads + self.num_kv_heads
         qkv = rope(
-            self.qkv(x, context.keys), self.head_dim, context.cos, context.sin, context.starts, rotated
+            self.qkv(x, context.keys, source),
+            self.head_dim,
+            context.cos,
+            context.sin,
+            context.starts,
+            rotated,
         )
         heads = context.attend(self.layer, qkv.unflatten(1, (-1, self.head_dim)), self.num_heads)
         return self.output(heads.flatten(1), context.keys)
@@ -295,8 +306,10 @@ class MLP(nn.Module):
         down = Box.whole(f"{prefix}.down_proj.weight", (config.hidden_size, config.intermediate_size))
         self.down = _row_parallel(down, mesh, sequence_parallel, lora)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.down(swiglu(self.gate_up(x, context.keys)), context.keys)
+    def forward(self, x: Tensor, context: Context, source: Source | None) -> Tensor:
+        """source: of x, where it is not kept; then SwiGLU's output is not, either."""
+        gate_up = self.gate_up(x, context.keys, source)
+        return self.down(swiglu(gate_up), context.keys, source and Source(swiglu_forward, (gate_up,)))
 
 
 def _column_parallel(

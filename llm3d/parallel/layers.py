@@ -8,8 +8,8 @@ the rest of the backward pass still runs).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,16 @@ from llm3d.parallel.collectives import (
     gather_rows,
     reduce_scatter_tokens,
 )
+
+
+class Source(NamedTuple):
+    """What a linear layer's input is made of again in backward, where it is not kept: cheap, and no matrix product.
+
+    Megatron-LM's recompute_modules layernorm and mlp_act.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]  # kept instead; others keep them, too
 
 
 class ColumnParallelLinear(nn.Module):
@@ -51,9 +61,10 @@ class ColumnParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """keys: int64 [tokens], of what adapters drop; None: nothing is dropped."""
-        return _linear(x, self.weight, _several(self.group), self.sequence_parallel, self.adapters, keys)
+    def forward(self, x: Tensor, keys: Tensor | None = None, source: Source | None = None) -> Tensor:
+        """keys: int64 [tokens], of what adapters drop; None: nothing is dropped. source: of x; None: x is kept."""
+        group = _several(self.group)
+        return _linear(x, self.weight, group, self.sequence_parallel, self.adapters, keys, source)
 
 
 class RowParallelLinear(nn.Module):
@@ -75,9 +86,9 @@ class RowParallelLinear(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
-    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
-        """keys: as for ColumnParallelLinear."""
-        y = _linear(x, self.weight, None, False, self.adapters, keys)
+    def forward(self, x: Tensor, keys: Tensor | None = None, source: Source | None = None) -> Tensor:
+        """keys, source: as for ColumnParallelLinear."""
+        y = _linear(x, self.weight, None, False, self.adapters, keys, source)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
         return reduce(y, self.group)
 
@@ -156,6 +167,10 @@ class RMSNorm(nn.Module):
         """
         return _RMSNorm.of(x, residual, self.weight, self.eps)
 
+    def again(self, total: Tensor) -> Tensor:
+        """The norm of a sum, bit for bit; without backward."""
+        return rms_norm_forward(total, self.weight, self.eps)[0]
+
 
 def split_evenly(extent: int, group: ProcessGroup) -> range:
     """This rank's part of range(extent); the group's size divides it."""
@@ -178,7 +193,7 @@ def column_parallel_linear(
     sequence_parallel: bool = False,
 ) -> Tensor:
     """x: [tokens, in] -> [tokens, weight rows]; see ColumnParallelLinear. Also used with a tied embedding's weight."""
-    return _linear(x, weight, _several(group), sequence_parallel, (), None)
+    return _linear(x, weight, _several(group), sequence_parallel, (), None, None)
 
 
 def _several(group: ProcessGroup) -> ProcessGroup | None:
@@ -192,10 +207,11 @@ def _linear(
     sequence_parallel: bool,
     adapters: Iterable[nn.Module],
     keys: Tensor | None,
+    source: Source | None,
 ) -> Tensor:
     active = [each for each in adapters if isinstance(each, LowRankAdapter) and each.enabled]
     factors = [factor for adapter in active for factor in (adapter.a, adapter.b)]  # for autograd to see
-    return _Linear.of(x, weight, group, sequence_parallel, active, keys, *factors)
+    return _Linear.of(x, weight, group, sequence_parallel, active, keys, source, *factors)
 
 
 def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
@@ -235,6 +251,7 @@ class _Linear(Operation):
         sequence: bool,
         adapters: Sequence[LowRankAdapter],
         keys: Tensor | None,
+        source: Source | None,
         *factors: Tensor,
     ) -> Tensor:
         ctx.weight, ctx.group, ctx.sequence, ctx.adapters, ctx.keys = weight, group, sequence, adapters, keys
@@ -244,13 +261,17 @@ class _Linear(Operation):
         for adapter, h in zip(adapters, inner, strict=True):
             y[:, adapter.rows].addmm_(h, adapter.b.t(), alpha=adapter.scale)
         # Of x only this rank's tokens are kept, and only where a gradient needs them; backward gathers them again.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] or adapters else None, *inner)
+        source = source or Source(lambda kept: kept, (x,))
+        ctx.function, needed = source.function, ctx.needs_input_grad[1] or adapters
+        ctx.save_for_backward(*inner, *(source.inputs if needed else ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,), (x, *inner) = grads, ctx.saved_tensors
+        (grad_output,), saved = grads, ctx.saved_tensors
+        inner, inputs = saved[: len(ctx.adapters)], saved[len(ctx.adapters) :]
+        x: Any = ctx.function(*inputs) if inputs else None
         weight, group, gathering, summing = ctx.weight, ctx.group, None, None
         if x is not None and group is not None and ctx.sequence:
             x, gathering = gather_rows(x, group, async_op=True)
@@ -274,7 +295,7 @@ class _Linear(Operation):
             grad_input = summing.finish()
         elif summing is not None:
             summing.wait()
-        return grad_input, *[None] * (5 + 2 * len(ctx.adapters))
+        return grad_input, *[None] * (6 + 2 * len(ctx.adapters))
 
 
 def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFlight | dist.Work | None:

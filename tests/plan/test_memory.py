@@ -206,6 +206,16 @@ def test_a_gpu_keeps_narrow_sums_and_wide_products(tmp_path: Path) -> None:
     assert (gpu.parameters, gpu.gradients, gpu.moments) == (cpu.parameters, cpu.gradients, cpu.moments)
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_selective_recompute_frees_the_norms_and_swiglus_outputs(compute: str) -> None:
+    layout = replace(PLAIN, compute=compute)
+    (none,), (selective,) = (
+        plan(config_of(replace(layout, recompute=kind)), 1, "cuda") for kind in ("none", "selective")
+    )
+    freed = 16 * layout.micro * LENGTH * (2 * 192 + 512) * (4 if compute == "fp32" else 2)
+    assert none.activations - selective.activations == pytest.approx(freed, rel=0.1)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_it_can_be_planned_without_kernels(tmp_path: Path, kernels: str) -> None:
     small = ("model={preset: llama-tiny, vocab_size: 500}", "data.sequence_length=64", "recompute=selective")
