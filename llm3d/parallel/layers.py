@@ -141,7 +141,7 @@ class VocabParallelEmbedding(nn.Module):
         self.group, self.sequence_parallel = group, sequence_parallel
 
     def forward(self, tokens: Tensor) -> Tensor:
-        y = _Embedding.of(self.weight, tokens, self.vocabulary.start)
+        y = _Embedding.of(self.weight, tokens, self.vocabulary.start, self.group.size() > 1)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
         return reduce(y, self.group)
 
@@ -218,6 +218,32 @@ def add_to_main_grad(weight: ShardedParameter, gradient: Tensor) -> None:
     """Add a gradient shaped like the weight to its sum."""
     _add(weight, gradient)
     weight.accumulated()
+
+
+def add_rows_to_main_grad(weight: ShardedParameter, rows: Tensor, gradient: Tensor) -> None:
+    """main_grad[rows[i]] += gradient[i]. rows: int64 [tokens], gradient: [tokens, hidden]; nothing of the table's size.
+
+    The same row's gradients are summed in fp32: into main_grad, or first by themselves where that is narrower.
+    Deterministic on a GPU, too, where torch.use_deterministic_algorithms asks for it.
+    """
+    main_grad = weight.main_grad
+    assert main_grad is not None, "FlatParameters gives trainable parameters a main_grad"
+    if weight.main_grad_is_stale:
+        main_grad.zero_()
+        weight.main_grad_is_stale = False
+    gradient = gradient.float()
+    if main_grad.dtype != torch.float32:
+        rows, gradient = _sums_of_equal(rows, gradient, len(weight))
+    main_grad.index_add_(0, rows, gradient.to(main_grad.dtype))
+
+
+def _sums_of_equal(rows: Tensor, gradient: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The sum of each row's gradients, and zeros for any row, so many that the host need not wait to know how many."""
+    ordered, order = rows.sort(stable=True)
+    place = (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0)  # among the different ones
+    sums = torch.zeros_like(gradient).index_add_(0, place, gradient[order])
+    any_rows = torch.arange(len(rows), device=rows.device).remainder(num_rows)
+    return any_rows.index_copy_(0, place, ordered), sums
 
 
 def add_linear_gradient(weight: ShardedParameter, grad_output: Tensor, x: Tensor) -> None:
@@ -306,34 +332,31 @@ def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFl
 
 
 class _Embedding(Operation):
+    """Rows of the table; zeros for the tokens that other ranks have, where the table is in parts."""
+
     @staticmethod
-    def forward(ctx: Any, weight: ShardedParameter, tokens: Tensor, first: int) -> Tensor:
-        local = tokens - first
-        elsewhere = (local < 0) | (local >= weight.shape[0])
-        ctx.save_for_backward(local.masked_fill(elsewhere, -1))
-        ctx.weight = weight
+    def forward(ctx: Any, weight: ShardedParameter, tokens: Tensor, first: int, in_parts: bool) -> Tensor:
+        rows, elsewhere, ctx.weight = tokens, None, weight
+        if in_parts:
+            rows = tokens - first
+            elsewhere = ((rows < 0) | (rows >= len(weight)))[:, None]
+            rows = rows.remainder(max(1, len(weight)))  # some row, to which zeros are added
+        ctx.save_for_backward(rows, elsewhere)
         if not len(weight):
             return weight.new_zeros(len(tokens), weight.shape[1])
-        y = torch.nn.functional.embedding(local.masked_fill(elsewhere, 0), weight)
-        return y.masked_fill_(elsewhere[:, None], 0)
+        y = torch.nn.functional.embedding(rows, weight)
+        return y if elsewhere is None else y.masked_fill_(elsewhere, 0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        (grad_output,), (local,), weight = grads, ctx.saved_tensors, ctx.weight
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        (gradient,), (rows, elsewhere), weight = grads, ctx.saved_tensors, ctx.weight
         if len(weight):
-            # The index that is passed over ("padding") marks tokens of other ranks. Deterministic on CUDA too.
-            gradient = torch.ops.aten.embedding_dense_backward(
-                grad_output.float(),
-                local.masked_fill(local < 0, len(weight)),
-                len(weight) + 1,
-                len(weight),
-                False,
+            add_rows_to_main_grad(
+                weight, rows, gradient if elsewhere is None else gradient.masked_fill(elsewhere, 0)
             )
-            add_to_main_grad(weight, gradient[:-1])
-        else:
-            weight.accumulated()
-        return None, None, None
+        weight.accumulated()
+        return None, None, None, None
 
 
 class _RMSNorm(Operation):
