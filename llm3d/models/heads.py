@@ -18,7 +18,9 @@ from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import gather_equal_gradients
 from llm3d.parallel.cross_entropy import (
     TokenTerms,
+    entropy_of_hidden,
     entropy_of_logits,
+    fits_one_chunk,
     token_terms,
     token_terms_of_hidden,
 )
@@ -52,7 +54,8 @@ class LanguageModelHead(nn.Module):
     temperature: what logits are divided by before losses are made of them; not 1 where tokens are drawn at another.
     tied: the embedding's parameter, where it is on the same stage. Where it is on another, `shared` is the group
     of the two stages: this stage keeps a copy, which the first stage owns, and their gradients are summed.
-    recompute: do not keep the logits for backward.
+    recompute: do not keep the logits for backward. Those that are kept are few: more are computed a chunk of tokens at
+    a time, and again in backward, in any case.
     """
 
     def __init__(
@@ -83,11 +86,10 @@ class LanguageModelHead(nn.Module):
         first_id = self.vocabulary.start
         if self.temperature != 1:
             hidden = hidden / self.temperature
-        if self.recompute or not torch.is_grad_enabled():
-            terms = token_terms_of_hidden(
-                hidden, self.weight, targets, first_id, self.group, self.sequence_parallel
-            )
-            return terms._replace(entropy=lambda: entropy_of_logits(self.logits(hidden), self.group))
+        if self.recompute or not torch.is_grad_enabled() or not fits_one_chunk(len(targets), self.weight):
+            where = self.group, self.sequence_parallel
+            terms = token_terms_of_hidden(hidden, self.weight, targets, first_id, *where)
+            return terms._replace(entropy=lambda: entropy_of_hidden(hidden, self.weight, *where))
         logits = self.logits(hidden)
         terms = token_terms(logits, targets, first_id, self.group)
         return terms._replace(entropy=lambda: entropy_of_logits(logits, self.group))

@@ -23,7 +23,10 @@ from llm3d.parallel.boxes import ShardedParameter
 from llm3d.parallel.collectives import gather_rows, scatter_sum_rows
 from llm3d.parallel.layers import add_linear_gradient
 
-_CHUNK_BYTES = 128 * 2**20  # of logits that exist at once in token_terms_of_hidden
+# Of logits that exist at once. With bf16 and 128,256 token ids 2,048 tokens: enough that a GPU reads and writes the
+# head's fp32 gradient, as it does with each chunk, in a tenth of the time of the chunk's products.
+_CHUNK_BYTES = 512 * 2**20
+_ROWS = 128  # a chunk's tokens are a multiple of it where they can be: the rows of a GPU's tile of a product
 
 
 class TokenTerms(NamedTuple):
@@ -102,6 +105,11 @@ def token_terms_of_hidden(
     return TokenTerms(*_OfHidden.apply(hidden, weight, targets, first_id, group, sequence_parallel))
 
 
+def fits_one_chunk(num_tokens: int, weight: Tensor) -> bool:
+    """Whether the logits of so many tokens exist at once anyway, so that they may be kept for backward as well."""
+    return num_tokens <= _rows_a_chunk(weight)
+
+
 def entropy_of_logits(logits: Tensor, group: ProcessGroup) -> Tensor:
     """fp32 [tokens]: the entropy of softmax(logits), in nats, the same on all ranks of the group.
 
@@ -111,35 +119,88 @@ def entropy_of_logits(logits: Tensor, group: ProcessGroup) -> Tensor:
     return _Entropy.apply(logits, group)
 
 
+def entropy_of_hidden(
+    hidden: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence_parallel: bool = False
+) -> Tensor:
+    """As entropy_of_logits(hidden @ weight^T, ...), a chunk of tokens at a time, forward and again in backward.
+
+    Call this after token_terms_of_hidden of the same weight, whose backward then comes last and says that the weight's
+    gradient is complete.
+    """
+    return _EntropyOfHidden.apply(hidden, weight, group, sequence_parallel)
+
+
 class _Entropy(Function):
     """H = log_normaliser - m, m = sum p logit; dH / d logit = -p (logit - m)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: ProcessGroup) -> Tensor:
-        nowhere = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
-        terms, maximum, total = _softmax(softmax_stats(logits, nowhere), nowhere, group)
-        mean = torch.cat(
-            [(_probabilities(logits, maximum, total, part) * logits[part]).sum(1) for part in _rows(logits)]
-        )
-        if group.size() > 1:
-            dist.all_reduce(mean, group=group)
-        ctx.save_for_backward(logits, maximum, total, mean)
-        return terms.log_normaliser - mean
+        entropy, *kept = _entropy(_entropy_stats(logits), group)
+        ctx.save_for_backward(logits, *kept)
+        return entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), (logits, maximum, total, mean) = grads, ctx.saved_tensors
-        gradient = torch.empty_like(logits)
-        for part in _rows(logits):
-            above = logits[part] - mean[part, None]
-            gradient[part] = -grad[part, None] * _probabilities(logits, maximum, total, part) * above
-        return gradient, None
+        (grad,), (logits, *kept) = grads, ctx.saved_tensors
+        return _entropy_gradient(grad, logits, *kept), None
 
 
-def _probabilities(logits: Tensor, maximum: Tensor, total: Tensor, part: slice) -> Tensor:
-    """fp32, of some of the tokens."""
-    return (logits[part].float() - maximum[part, None]).exp_().div_(total[part, None])
+class _EntropyOfHidden(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence: bool
+    ) -> Tensor:
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and group.size() > 1
+        x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
+        stats = [_entropy_stats(x[part] @ weight.t()) for part in _chunks(x, weight)]
+        entropy, *kept = _entropy(torch.cat(stats, dim=1), group)
+        ctx.save_for_backward(hidden, *kept)
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,), (hidden, *kept), weight = grads, ctx.saved_tensors, ctx.weight
+        x = gather_rows(hidden, ctx.group)[0] if ctx.sequence else hidden
+        gradient = torch.empty_like(x)
+        for part in _chunks(x, weight):
+            logits = x[part] @ weight.t()
+            grad_logits = _entropy_gradient(grad[part], logits, *(k[part] for k in kept))
+            torch.mm(grad_logits, weight, out=gradient[part])
+            if ctx.needs_input_grad[1]:
+                add_linear_gradient(weight, grad_logits, x[part])
+        return _summed(gradient, ctx.group, ctx.sequence), None, None, None
+
+
+def _entropy_stats(logits: Tensor) -> Tensor:
+    """fp32 [5, tokens]: softmax_stats of no targets, and each row's sum of exp(logit - maximum) logit."""
+    stats = softmax_stats(logits, torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device))
+    sums = [(_exponentials(logits[part], stats[0, part]) * logits[part]).sum(1) for part in _rows(logits)]
+    return torch.cat([stats, torch.cat(sums)[None]])
+
+
+def _entropy(stats: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From _entropy_stats on each rank: the entropy; maximum, sum of exponentials and m of whole rows."""
+    nowhere = torch.full((stats.shape[1],), -1, dtype=torch.int64, device=stats.device)
+    terms, maximum, total = _softmax(stats[:4], nowhere, group)
+    mean = stats[4] * (stats[0] - maximum).exp_() / total
+    if group.size() > 1:
+        dist.all_reduce(mean, group=group)
+    return terms.log_normaliser - mean, maximum, total, mean
+
+
+def _entropy_gradient(grad: Tensor, logits: Tensor, maximum: Tensor, total: Tensor, mean: Tensor) -> Tensor:
+    gradient = torch.empty_like(logits)
+    for part in _rows(logits):
+        p = _exponentials(logits[part], maximum[part]).div_(total[part, None])
+        gradient[part] = p.mul_(logits[part] - mean[part, None]).mul_(-grad[part, None])
+    return gradient
+
+
+def _exponentials(logits: Tensor, maximum: Tensor) -> Tensor:
+    """fp32: exp(logit - maximum)."""
+    return (logits.float() - maximum[:, None]).exp_()
 
 
 def _rows(logits: Tensor) -> Iterator[slice]:
@@ -207,11 +268,16 @@ class _OfHidden(Function):
                 add_linear_gradient(weight, logits, x[part])
         if ctx.needs_input_grad[1]:
             weight.accumulated()
-        if ctx.sequence:
-            gradient = scatter_sum_rows(gradient, group)
-        elif group.size() > 1:
-            dist.all_reduce(gradient, group=group)
-        return gradient, None, None, None, None, None
+        return _summed(gradient, group, ctx.sequence), None, None, None, None, None
+
+
+def _summed(gradient: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
+    """Of the partial sums over the group this rank's tokens', under sequence parallelism, or all."""
+    if sequence:
+        return scatter_sum_rows(gradient, group)
+    if group.size() > 1:
+        dist.all_reduce(gradient, group=group)
+    return gradient
 
 
 def _softmax(stats: Tensor, targets: Tensor, group: ProcessGroup) -> tuple[TokenTerms, Tensor, Tensor]:
@@ -250,6 +316,12 @@ def _factors(
 
 
 def _chunks(x: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Tokens of x, [tokens, hidden], whose logits fit _CHUNK_BYTES."""
-    rows = max(1, _CHUNK_BYTES // max(1, len(weight) * x.element_size()))
+    """Tokens of x, [tokens, hidden], so many at a time as _rows_a_chunk says."""
+    rows = _rows_a_chunk(weight)
     return (slice(start, start + rows) for start in range(0, max(1, len(x)), rows))
+
+
+def _rows_a_chunk(weight: Tensor) -> int:
+    """Tokens whose logits fit _CHUNK_BYTES."""
+    rows = _CHUNK_BYTES // max(1, len(weight) * weight.element_size())
+    return rows // _ROWS * _ROWS if rows > _ROWS else max(1, rows)

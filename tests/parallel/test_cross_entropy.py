@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llm3d.kernels.backend import using
+from llm3d.models.heads import LanguageModelHead
 from llm3d.parallel import cross_entropy as module
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.cross_entropy import (
@@ -211,6 +215,72 @@ def test_the_projection_in_chunks_gives_the_same(num_ranks: int, sequence: bool,
     actual = torch.cat([part[1] for part in parts]) if sequence else parts[0][1]
     assert_close(actual, for_hidden)
     assert_close(torch.cat([part[2] for part in parts]), for_table)
+
+
+class Made(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor))])
+        return result
+
+
+def head_on_rank(
+    hidden: Tensor, table: Tensor, targets: Tensor, sequence: bool, chunk_bytes: int, recompute: bool
+) -> tuple[Tensor, Tensor, int, int]:
+    """A policy's loss with its entropy: gradients of hidden and of the table's part.
+
+    Then how often the table's gradient was said to be complete, and the largest tensor's elements.
+    """
+    group = Mesh(tensor=torch.distributed.get_world_size()).tensor
+    box = Box.whole("lm_head.weight", (len(table), table.shape[1]))
+    head = LanguageModelHead(box, group, sequence, None, None, recompute)
+    weight = ShardedParameter(table[head.vocabulary.start : head.vocabulary.stop].clone(), head.weight.pieces)
+    weight.main_grad, said = torch.zeros_like(weight, dtype=torch.float32), []
+    weight.on_accumulated = lambda: said.append(weight.main_grad.clone())
+    head.weight = weight
+    share = len(hidden) // group.size()
+    leaf = (hidden[group.rank() * share :][:share] if sequence else hidden).clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch, Made() as made:
+        patch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
+        terms = head.token_terms(leaf, targets)
+        assert terms.entropy is not None
+        weights = torch.linspace(-1, 2, len(targets))
+        ((terms.log_probabilities + terms.entropy()) * weights).sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(said[-1], weight.main_grad), "it is complete when that is said"
+    return leaf.grad, weight.main_grad, len(said), made.largest
+
+
+@pytest.mark.parametrize(("chunk_bytes", "recompute"), [(2000, False), (10**9, False), (10**9, True)])
+@pytest.mark.parametrize(("num_ranks", "sequence"), [(1, False), (2, False), (2, True)])
+def test_a_policys_loss_with_its_entropy_goes_through_the_head(
+    num_ranks: int, sequence: bool, chunk_bytes: int, recompute: bool
+) -> None:
+    hidden, table, targets = randn(36, 24), randn(101, 24, seed=1, scale=0.2), some_targets(36, 101)
+    inputs = hidden.float(), table.float(), targets, sequence, chunk_bytes, recompute
+    parts = pool.run(head_on_rank, num_ranks, *inputs)
+    leaves = hidden.clone().requires_grad_(), table.clone().requires_grad_()
+    log_p = (leaves[0] @ leaves[1].t()).log_softmax(-1)
+    taken = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0].where(targets >= 0, 0.0)
+    loss = ((taken - (log_p.exp() * log_p).sum(-1)) * torch.linspace(-1, 2, 36)).sum()
+    for_hidden, for_table = torch.autograd.grad(loss, leaves)
+    assert_close(torch.cat([part[0] for part in parts]) if sequence else parts[0][0], for_hidden)
+    assert_close(torch.cat([part[1] for part in parts]), for_table)
+    assert {said for _, _, said, _ in parts} == {1}
+    if chunk_bytes < 4 * 36 * 101 // num_ranks:
+        assert all(largest < 36 * 101 // num_ranks for *_, largest in parts), "no logits of all tokens"
+
+
+def test_a_chunk_has_whole_tiles_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 4 * 11 * 300)
+    weight = torch.empty(11, 8)
+    assert [module.fits_one_chunk(count, weight) for count in (256, 257)] == [True, False]
 
 
 # ---- memory ----
