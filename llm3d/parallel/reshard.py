@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -100,7 +100,17 @@ class HandOver:
         transfers = plan_transfers([one for one, _ in everyones], [other for _, other in everyones])
         self.copied = [t.box for t in transfers if t.source == t.target == self.rank]
         between = in_buckets((t for t in transfers if t.source != t.target), max(1, bucket_bytes // 4))
-        self.buckets = [[t for t in bucket if self.rank in (t.source, t.target)] for bucket in between]
+        self.buckets = [(self._side(bucket, "source"), self._side(bucket, "target")) for bucket in between]
+
+    def _side(self, bucket: Iterable[Transfer], mine: Literal["source", "target"]) -> _Side:
+        """Of a bucket what this rank sends, where it is the source, or receives."""
+        by_rank: list[list[Box]] = [[] for _ in range(self.group.size())]
+        for t in bucket:
+            if getattr(t, mine) == self.rank:
+                by_rank[t.target if mine == "source" else t.source].append(t.box)
+        boxes = [box for some in by_rank for box in some]
+        of_ranks = [sum(box.numel for box in some) for some in by_rank]
+        return _Side([(box, box.numel) for box in boxes], of_ranks, sum(of_ranks))
 
     @torch.no_grad()
     def run(self, source: Views, target: Views) -> Moved:
@@ -109,45 +119,34 @@ class HandOver:
         having, wanting = _Places(source), _Places(target)
         for box in self.copied:
             wanting.part(box).copy_(having.part(box))
-        outgoing, incoming = self._by_rank("source", "target"), self._by_rank("target", "source")
-        packed, arrived = having.empty(_largest(outgoing)), wanting.empty(_largest(incoming))
-        for leaving, coming in zip(outgoing, incoming, strict=True):
-            for box, part in _parts(packed, leaving):
+        packed = having.empty(max((leaving.size for leaving, _ in self.buckets), default=0))
+        arrived = wanting.empty(max((coming.size for _, coming in self.buckets), default=0))
+        for leaving, coming in self.buckets:
+            for box, part in leaving.parts(packed):
                 part.copy_(having.part(box))
-            sizes_out, sizes_in = ([_numel(boxes) for boxes in side] for side in (leaving, coming))
-            ends = arrived[: sum(sizes_in)], packed[: sum(sizes_out)]
-            dist.all_to_all_single(*ends, sizes_in, sizes_out, group=self.group)
-            for box, part in _parts(arrived, coming):
+            ends = arrived[: coming.size], packed[: leaving.size]
+            dist.all_to_all_single(*ends, coming.of_ranks, leaving.of_ranks, group=self.group)
+            for box, part in coming.parts(arrived):
                 wanting.part(box).copy_(part)
-        moved = [sum(_numel(boxes) for bucket in side for boxes in bucket) for side in (incoming, outgoing)]
-        received, sent = (count * packed.itemsize for count in moved)
+        received, sent = (
+            packed.itemsize * sum(bucket[side].size for bucket in self.buckets) for side in (1, 0)
+        )
         return Moved(received, sent, time.perf_counter() - started)
 
-    def _by_rank(self, mine: str, other: str) -> list[list[list[Box]]]:
-        """Of each bucket, for each other end: the boxes of which this rank is the `mine` end, source or target."""
-        return [
-            [
-                [t.box for t in bucket if getattr(t, mine) == self.rank and getattr(t, other) == rank]
-                for rank in range(self.group.size())
-            ]
-            for bucket in self.buckets
-        ]
 
+class _Side(NamedTuple):
+    """What a rank sends, or receives, in a bucket."""
 
-def _numel(boxes: Iterable[Box]) -> int:
-    return sum(box.numel for box in boxes)
+    boxes: list[tuple[Box, int]]  # in the order of the other ends' ranks, with their elements
+    of_ranks: list[int]  # elements for, or from, each rank
+    size: int
 
-
-def _largest(buckets: list[list[list[Box]]]) -> int:
-    return max((sum(map(_numel, bucket)) for bucket in buckets), default=0)
-
-
-def _parts(buffer: Tensor, bucket: list[list[Box]]) -> Iterable[tuple[Box, Tensor]]:
-    """Where a bucket's boxes lie in the buffer, one after the other."""
-    boxes = [box for some in bucket for box in some]
-    sizes = [box.numel for box in boxes]
-    for box, part in zip(boxes, buffer[: sum(sizes)].split(sizes), strict=True):
-        yield box, part.view(box.size)
+    def parts(self, buffer: Tensor) -> Iterable[tuple[Box, Tensor]]:
+        """Where the boxes lie in the buffer, one after the other."""
+        start = 0
+        for box, size in self.boxes:
+            yield box, buffer[start : start + size].view(box.size)
+            start += size
 
 
 class _Places:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llm3d.parallel import reshard
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.reshard import HandOver, Transfer, in_buckets, plan_transfers
+from llm3d.parallel.reshard import HandOver, Transfer, _encoded, in_buckets, plan_transfers
 from llm3d.stages.training import load_first_weights
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
@@ -200,6 +203,43 @@ def test_generation_gets_the_weights_of_training(
     for received, missing, allocated in pool.run(hand_over_on_rank, layout.world_size, model, layout, narrow):
         assert received == missing
         assert allocated <= 2 * BUCKET
+
+
+def sent_nowhere(*_: object, **__: object) -> None:
+    """A collective of a rank that is alone with its plan."""
+
+
+def calls_of_a_run(num_ranks: int) -> int:
+    """Of Python functions and methods, in one hand-over on one rank of so many; of four, each wants a quarter."""
+    box, wanted = (
+        Box.whole("a.weight", (64, 8)),
+        [[Box.whole("a.weight", (64, 8)).rows(16 * i, 16)] for i in range(4)],
+    )
+    boxes = [([box.rows(32 * i, 32)] if i < 2 else [], wanted[i] if i < 4 else []) for i in range(num_ranks)]
+    group = mock.Mock(rank=lambda: 0, size=lambda: num_ranks)
+    encoded = [_encoded(*each) for each in boxes]
+    with mock.patch.object(reshard, "gather_bytes", return_value=encoded):
+        hand_over = HandOver(*boxes[0], group, bucket_bytes=256)
+    source = [(Piece(each), torch.zeros(each.size)) for each in boxes[0][0]]
+    target = [(Piece(each), torch.zeros(each.size)) for each in boxes[0][1]]
+    calls = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    with mock.patch.object(reshard.dist, "all_to_all_single", sent_nowhere):
+        sys.setprofile(count)
+        try:
+            hand_over.run(source, target)
+        finally:
+            sys.setprofile(None)
+    return calls
+
+
+def test_who_sends_what_is_worked_out_once() -> None:
+    """A hand-over costs a rank what it sends and receives, however many ranks there are."""
+    assert calls_of_a_run(512) == calls_of_a_run(8)
 
 
 def ranks_on_rank(layout: Layout, narrow: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
