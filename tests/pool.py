@@ -123,8 +123,9 @@ def _work(rank: int, connection: Connection) -> None:
 def _in_a_new_world(rank: int, store: str, world_size: int, function: Callable[..., Any], args: Any) -> Any:
     import torch.distributed as dist
 
-    from llm3d.parallel.mesh import meet
+    from llm3d.parallel.mesh import meet, prepare_for_many_ranks
 
+    prepare_for_many_ranks()
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     try:
         meet()

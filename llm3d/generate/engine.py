@@ -128,14 +128,14 @@ class Generator:
                 return None
             torch.cuda.empty_cache()  # what other phases have left counts as free
             cache_bytes = int(_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(self.mesh.device)[0])
-        blocks = torch.tensor(-(cache_bytes // self._bytes_a_block()), device=self.mesh.device)
+        blocks = torch.tensor(-(cache_bytes // self._bytes_a_block()))
         return -int(all_reduce_max(blocks, self.mesh.model))
 
     def _bytes_a_block(self) -> int:
         """On the rank with most layers."""
         heads, head_dim = self.stages[0].kv_shape
-        num_layers = torch.tensor(sum(len(stage.numbers) for stage in self.stages), device=self.mesh.device)
-        all_reduce_max(num_layers, self.mesh.pipeline)
+        num_layers = torch.tensor(sum(len(stage.numbers) for stage in self.stages))
+        all_reduce_max(num_layers, self.mesh.model)
         return int(num_layers) * 2 * BLOCK_SIZE * heads * head_dim * self.dtype.itemsize
 
 

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from llm3d.config import LoRASettings
 from llm3d.parallel.boxes import Box, Piece
+from llm3d.parallel.collectives import is_alone
 from llm3d.parallel.layers import LowRankAdapter
 
 
@@ -70,7 +71,7 @@ def _factors(weight: Box, lora: LoRASettings) -> tuple[Box, Box]:
 
 
 def _replicated(box: Box, group: ProcessGroup) -> Piece:
-    return Piece(box, owned=group.rank() == 0, partial=group if group.size() > 1 else None)
+    return Piece(box, owned=group.rank() == 0, partial=None if is_alone(group) else group)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from llm3d.config import LoRASettings, ModelConfig, ParallelConfig
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.llama import LlamaStage
 from llm3d.parallel.boxes import Box, Piece
+from llm3d.parallel.collectives import is_alone
 from llm3d.parallel.mesh import Mesh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,7 +41,7 @@ def build_stages(
                 config,
                 mesh,
                 range(start, start + counts[stage]),
-                sequence_parallel=parallel.sequence and mesh.tensor_size > 1,
+                sequence_parallel=parallel.sequence and not is_alone(mesh.tensor),
                 recompute=recompute,
                 head=head,
                 lora=lora,

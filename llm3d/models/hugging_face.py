@@ -82,8 +82,9 @@ def _sizes(parts: dict[str, list[tuple[int, Box]]], dtype: torch.dtype) -> list[
 
 
 def _of_stages(number: int, mesh: Mesh) -> list[int]:
-    """Each pipeline stage's number, on all of them."""
-    return [int(each) for each in gather_bytes(str(number).encode(), mesh.pipeline)]
+    """Each pipeline stage's number, on all of them; tensor ranks have the same."""
+    numbers = gather_bytes(str(number).encode(), mesh.model)
+    return [int(each) for each in numbers[:: mesh.tensor_size]]
 
 
 def ranks_of_a_copy(flat: FlatParameters) -> ProcessGroup:

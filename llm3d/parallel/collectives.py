@@ -1,4 +1,4 @@
-"""Collectives with their backward, over a tensor group; each is the identity on a group of one."""
+"""Collectives, some with their backward; each is the identity on a group of one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from llm3d.kernels.paper import is_cuda
 # torch 2.13 renamed these two; 2.10 to 2.12 have only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_FEWEST = 2  # ranks that communicate; tests set it to 1, so that one GPU runs what several would
+
+
+def is_alone(group: ProcessGroup) -> bool:
+    """Whether this rank is the group's only one: nothing is sent then, and what was to be sent is the result."""
+    return group.size() < _FEWEST
 
 
 def gather_rows(x: Tensor, group: ProcessGroup, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
@@ -115,7 +122,7 @@ def all_reduce_partial_sums(x: Tensor, group: ProcessGroup) -> Tensor:
     Each rank sends about 2 (n - 1) / n of x. Backward: identity (the gradient is the same on all ranks).
     Shoeybi et al. 2019, section 3, the operator g.
     """
-    return x if group.size() == 1 else _AllReduce.of(x, group)
+    return x if is_alone(group) else _AllReduce.of(x, group)
 
 
 def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -125,7 +132,7 @@ def reduce_scatter_tokens(x: Tensor, group: ProcessGroup) -> Tensor:
     Each rank sends (n - 1) / n of x. Backward: all_gather of the tokens.
     Sequence parallelism, Korthikanti et al. 2022, section 4.2.2.
     """
-    return x if group.size() == 1 else _ReduceScatterTokens.of(x, group)
+    return x if is_alone(group) else _ReduceScatterTokens.of(x, group)
 
 
 def gather_equal_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -134,33 +141,26 @@ def gather_equal_gradients(x: Tensor, group: ProcessGroup) -> Tensor:
     x: [tokens / n, ...] -> [tokens, ...]. Each rank receives n - 1 times x. Backward: this rank's share of the
     gradient, which every rank has whole; nothing is sent.
     """
-    return x if group.size() == 1 else _GatherEqualGradients.of(x, group)
+    return x if is_alone(group) else _GatherEqualGradients.of(x, group)
 
 
 def all_reduce_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum x over the group, in place, without a backward; returns x."""
-    if group.size() > 1:
+    if not is_alone(group):
         dist.all_reduce(x, group=group)
     return x
 
 
 def all_reduce_max(x: Tensor, group: ProcessGroup) -> Tensor:
     """The elements' largest over the group, in place, without a backward; returns x."""
-    if group.size() > 1:
+    if not is_alone(group):
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=group)
-    return x
-
-
-def broadcast_from_last(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Give every rank the last rank's x, in place; returns x."""
-    if group.size() > 1:
-        dist.broadcast(x, group=group, group_src=group.size() - 1)
     return x
 
 
 def gather_bytes(payload: bytes, group: ProcessGroup) -> list[bytes]:
     """Each rank's bytes, in rank order, on every rank; over CPU tensors, without pickle."""
-    if group.size() == 1:
+    if is_alone(group):
         return [payload]
     sizes = torch.zeros(group.size(), dtype=torch.int64)
     sizes[group.rank()] = len(payload)

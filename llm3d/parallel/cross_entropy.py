@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
 from llm3d.kernels.linear import linear, linear_input_gradient
 from llm3d.parallel.boxes import ShardedParameter
-from llm3d.parallel.collectives import gather_rows, scatter_sum_rows
+from llm3d.parallel.collectives import gather_rows, is_alone, scatter_sum_rows
 from llm3d.parallel.layers import add_linear_gradient
 
 # Of logits that exist at once. With bf16 and 128,256 token ids 2,048 tokens: enough that a GPU reads and writes the
@@ -151,7 +151,7 @@ class _EntropyOfHidden(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: ShardedParameter, group: ProcessGroup, sequence: bool
     ) -> Tensor:
-        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and group.size() > 1
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and not is_alone(group)
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
         stats = [_entropy_stats(x[part] @ weight.t()) for part in _chunks(x, weight)]
         entropy, *kept = _entropy(torch.cat(stats, dim=1), group)
@@ -185,7 +185,7 @@ def _entropy(stats: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor
     nowhere = torch.full((stats.shape[1],), -1, dtype=torch.int64, device=stats.device)
     terms, maximum, total = _softmax(stats[:4], nowhere, group)
     mean = stats[4] * (stats[0] - maximum).exp_() / total
-    if group.size() > 1:
+    if not is_alone(group):
         dist.all_reduce(mean, group=group)
     return terms.log_normaliser - mean, maximum, total, mean
 
@@ -243,7 +243,7 @@ class _OfHidden(Function):
         sequence: bool,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and group.size() > 1
+        ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and not is_alone(group)
         local = targets - first_id
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
         stats = [softmax_stats(linear(x[part], weight), local[part]) for part in _chunks(x, weight)]
@@ -275,7 +275,7 @@ def _summed(gradient: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
     """Of the partial sums over the group this rank's tokens', under sequence parallelism, or all."""
     if sequence:
         return scatter_sum_rows(gradient, group)
-    if group.size() > 1:
+    if not is_alone(group):
         dist.all_reduce(gradient, group=group)
     return gradient
 
@@ -283,7 +283,7 @@ def _summed(gradient: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
 def _softmax(stats: Tensor, targets: Tensor, group: ProcessGroup) -> tuple[TokenTerms, Tensor, Tensor]:
     """From [4, tokens] of softmax_stats on each rank: the terms, and maximum and sum of exponentials of whole rows."""
     maximum, total, target, sum_of_logits = stats.unbind()
-    if group.size() > 1:
+    if not is_alone(group):
         everyone = gather_rows(stats[None], group)[0]  # [n, 4, tokens]
         maximum = everyone[:, 0].amax(0)
         total = (everyone[:, 1] * (everyone[:, 0] - maximum).exp()).sum(0)

@@ -27,6 +27,7 @@ from llm3d.parallel.collectives import (
     SumInFlight,
     all_reduce_partial_sums,
     gather_rows,
+    is_alone,
     reduce_scatter_tokens,
 )
 
@@ -155,7 +156,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, box: Box, eps: float, group: ProcessGroup, sequence_parallel: bool = False) -> None:
         super().__init__()
-        partial = group if sequence_parallel and group.size() > 1 else None
+        partial = group if sequence_parallel and not is_alone(group) else None
         self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=partial)])
         self.eps = eps
 
@@ -197,7 +198,7 @@ def column_parallel_linear(
 
 
 def _several(group: ProcessGroup) -> ProcessGroup | None:
-    return group if group.size() > 1 else None
+    return None if is_alone(group) else group
 
 
 def _linear(

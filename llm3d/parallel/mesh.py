@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from llm3d.parallel.collectives import is_alone
+
+# What a group carries where the mesh is on GPUs: tensors of the device, of the host, or both. NCCL makes a communicator
+# on the device at the first use; gloo opens sockets.
+_DEVICE, _HOST, _BOTH = "nccl", "gloo", "cpu:gloo,cuda:nccl"
+
+
+class Communicators(NamedTuple):
+    """How many a rank has, each with its buffers on the device."""
+
+    collective: int
+    pair: int  # for messages to, or from, one neighbour
 
 
 class Mesh:
@@ -20,15 +34,22 @@ class Mesh:
     The rank at (pipeline p, data d, tensor t) is (p * data + d) * tensor + t, so that a tensor group sits on
     neighbouring devices, where the links are fastest, and stages sit furthest apart.
 
-    tensor, data, pipeline: the groups this rank communicates in along each axis.
-    stage: all ranks of this rank's pipeline stage (tensor x data).
-    model: all ranks of this rank's model replica (tensor x pipeline).
-    embedding: first and last stage of this pipeline; None on other stages, and with one stage.
-    everyone: all ranks.
-    channels: one group per direction of pipeline traffic, so that the messages between two ranks on a channel
-        all flow one way and match first-in first-out: (forward or backward, wraps from last to first rank).
+    everyone: all ranks; the world itself.
+    tensor, data: the groups this rank communicates in along each axis.
+    stage: all ranks of this rank's pipeline stage (tensor x data). For tensors in host memory.
+    model: all ranks of this rank's model replica (tensor x pipeline). For tensors in host memory.
+    embedding: first and last stage of this pipeline, for tensors on the device; None on other stages, and with one
+        stage.
+    channels: one group of this pipeline's ranks per direction of its traffic, so that the messages between two ranks
+        on a channel all flow one way and match first-in first-out: (forward or backward, wraps from last to first
+        rank). For tensors on the device.
 
-    All ranks construct their meshes in the same order: each rank takes part in making every group.
+    What a rank opens does not grow with the world, but for sockets that it uses: at most 4 communicators over groups
+    and 4 with neighbours (`tensor_blocks` adds one), and none for itself alone. A group with no other rank only says
+    its size. Groups of the same ranks are one.
+
+    All ranks construct their meshes in the same order: each rank numbers every group, for torch tells groups apart by
+    their numbers. That takes microseconds a group; a rank that is not in it opens nothing.
     """
 
     def __init__(
@@ -37,8 +58,12 @@ class Mesh:
         pipeline: int = 1,
         device: torch.device | str = "cpu",
         ranks: np.ndarray | None = None,
+        known: dict[tuple[int, ...], list[_Group]] | None = None,
     ) -> None:
-        """ranks: [pipeline, data, tensor], another order of the world's ranks, rising along each axis."""
+        """ranks: [pipeline, data, tensor], another order of the world's ranks, rising along each axis.
+
+        known: groups that are there already, by their ranks.
+        """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         assert self.size % (tensor * pipeline) == 0, "configuration guarantees a world size that fits"
         self.device = torch.device(device)
@@ -50,7 +75,7 @@ class Mesh:
         self.pipeline_rank, self.data_rank, self.tensor_rank = (
             int(i[0]) for i in np.nonzero(self.ranks == self.rank)
         )
-        self._groups: dict[tuple[int, ...], ProcessGroup] = {}
+        self._groups = {} if known is None else known
         self._make_groups()
         self._connect()
 
@@ -64,64 +89,75 @@ class Mesh:
         fewer_stages, fewer_parts = self.pipeline_size // pipeline, self.tensor_size // tensor
         ranks = self.ranks.reshape(pipeline, fewer_stages, self.data_size, tensor, fewer_parts)
         ranks = ranks.transpose(0, 1, 2, 4, 3).reshape(pipeline, -1, tensor)
-        return Mesh(tensor, pipeline, self.device, ranks)
+        return Mesh(tensor, pipeline, self.device, ranks, self._groups)
 
     def _make_groups(self) -> None:
-        ranks = self.ranks
-        self.everyone = self._mine(ranks.reshape(1, -1))
-        self.tensor = self._mine(ranks.reshape(-1, self.tensor_size))
+        ranks, pipelines = self.ranks, self.ranks.transpose(1, 2, 0).reshape(-1, self.pipeline_size)
+        self.everyone = whole_world()
+        self._groups.setdefault(tuple(range(self.size)), [_Group(self.everyone, _BOTH)])
+        self.tensor = self._mine(ranks.reshape(-1, self.tensor_size), urgent=True)
         self.data = self._mine(ranks.transpose(0, 2, 1).reshape(-1, self.data_size))
-        pipelines = ranks.transpose(1, 2, 0).reshape(-1, self.pipeline_size)
-        self.pipeline = self._mine(pipelines)
-        self.stage = self._mine(ranks.reshape(self.pipeline_size, -1))
-        self.model = self._mine(ranks.transpose(1, 0, 2).reshape(self.data_size, -1))
         self.embedding: ProcessGroup | None = None
         self.channels: dict[tuple[str, bool], ProcessGroup] = {}
         if self.pipeline_size > 1:
-            ends = self._mine(pipelines[:, [0, -1]])
+            ends = self._mine(pipelines[:, [0, -1]], _DEVICE)
             self.embedding = ends if self.is_first_stage or self.is_last_stage else None
             for direction in ("forward", "backward"):
                 for wraps in (False, True):
-                    self.channels[direction, wraps] = self._mine(pipelines, shared=False)
+                    self.channels[direction, wraps] = self._mine(pipelines, _DEVICE, shared=False)
+        self.stage = self._mine(ranks.reshape(self.pipeline_size, -1), _HOST)
+        self.model = self._mine(ranks.transpose(1, 0, 2).reshape(self.data_size, -1), _HOST)
 
-    def _mine(self, groups: np.ndarray, shared: bool = True) -> ProcessGroup:
+    def _mine(
+        self, rows: np.ndarray, carries: str = _BOTH, shared: bool = True, urgent: bool = False
+    ) -> ProcessGroup:
         """Make a process group of each row of ranks; -> the one that this rank is in.
 
-        shared: groups of the same ranks are one. A rank in none of them gets a placeholder that it never uses.
+        shared: one that is there already will do.  urgent: what goes over it is not to wait for what computes.
+        A rank in none of them gets a placeholder that it never uses.
         """
+        if rows.shape[1] == 1 < self.size:
+            return ProcessGroup(dist.HashStore(), 0, 1)
         mine: Any = None
-        for row in groups.tolist():
-            group = self._groups.get(tuple(row)) if shared else None
-            if group is None:
-                group = dist.new_group(row)
-            if shared:
-                self._groups[tuple(row)] = group
-            mine = group if self.rank in row else mine
+        for row in rows.tolist():
+            there = self._groups.setdefault(tuple(sorted(row)), [])
+            fitting = [each for each in there if each.carries in (carries, _BOTH) and each.urgent >= urgent]
+            if self.size == 1:
+                fitting = there
+            if not (shared and fitting):
+                fitting = [_Group(self._new(row, carries, urgent), carries, urgent)]
+                there += fitting if shared else []
+            mine = fitting[0].group if self.rank in row else mine
         return mine
+
+    def _new(self, ranks: list[int], carries: str, urgent: bool) -> Any:
+        if self.device.type != "cuda":
+            return dist.new_group(ranks)
+        if not urgent:
+            return dist.new_group(ranks, backend=carries)
+        # In backward the sum of an input's gradient over the tensor group and the product that is the weight's
+        # gradient are ready at the same moment. On a stream of usual priority the sum would wait until all of the
+        # product's blocks have had their turn, and what is computed next would wait for the sum; on one of high
+        # priority it takes the first multiprocessors that become free.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        return dist.new_group(ranks, timeout=options._timeout, backend=carries, pg_options=options)
 
     def tensor_blocks(self, size: int) -> ProcessGroup:
         """This rank's block, where tensor groups are cut into blocks of `size` neighbours. Called by all ranks."""
         block = self._mine(self.ranks.reshape(-1, size))
-        dist.all_reduce(self._token(), group=block)
+        self._use(block)
         return block
 
     def _connect(self) -> None:
-        """Use every group and channel once, in one order on all ranks.
+        """Use every group and channel that carries the device's tensors once, in one order on all ranks.
 
-        NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a
-        schedule, which is free of deadlocks only where posting a receive blocks nothing, that could be forever.
-        Not `stage`: it carries checkpoints, from host to host.
+        NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a schedule
+        that could be forever.
         """
-        for group in (
-            self.everyone,
-            self.tensor,
-            self.data,
-            self.pipeline,
-            self.model,
-            self.embedding,
-        ):
+        self._used: set[ProcessGroup] = set()
+        for group in (self.everyone, self.tensor, self.data, self.embedding):
             if group is not None:
-                dist.all_reduce(self._token(), group=group)
+                self._use(group)
         for (direction, wraps), channel in self.channels.items():
             for stage in range(self.pipeline_size):
                 following = (stage + 1) % self.pipeline_size
@@ -129,6 +165,16 @@ class Mesh:
                     self._transfer(
                         channel, *((stage, following) if direction == "forward" else (following, stage))
                     )
+
+    def _use(self, group: ProcessGroup) -> None:
+        if not is_alone(group) and group not in self._used:
+            dist.all_reduce(self._token(), group=group)
+            self._used.add(group)
+
+    @property
+    def communicators(self) -> Communicators:
+        """Of this rank, where the mesh is on GPUs: of its groups, and to and from either neighbour in the pipeline."""
+        return Communicators(len(self._used), len(self.channels))
 
     def _transfer(self, channel: ProcessGroup, source: int, target: int) -> None:
         if self.pipeline_rank == source:
@@ -149,6 +195,12 @@ class Mesh:
 
     def __str__(self) -> str:
         return f"tensor {self.tensor_size} x pipeline {self.pipeline_size} x data {self.data_size}"
+
+
+class _Group(NamedTuple):
+    group: Any  # or a placeholder, where this rank is not in it
+    carries: str
+    urgent: bool = False
 
 
 def whole_world() -> ProcessGroup:
@@ -185,21 +237,34 @@ def start_process_group() -> torch.device:
     GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo.
     """
     device = device_of_this_process()
+    prepare_for_many_ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # The same run gives the same bits, which resuming promises.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        backend = "cpu:gloo,cuda:nccl"
+        backend = _BOTH
     else:
-        backend = "gloo"
+        backend = _HOST
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     meet()
     return device
+
+
+def prepare_for_many_ranks() -> None:
+    """Before a process group is made: let gloo connect two ranks when they first talk, and allow as many connections
+    as the system does.
+
+    Without this every rank connects to every other of each of its groups, and reads from the one store a record from
+    each of them that is as long as the group: of n ranks in all n^3 bytes.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def meet() -> None:

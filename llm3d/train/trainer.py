@@ -19,7 +19,7 @@ from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.boxes import Piece
-from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_from_last
+from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.products import choose_products
@@ -141,13 +141,16 @@ class Evaluator:
         """From the last stage's numbers: those of all data ranks, on every rank."""
         num_sums, num_maxima = 1 + len(self.objective.sums), len(self.objective.maxima)
         sums = torch.zeros(num_sums, device=self.mesh.device, dtype=torch.float64)
-        maxima = sums.new_zeros(num_maxima)
-        if outputs is not None:
+        maxima = sums.new_full((num_maxima,), -math.inf)
+        if outputs is not None and self.mesh.tensor_rank == 0:  # all tensor ranks have the same
             stacked = torch.stack(outputs).double()  # [microbatches, numbers]
-            sums += all_reduce_sum(stacked[:, :num_sums].sum(0), self.mesh.data)
+            sums += stacked[:, :num_sums].sum(0)
             if num_maxima:
-                maxima += all_reduce_max(stacked[:, num_sums:].amax(0), self.mesh.data)
-        numbers = broadcast_from_last(torch.cat([sums, maxima]), self.mesh.pipeline).tolist()
+                maxima = stacked[:, num_sums:].amax(0)
+        all_reduce_sum(sums, self.mesh.everyone)
+        if num_maxima:
+            all_reduce_max(maxima, self.mesh.everyone)
+        numbers = torch.cat([sums, maxima]).tolist()
         return Tally(tuple(numbers[:num_sums]), tuple(numbers[num_sums:]), num_terms)
 
 

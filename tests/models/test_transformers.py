@@ -140,16 +140,17 @@ def make_trainer(layout: Layout, directory: Path) -> Trainer:
 def whole_logits(trainer: Trainer, batch: Microbatch) -> Tensor | None:
     """fp32 [tokens, vocab_size] on the last stage. One chunk a rank; the stages run one after the other."""
     mesh, (stage,) = trainer.mesh, trainer.stages
+    channel = mesh.channels.get(("forward", False))
     hidden = None
     for sender in range(mesh.pipeline_size):
         if mesh.pipeline_rank == sender:
             hidden = stage.transform(hidden, batch)
             if sender + 1 < mesh.pipeline_size:
-                torch.distributed.send(hidden, group=mesh.pipeline, group_dst=sender + 1)
+                torch.distributed.send(hidden, group=channel, group_dst=sender + 1)
         elif mesh.pipeline_rank == sender + 1:
             tokens = len(batch.tokens) // (mesh.tensor_size if trainer.config.parallel.sequence else 1)
             hidden = torch.empty(tokens, trainer.config.model.hidden_size, dtype=trainer.dtype)
-            torch.distributed.recv(hidden, group=mesh.pipeline, group_src=sender)
+            torch.distributed.recv(hidden, group=channel, group_src=sender)
     if stage.head is None:
         return None
     local = stage.head.logits(hidden).float()

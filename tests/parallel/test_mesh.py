@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from typing import NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from llm3d.parallel.mesh import Mesh
 from tests import pool
+from tests.pool import spawn
 
 WORLD = 8
 LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) if WORLD % (t * p) == 0] + [
@@ -28,17 +32,21 @@ class Place(NamedTuple):
     ends: tuple[bool, bool]
 
 
+def members(group: dist.ProcessGroup) -> list[int]:
+    """A rank's group of itself is none that torch knows."""
+    return [dist.get_rank()] if group.size() == 1 else dist.get_process_group_ranks(group)
+
+
 def place_on_rank(tensor: int, pipeline: int) -> Place:
     mesh = Mesh(tensor, pipeline)
-    names = ("tensor", "data", "pipeline", "model", "everyone")
-    members = dist.get_process_group_ranks
+    names = ("tensor", "data", "stage", "model", "everyone")
     return Place(
         (mesh.pipeline_rank, mesh.data_rank, mesh.tensor_rank),
         (mesh.pipeline_size, mesh.data_size, mesh.tensor_size),
         {name: members(getattr(mesh, name)) for name in names},
         members(mesh.embedding) if mesh.embedding is not None else None,
         [members(group) for group in mesh.channels.values()],
-        len({id(group) for group in [*mesh.channels.values(), mesh.pipeline]}),
+        len({id(group) for group in [*mesh.channels.values(), mesh.everyone]}),
         (mesh.is_first_stage, mesh.is_last_stage),
     )
 
@@ -66,7 +74,7 @@ def test_ranks_are_laid_out_tensor_fastest_then_data_then_pipeline(tensor: int, 
         assert place.groups == {
             "tensor": ranks_where(p, d, None),
             "data": ranks_where(p, None, t),
-            "pipeline": pipeline_ranks,
+            "stage": ranks_where(p, None, None),
             "model": ranks_where(None, d, None),
             "everyone": list(range(world)),
         }
@@ -75,6 +83,23 @@ def test_ranks_are_laid_out_tensor_fastest_then_data_then_pipeline(tensor: int, 
         assert place.embedding == ([pipeline_ranks[0], pipeline_ranks[-1]] if at_an_end else None)
         assert place.channels == ([pipeline_ranks] * 4 if pipeline > 1 else [])
         assert place.num_channels == (5 if pipeline > 1 else 1), "messages on two channels never meet"
+
+
+def sockets() -> int:
+    paths = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(path).startswith("socket:") for path in paths if os.path.islink(path))
+
+
+@spawn(world_size=8)
+def test_ranks_connect_when_they_first_talk(mesh: Mesh) -> None:
+    """A sum goes round a ring: it takes two neighbours of a group's seven."""
+    before = sockets()
+    group = dist.new_group()
+    assert sockets() - before <= 1, "it listens"
+    dist.all_reduce(torch.zeros(1), group=group)
+    assert sockets() - before <= 3
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert soft == hard, "there may be as many as the system allows"
 
 
 def blocks_on_rank(tensor: int, size: int) -> list[int]:

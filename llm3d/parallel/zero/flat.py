@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from llm3d.config import ZeroConfig
 from llm3d.kernels.gradient_norm import squared_norm
 from llm3d.parallel.boxes import Piece, ShardedParameter
-from llm3d.parallel.collectives import SumInFlight
+from llm3d.parallel.collectives import SumInFlight, all_reduce_sum, is_alone
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.unit import FlatUnit
 
@@ -72,7 +72,7 @@ class FlatParameters:
         gradient_dtype: torch.dtype = torch.float32,
     ) -> None:
         zero = zero or ZeroConfig()
-        sharded = mesh.data_size > 1 and (trainable or zero.stage == 3)
+        sharded = not is_alone(mesh.data) and (trainable or zero.stage == 3)
         self.mesh, self.dtype, self.prefetch = mesh, dtype, zero.prefetch
         self.stage = zero.stage if sharded else 0
         self.units: list[FlatUnit] = []
@@ -154,7 +154,7 @@ class FlatParameters:
         elif self.stage == 1 and left == 0:
             assert unit.whole_gradients is not None
             self._start_sum(unit, unit.whole_gradients, add=False)
-        elif self.stage == 0 and left == 0 and self.mesh.data_size > 1:
+        elif self.stage == 0 and left == 0 and not is_alone(self.mesh.data):
             work = dist.all_reduce(unit.gradients, group=self.mesh.data, async_op=True)
             assert work is not None, "this rank is in its data group"
             self._reductions.append(work)
@@ -229,11 +229,11 @@ class FlatParameters:
     def gradient_norm(self) -> Tensor:
         """fp64 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for unit, ranges in zip(self.units, self._owned, strict=True):
-            for part in ranges:
-                squares += squared_norm(unit.gradients[part])[0]
-        dist.all_reduce(squares, group=self.mesh.everyone if self.stage else self.mesh.model)
-        return squares.sqrt()
+        if self.num_replicas == 1 or self.mesh.data_rank == 0:  # of copies one is counted
+            for unit, ranges in zip(self.units, self._owned, strict=True):
+                for part in ranges:
+                    squares += squared_norm(unit.gradients[part])[0]
+        return all_reduce_sum(squares, self.mesh.everyone).sqrt()
 
     # ---- parameters ----
 
