@@ -43,9 +43,9 @@ def main() -> None:
     )
     say("3. Pretraining on two processes that share every layer (tensor parallelism), stopped half-way")
     layouts = ["parallel.tensor=2 parallel.sequence=true", "parallel.pipeline=2 batch.micro=2"]
-    run(f"launch/torchrun.sh 2 pretrain {CONFIG} {layouts[0]} train.stop_after={HALF_WAY}")
+    run_on(2, f"pretrain {CONFIG} {layouts[0]} train.stop_after={HALF_WAY}")
     say("4. The same run goes on as two pipeline stages: a checkpoint fits any layout")
-    run(f"launch/torchrun.sh 2 pretrain {CONFIG} {layouts[1]}")
+    run_on(2, f"pretrain {CONFIG} {layouts[1]}")
     say("5. Perplexity on documents that it has not seen, on one process")
     run(f"llm3d eval {CONFIG}")
     plot_losses(RUN / "metrics.jsonl", DEMO / "loss.png", layouts)
@@ -64,6 +64,15 @@ def run(command: str) -> None:
     code = subprocess.run(shlex.split(command), env=environment, check=False).returncode
     if code:
         sys.exit(code)
+
+
+def run_on(processes: int, command: str) -> None:
+    """A command of llm3d on several processes, whatever the machine has: each takes a GPU, or all share the CPU."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    on_cpu = " run.device=cpu" if 0 < gpus < processes else ""
+    run(f"launch/torchrun.sh {processes} {command}{on_cpu}")
 
 
 def write_corpus(path: Path) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from demo import DEMO, HERE, RUN, docstrings, run, say
+from demo import DEMO, HERE, RUN, docstrings, run, run_on, say
 
 HELD_OUT = 200  # questions that no model sees in training
 ASKED = 3  # of them, at the end
@@ -45,15 +45,16 @@ def main() -> None:
         f"data.train={DEMO}/pairs.jsonl data.valid={DEMO}/pairs-held-out.jsonl {COMMON} train.eval_every=40"
     )
     config = "configs/stages/reward.yaml"
-    run(
-        f"launch/torchrun.sh 2 reward {config} model.path={tuned} {data} run.dir={DEMO}/reward optim.lr=5e-4 "
-        "parallel.pipeline=2"
+    run_on(
+        2,
+        f"reward {config} model.path={tuned} {data} run.dir={DEMO}/reward optim.lr=5e-4 parallel.pipeline=2",
     )
     say("4. DPO with low-rank adapters: the fine-tuned model itself prefers order. On two data ranks")
     config = "configs/stages/dpo.yaml"
-    run(
-        f"launch/torchrun.sh 2 dpo {config} model.path={tuned} {data} run.dir={DEMO}/dpo optim.lr=1e-4 "
-        "lora.rank=16 zero.stage=1 dpo.rpo_alpha=1"
+    run_on(
+        2,
+        f"dpo {config} model.path={tuned} {data} run.dir={DEMO}/dpo optim.lr=1e-4 "
+        "lora.rank=16 zero.stage=1 dpo.rpo_alpha=1",
     )
     say("5. The adapters merged into a plain Hugging Face directory")
     run(f"llm3d export {latest(DEMO / 'dpo')} --output {DEMO}/answers --overwrite")

@@ -10,7 +10,7 @@ shift 2
 python=${PYTHON:-python}
 
 # What is wrong with settings or data is said once and ends with code 2, before torchrun starts anything.
-WORLD_SIZE="$processes" "$python" -m llm3d "$command" "$@" --check
+WORLD_SIZE="$processes" LOCAL_WORLD_SIZE="$processes" "$python" -m llm3d "$command" "$@" --check
 
 # Processes that each take every core get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

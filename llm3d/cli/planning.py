@@ -73,4 +73,5 @@ def say_memory(settings: PPOConfig) -> None:
 
     if os.environ.get("RANK", "0") == "0":
         with suppress(InputError):
-            print(memory_of_phases(settings, world_size_here(), device_of_this_process().type), flush=True)
+            device = device_of_this_process(settings.run.device)
+            print(memory_of_phases(settings, world_size_here(), device.type), flush=True)

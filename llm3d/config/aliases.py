@@ -103,6 +103,7 @@ _OF: dict[str, str] = {  # our setting, and what others call it
     "log.every": "logging_steps log_interval log_freq log_every",
     "log.tensorboard": "report_to enable_tensorboard tensorboard_dir logging_dir",
     "run.seed": "random_seed data_seed",
+    "run.device": "use_cpu no_cuda device_type accelerator",
     "lora.rank": "lora_r r lora_rank use_lora use_peft finetuning_type",
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",

@@ -114,6 +114,8 @@ class RunConfig(Section):
     dir: Name
     """Where config.yaml, metrics.jsonl, TensorBoard events and checkpoints go."""
     seed: Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(whole)] = 1234
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of each process. auto: a GPU of its own, or the CPU on a machine without one; cuda: a GPU, or an error."""
 
 
 class ParallelConfig(Section):
@@ -160,7 +162,7 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of forward and backward; master weights are fp32. fp16 scales the loss."""
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed in, over microbatches and over ranks."""
+    """What gradients are summed in over microbatches and over ranks."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """What the optimizer's moments are kept in; bf16 is rounded stochastically."""
     loss_scale: LossScaleConfig = LossScaleConfig()

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from llm3d.errors import InputError
 from llm3d.parallel.collectives import is_alone
+from llm3d.wording import counted
 
 # What a group carries where the mesh is on GPUs: tensors of the device, of the host, or both. NCCL makes a communicator
 # on the device at the first use; gloo opens sockets.
@@ -211,9 +213,9 @@ def whole_world() -> ProcessGroup:
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """The world, for the time of the block; -> this rank's device."""
-    device = start_process_group()
+def process_group(wanted: str = "auto") -> Iterator[torch.device]:
+    """The world, for the time of the block; -> this rank's device. wanted: run.device."""
+    device = start_process_group(wanted)
     try:
         yield device
     except BaseException:
@@ -224,19 +226,32 @@ def process_group() -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def device_of_this_process() -> torch.device:
-    """The GPU of this process's number on its host; the CPU where there is none."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+def device_of_this_process(wanted: str = "auto") -> torch.device:
+    """run.device: of `cuda` the GPU of this process's number on its host, `auto`: the CPU where there is none.
+
+    Raises InputError where there is no GPU for each of the host's processes.
+    """
+    gpus = 0 if wanted == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+    if not gpus and wanted == "cuda":
+        raise InputError("run.device: cuda, but there is no GPU that torch can use; auto takes the CPU then")
+    if not gpus:
+        return torch.device("cpu")
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), rank + 1)
+    if processes > gpus:
+        raise InputError(
+            f"run.device: {wanted}, but there are {processes} processes on this machine and "
+            f"{counted(gpus, 'GPU')}; start one for each, or set run.device=cpu"
+        )
+    return torch.device("cuda", rank)
 
 
-def start_process_group() -> torch.device:
+def start_process_group(wanted: str = "auto") -> torch.device:
     """Join the world that the environment describes (RANK and WORLD_SIZE; none: a world of one); -> this rank's device.
 
-    GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo.
+    GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo. wanted: run.device.
     """
-    device = device_of_this_process()
+    device = device_of_this_process(wanted)
     prepare_for_many_ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -40,7 +40,7 @@ class Validation(NamedTuple):
 
 def run(config: Config) -> None:
     """Print the objective's numbers over data.valid: all of it, or train.eval_steps batches."""
-    with process_group() as device:
+    with process_group(config.run.device) as device:
         with input_errors_on_all(whole_world()):
             opened = check(config)
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, device)
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> Validation | OpenedPPO:
     """Open what the settings name; raise InputError where it cannot be used."""
-    device = device_of_this_process()
+    device = device_of_this_process(config.run.device)
     backend.use(config.kernels.backend, device)
     attention.use(config.kernels.attention, device)
     if not config.data.valid:

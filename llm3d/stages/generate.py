@@ -64,7 +64,7 @@ class PromptEncoder:
         """Raises InputError where something cannot be used."""
         if isinstance(config, RewardConfig):
             raise InputError("a reward model scores replies and writes none; name another stage's settings")
-        device = device_of_this_process()
+        device = device_of_this_process(config.run.device)
         backend.use(config.kernels.backend, device)
         attention.use(config.kernels.attention, device)
         self.config, tokenizer = open_tokenizer(generation_layout(config))
@@ -238,7 +238,7 @@ def _check_output(wanted: Wanted) -> None:
 
 def run(config: Config, wanted: Wanted) -> None:
     """Write what is wanted, from the run's latest checkpoint or the model that the settings name."""
-    with process_group() as device:
+    with process_group(config.run.device) as device:
         if device.type == "cpu":
             keep_freed_memory()
         with input_errors_on_all(whole_world()):

@@ -90,7 +90,7 @@ class Opened(Protocol):
 
 def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
     """Train to the run's last step, going on from the run directory's latest checkpoint if there is one."""
-    with process_group() as device:
+    with process_group(config.run.device) as device:
         if device.type == "cpu":
             keep_freed_memory()
         elif config.zero.offload != "none":
@@ -102,7 +102,7 @@ def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
 
 def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
     """Open all that the settings name. Raises InputError where it cannot be used."""
-    device = device_of_this_process()
+    device = device_of_this_process(config.run.device)
     backend.use(config.kernels.backend, device)
     attention.use(config.kernels.attention, device)
     opened = open_stage(config)
