@@ -56,6 +56,7 @@ _OF: dict[str, str] = {  # our setting, and what others call it
     "precision.compute=fp16": "fp16 half float16",
     "precision.compute=fp32": "fp32 tf32 float32",
     "precision.gradients": "grad_reduce_in_fp32 mixed_precision_reduce accumulate_allreduce_grads_in_fp32",
+    "precision.reduce_dtype": "grad_reduce_in_bf16 communication_data_type",
     "precision.loss_scale.initial": "initial_loss_scale initial_scale_power",
     "precision.loss_scale.growth_interval": "loss_scale_window",
     "recompute": "gradient_checkpointing activation_checkpoint activation_checkpointing recompute_granularity "
@@ -202,6 +203,7 @@ _VALUES: dict[str, dict[str, str]] = {
     },
     "precision.compute": _DTYPES,
     "precision.gradients": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
+    "precision.reduce_dtype": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
     "precision.moments": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
     "recompute": {
         "true": "full",

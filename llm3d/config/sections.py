@@ -162,7 +162,10 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of forward and backward; master weights are fp32. fp16 scales the loss."""
     gradients: Literal["fp32", "bf16"] = "fp32"
-    """What gradients are summed in over microbatches and over ranks."""
+    """What gradients are summed in over microbatches, and over ranks where reduce_dtype does not say otherwise."""
+    reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """Gradient reduction dtype: what gradients are sent and summed in over data ranks; bf16 with fp32 gradients halves
+    the traffic. Null: as gradients."""
     moments: Literal["fp32", "bf16"] = "fp32"
     """What the optimizer's moments are kept in; bf16 is rounded stochastically."""
     loss_scale: LossScaleConfig = LossScaleConfig()

@@ -66,7 +66,8 @@ class Evaluator:
         self._check_host_memory(trainable)
         self._choose_products()
         gradients = DTYPES[config.precision.gradients]
-        self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients)
+        reduce = DTYPES[config.precision.reduce_dtype or config.precision.gradients]
+        self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients, reduce)
         tokens_a_row = mesh.tensor_size if config.parallel.sequence else 1
         self.pipeline = Pipeline(mesh, self.stages, config.model.hidden_size, self.dtype, tokens_a_row)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from llm3d.errors import InputError
+from llm3d.parallel import collectives
 from llm3d.parallel.agreement import first_failure, input_errors_on_all
 from llm3d.parallel.collectives import (
     SumInFlight,
@@ -73,6 +76,40 @@ def test_a_sum_in_flight_lands_where_it_is_wanted(mesh: Mesh, dtype: torch.dtype
     own = x[mesh.tensor_rank : mesh.tensor_rank + 1]
     SumInFlight(x, mesh.tensor).finish(own)
     assert torch.equal(x[mesh.tensor_rank], expected), "it may overwrite what was sent"
+
+
+def parts_of_sums(mesh: Mesh, x: Tensor, in_place: bool) -> list[Tensor]:
+    """x summed where reduce-scatter is a collective of its own, and the memory that was made for it."""
+    with mock.patch.object(collectives, "is_cuda", return_value=True):
+        flying = SumInFlight(x, mesh.tensor, in_place=in_place)
+    return [flying.finish(), flying.result]
+
+
+@spawn(world_size=3, tensor=3)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_may_land_in_what_was_sent(mesh: Mesh, in_place: bool) -> None:
+    x = values(mesh.tensor_rank, 6)
+    total_of_rank, result = parts_of_sums(mesh, x, in_place)
+    own = slice(2 * mesh.tensor_rank, 2 * mesh.tensor_rank + 2)
+    assert torch.equal(total_of_rank, total(3, 6)[own])
+    assert (result.data_ptr() == x[own].data_ptr()) == in_place, "then no memory is taken"
+
+
+@spawn(world_size=4, tensor=4)
+@pytest.mark.parametrize("native", [False, True])
+def test_a_narrower_sum_is_rounded_but_lands_in_full_precision(mesh: Mesh, native: bool) -> None:
+    x = [torch.randn(8, 64, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
+    mine, own = x[mesh.tensor_rank].clone(), slice(2 * mesh.tensor_rank, 2 * mesh.tensor_rank + 2)
+    into = torch.empty(2, 64)
+    with mock.patch.object(collectives, "is_cuda", return_value=native):
+        flying = SumInFlight(mine, mesh.tensor, torch.bfloat16)
+    assert flying.finish(into) is into
+    assert torch.equal(mine, x[mesh.tensor_rank]), "what was to be summed is as it was"
+    # Each rank's part is rounded once; a sum that is taken in bf16 also after each of the three additions.
+    error = (into - sum(x)[own]).abs()
+    magnitude = sum(part.abs() for part in x)[own]
+    assert (error <= (4 if native else 1) * 2**-8 * magnitude + 1e-6).all()
+    assert error.max() > 2**-12, "it was bf16 that travelled"
 
 
 @spawn(world_size=4, tensor=4)

@@ -20,8 +20,6 @@ from llm3d.parallel.collectives import SumInFlight, all_reduce_sum, is_alone
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.unit import FlatUnit
 
-SUMS_IN_FLIGHT = 1  # units whose gradients are under way to other ranks while the next one's are computed
-
 
 class Stage(Protocol):
     """What a pipeline stage says of itself; `llm3d.models.llama.LlamaStage` is one."""
@@ -41,10 +39,33 @@ class _Stop:
     in_backward: bool  # whether backward reads the weights
 
 
+class _AllReduceInFlight:
+    """Gradients, flat, being summed over a group, in `dtype`; every rank gets all of the sum.
+
+    Each rank sends about 2 (n - 1) / n of them.
+    """
+
+    def __init__(self, x: Tensor, group: ProcessGroup, dtype: torch.dtype) -> None:
+        self.sent = x.to(dtype)
+        self.nbytes = 0 if self.sent is x else self.sent.nbytes
+        work = dist.all_reduce(self.sent, group=group, async_op=True)
+        assert work is not None, "this rank is in the group"
+        self.work = work
+
+    def finish(self, into: Tensor, add: bool = False) -> Tensor:
+        """Wait; -> the sum, in `into`, all of x."""
+        assert not add, "there is one sum a step"
+        self.work.wait()
+        return into.copy_(self.sent) if self.nbytes else into
+
+
 class _Sum(NamedTuple):
+    """Of a unit's gradients over the data group. nbytes: what it takes beside what is kept from step to step."""
+
     unit: FlatUnit
-    flying: SumInFlight
+    flying: SumInFlight | _AllReduceInFlight
     add: bool
+    nbytes: int
 
 
 class FlatParameters:
@@ -55,6 +76,9 @@ class FlatParameters:
     parameters: this rank's shard of each unit, the compute dtype.
     gradients: this rank's shard of each unit, `gradient_dtype`; absent with trainable=False.
     Without data parallelism, and in stage 0, a shard is the whole unit.
+
+    Gradients are sent in `reduce_dtype`. Sums over the data group that are taken where gradients are kept anyway all
+    run beside the backward pass. Others take memory: no more of it at a time than one unit's gradients, or one sum.
 
     What a rank sends a step over the data group of n, of P bytes of parameters or gradients and M microbatches, each
     times (n - 1) / n: stage 0: 2 P. Stage 1: P of gradients, P of parameters. Stage 2: M P of gradients, P of
@@ -70,7 +94,9 @@ class FlatParameters:
         zero: ZeroConfig | None = None,
         trainable: bool = True,
         gradient_dtype: torch.dtype = torch.float32,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
+        """reduce_dtype: None, as gradient_dtype."""
         zero = zero or ZeroConfig()
         sharded = not is_alone(mesh.data) and (trainable or zero.stage == 3)
         self.mesh, self.dtype, self.prefetch = mesh, dtype, zero.prefetch
@@ -86,8 +112,8 @@ class FlatParameters:
                     _watch(module, _Passage(self, path, i))
         if trainable:
             self._prepare_gradients(gradient_dtype)
+            self.reduce_dtype = reduce_dtype or gradient_dtype
         self._sums: deque[_Sum] = deque()
-        self._reductions: list[dist.Work] = []
 
     def _stop(self, module: nn.Module, trainable: bool) -> _Stop:
         """Make units of the module's parameters that no module before it has: the frozen ones apart."""
@@ -151,18 +177,24 @@ class FlatParameters:
         if self.stage >= 2 and left % unit.uses == 0:
             first = left == unit.uses * (self._num_microbatches - 1)
             self._start_sum(unit, unit.detach(), add=not first)
-        elif self.stage == 1 and left == 0:
+        elif self.stage < 2 and left == 0 and not is_alone(self.mesh.data):
             assert unit.whole_gradients is not None
             self._start_sum(unit, unit.whole_gradients, add=False)
-        elif self.stage == 0 and left == 0 and not is_alone(self.mesh.data):
-            work = dist.all_reduce(unit.gradients, group=self.mesh.data, async_op=True)
-            assert work is not None, "this rank is in its data group"
-            self._reductions.append(work)
 
     def _start_sum(self, unit: FlatUnit, gradients: Tensor, add: bool) -> None:
-        while len(self._sums) >= SUMS_IN_FLIGHT:
+        while self._sums and self._are_enough(self._sums[-1]):
             self._finish_sum()
-        self._sums.append(_Sum(unit, SumInFlight(gradients, self.mesh.data), add))
+        flying: SumInFlight | _AllReduceInFlight
+        if self.stage:
+            flying = SumInFlight(gradients, self.mesh.data, self.reduce_dtype, in_place=True)
+        else:
+            flying = _AllReduceInFlight(gradients, self.mesh.data, self.reduce_dtype)
+        passing = gradients.nbytes if self.stage >= 2 and flying.sent is gradients else 0
+        self._sums.append(_Sum(unit, flying, add, passing + flying.nbytes))
+
+    def _are_enough(self, last: _Sum) -> bool:
+        """Whether one more sum like the last one would make it more memory than one unit's gradients take."""
+        return (len(self._sums) + 1) * last.nbytes > last.unit.size * self.gradient_dtype.itemsize
 
     def _finish_sum(self) -> None:
         done = self._sums.popleft()
@@ -174,9 +206,6 @@ class FlatParameters:
             assert self._outstanding[unit] == 0, "fewer backward passes than begin_step announced"
         while self._sums:
             self._finish_sum()
-        for work in self._reductions:
-            work.wait()
-        self._reductions.clear()
         for group, views in self._partial_gradients().items():
             message = torch.cat([view.reshape(-1) for view in views])
             dist.all_reduce(message, group=group)
@@ -194,7 +223,7 @@ class FlatParameters:
     def traffic(self) -> tuple[int, int]:
         """Bytes that this rank sends over the data group: for each microbatch, at most, and once a step."""
         share = (self.mesh.data_size - 1) / self.mesh.data_size
-        gradients = sum(unit.size for unit in self.units) * self.gradient_dtype.itemsize
+        gradients = sum(unit.size for unit in self.units) * self.reduce_dtype.itemsize
         parameters = sum(unit.size for unit in self.units) * self.dtype.itemsize
         gathered = sum(
             unit.size * (1 + (stop.in_backward and stop is not path[-1]))
@@ -221,10 +250,8 @@ class FlatParameters:
     def bytes_of_passing_gradients(self) -> int:
         """Of whole gradients that are there for a while, and of those on their way to other ranks."""
         passing = [unit.whole_gradients for unit in self.units if self.stage >= 2]
-        flying = [tensor for done in self._sums for tensor in (done.flying.x, done.flying.result)]
-        if self.stage == 1:
-            flying = [done.flying.result for done in self._sums]
-        return sum(tensor.nbytes for tensor in (*passing, *flying) if tensor is not None)
+        whole = sum(gradients.nbytes for gradients in passing if gradients is not None)
+        return whole + sum(done.nbytes for done in self._sums)
 
     def gradient_norm(self) -> Tensor:
         """fp64 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""

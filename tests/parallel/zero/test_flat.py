@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from llm3d.config import ZeroConfig
+from llm3d.parallel import collectives
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
 from llm3d.parallel.layers import ColumnParallelLinear, add_to_main_grad
 from llm3d.parallel.mesh import Mesh
@@ -296,6 +299,85 @@ def test_whole_gradients_are_never_all_there(mesh: Mesh, stage: int) -> None:
     assert max(there) == 2, "one being computed, one on its way"
     assert all(unit.whole_gradients is None for unit in flat.units)
     assert all(parameter.main_grad is None for parameter in made.parameters())
+
+
+@contextmanager
+def sums_as_on_a_gpu() -> Iterator[None]:
+    """Reduce-scatter is a collective of its own."""
+    with mock.patch.object(collectives, "is_cuda", return_value=True):
+        yield
+
+
+@spawn(world_size=4)
+@pytest.mark.parametrize(
+    ("stage", "reduce", "flying"),
+    [
+        (0, torch.float32, 6),
+        (1, torch.float32, 6),  # where gradients are kept: as many as there are
+        (0, torch.bfloat16, 2),
+        (1, torch.bfloat16, 2),  # two copies in half precision take what one unit's gradients do
+        (2, torch.float32, 1),
+        (2, torch.bfloat16, 2),
+        (3, torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_sums_fly_as_far_as_memory_goes(mesh: Mesh, stage: int, reduce: torch.dtype, flying: int) -> None:
+    made = Chain(mesh, 6)
+    flat = FlatParameters([made], mesh, torch.float32, ZeroConfig(stage=stage), reduce_dtype=reduce)
+    most, most_bytes = 0, 0
+
+    def look() -> None:
+        nonlocal most, most_bytes
+        most = max(most, len(flat._sums))
+        most_bytes = max(most_bytes, sum(each.nbytes for each in flat._sums))
+
+    for layer in made.layers:
+        when_accumulated(layer.weight, look)
+    with sums_as_on_a_gpu():
+        flat.begin_step(1)
+        made(torch.ones(2, 64, requires_grad=True)).sum().backward()
+        look()
+        flat.finish_gradients()
+    assert most == flying
+    assert most_bytes <= UNIT_BYTES, "no more than one unit's gradients take"
+    assert (most_bytes == 0) == (stage < 2 and reduce == torch.float32)
+
+
+def narrow_sums_on_rank(stage: int, as_on_a_gpu: bool) -> float:
+    """Sum random gradients in bf16 and in fp32; -> how many bytes went for one of fp32."""
+    mesh = Mesh()
+    values = [torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(rank)) for rank in range(4)]
+    sent, found = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        made = Chain(mesh, 3)
+        zero = ZeroConfig(stage=stage)
+        flat = FlatParameters([made], mesh, torch.float32, zero, reduce_dtype=dtype)
+        flat.begin_step(1)
+        with sums_as_on_a_gpu() if as_on_a_gpu else nullcontext(), counted_traffic() as traffic:
+            for unit in reversed(flat.units):
+                if stage >= 2:
+                    unit.attach(torch.empty(unit.size))
+            for layer, value in zip(made.layers, values[mesh.rank], strict=True):
+                add_to_main_grad(layer.weight, value)
+            flat.finish_gradients()
+        sent[dtype] = sum(traffic)
+        found[dtype] = [(piece.box, view.clone()) for piece, view in flat.pieces(flat.gradients)]
+    magnitude = sum(value.abs() for value in values)
+    for (box, wide), (_, narrow) in zip(found[torch.float32], found[torch.bfloat16], strict=True):
+        rows = slice(box.offset[0], box.offset[0] + box.size[0])
+        columns = slice(box.offset[1], box.offset[1] + box.size[1])
+        allowed = 4 * 2**-8 * magnitude[int(box.name.split()[1])][rows, columns] + 1e-6
+        assert ((narrow - wide).abs() <= allowed).all()
+        assert not torch.equal(narrow, wide) and narrow.dtype == torch.float32
+    return sent[torch.bfloat16] / sent[torch.float32]
+
+
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_may_be_summed_in_bf16(stage: int, as_on_a_gpu: bool) -> None:
+    """Half the bytes; each rank's part is rounded once, and again with each addition where ranks add in bf16."""
+    assert pool.run(narrow_sums_on_rank, 4, stage, as_on_a_gpu) == [0.5] * 4
 
 
 @spawn(world_size=4)
