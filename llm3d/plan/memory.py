@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,14 +21,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from llm3d.config import Config
-from llm3d.kernels.paper import standing_for
+from llm3d.kernels.paper import is_cuda, standing_for
 from llm3d.models.llama import Batch
-from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.mesh import Communicators, Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.objective import Objective
 from llm3d.train.trainer import Evaluator, Trainer
 
 META = torch.device("meta")
+
+# Of NCCL, bytes of the buffer of a connection in one channel: for its protocols LL, 8 lines of 16 bytes for each of 512
+# threads; LL128, 120 words of 8 bytes for each of 640; both times 8 steps; and Simple, 4 MiB.
+_CONNECTION_BYTES = 8 * 8 * 512 * 16 + 8 * 120 * 640 * 8 + 2**22
+_NCCL_CHANNELS = 16  # what it takes between 8 GPUs on NVLink, with the network's links in use: 2 to 32
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Memory:
     moments: int  # and the average of the weights, where one is kept
     buffers: int  # ZeRO's: units gathered or being summed
     activations: int  # all else: kept for backward, passing through, and between stages
+    communicators: int  # NCCL's buffers; an estimate, see bytes_of_communicators
     on_host: int  # master weights and moments there, and what passes through
 
     @property
@@ -88,7 +94,22 @@ def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> M
             trainer.flat.begin_step(len(batches))
             trainer.pipeline.run(trainer.part(len(batches)), batches, trainer.objective)
             trainer.flat.finish_gradients()
-        return _summed_up(trainer, counter, sum(_bytes_of_parameters(model.flat) for model in models))
+        parameters = sum(_bytes_of_parameters(model.flat) for model in models)
+        memory = _summed_up(trainer, counter, parameters)
+        on_gpu = is_cuda(microbatch.tokens)
+        return replace(memory, communicators=bytes_of_communicators(mesh.communicators) if on_gpu else 0)
+
+
+def bytes_of_communicators(of_rank: Communicators) -> int:
+    """On the device, about: channels x connections x buffers of a connection.
+
+    A communicator of a group receives from a neighbour in the ring and from another in the tree, in each of 16
+    channels; one with a single peer, over which all goes one way, receives or sends in each. A connection has 9.2 MiB
+    of buffers in a channel. That is 294 MiB, and 147 MiB with a single peer; NCCL_MAX_NCHANNELS and NCCL_BUFFSIZE
+    lessen it. What is right depends on NCCL's version and on the links: take it for half to twice as much.
+    """
+    connections = 2 * of_rank.collective + of_rank.pair
+    return connections * _NCCL_CHANNELS * _CONNECTION_BYTES
 
 
 def _enough_microbatches(config: Config, world_size: int, samples_in_each: int) -> int:
@@ -172,6 +193,7 @@ def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
         moments=_bytes([moment for _, *moments in here for moment in moments]),
         buffers=counter.buffers_at_peak,
         activations=counter.peak - counter.buffers_at_peak,
+        communicators=0,
         on_host=_bytes(there) + (optimizer.offload.nbytes if optimizer.offload else 0),
     )
 
@@ -189,6 +211,7 @@ def table(config: Config, work: Work, world_size: int, stages: Sequence[Memory])
         "moments": "moments",
         "buffers": "ZeRO's buffers",
         "activations": "activations",
+        "communicators": "NCCL (estimate)",
         "on_device": "on the device",
         "on_host": "in host memory",
     }

@@ -68,7 +68,10 @@ def phases_of_stages(
 def _peaks(trained: dict[str, Memory], asked: dict[str, int], writing: int, parked: bool) -> dict[str, int]:
     """writing: bytes that there are only while replies are written; gradients then take none."""
     passing = {name: memory.activations + memory.buffers for name, memory in trained.items()}
-    kept = sum(memory.on_device - passing[name] for name, memory in trained.items())
+    connected = max(memory.communicators for memory in trained.values())  # all models share them
+    kept = connected + sum(
+        memory.on_device - memory.communicators - passing[name] for name, memory in trained.items()
+    )
     always = 0 if parked else sum(asked.values())
     scoring = max(asked.values(), default=0) if parked else always
     updates = {f"update of the {name}": kept + always + size for name, size in passing.items()}
@@ -87,6 +90,9 @@ def table(stages: Sequence[Phases]) -> str:
         rows += [
             (f"{name}, {part}", [getattr(stage.trained[name], part) for stage in stages]) for part in parts
         ]
+    rows += [
+        ("NCCL (estimate)", [max(each.communicators for each in stage.trained.values()) for stage in stages])
+    ]
     rows += [(name, [stage.asked[name] for stage in stages]) for name in stages[0].asked]
     rows += [(f"peak, {name}", [stage.peaks[name] for stage in stages]) for name in stages[0].peaks]
     return "\n".join(

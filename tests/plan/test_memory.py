@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -216,6 +216,38 @@ def test_selective_recompute_frees_the_norms_and_swiglus_outputs(compute: str) -
     assert none.activations - selective.activations == pytest.approx(freed, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("layout", "collective", "pairs"),
+    [
+        (PLAIN, 0, 0),
+        (replace(PLAIN, data=2, zero=1), 1, 0),  # the data group is the world
+        (replace(PLAIN, tensor=2, data=2, zero=1), 3, 0),
+        (replace(PLAIN, tensor=2, data=2, pipeline=2), 4, 4),
+    ],
+    ids=str,
+)
+def test_communicators_take_memory_on_a_gpu(layout: Layout, collective: int, pairs: int) -> None:
+    """Each receives in 16 channels, from a ring and a tree or from one peer, into 9.2 MiB."""
+    config = config_of(layout)
+    for device_type in ("cuda", "cpu"):
+        memory = plan(config, layout.world_size, device_type)[0]
+        expected = (2 * collective + pairs) * 16 * 9.1875 * 2**20 if device_type == "cuda" else 0
+        assert memory.communicators == expected
+        kinds = [getattr(memory, field.name) for field in fields(memory)]
+        assert memory.on_device == sum(kinds) - memory.on_host
+
+
+def test_bf16_messages_take_no_more_memory_than_fp32() -> None:
+    """Twice as many are under way, each half as large."""
+    config = config_of(replace(PLAIN, data=4, zero=2))
+    narrow = config.model_copy(
+        update={"precision": config.precision.model_copy(update={"reduce_dtype": "bf16"})}
+    )
+    (wide_plan,), (narrow_plan,) = (plan(each, 4, "cuda") for each in (config, narrow))
+    assert narrow_plan.buffers <= wide_plan.buffers
+    assert narrow_plan.on_device <= 1.01 * wide_plan.on_device
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_it_can_be_planned_without_kernels(tmp_path: Path, kernels: str) -> None:
     small = ("model={preset: llama-tiny, vocab_size: 500}", "data.sequence_length=64", "recompute=selective")
@@ -264,7 +296,15 @@ def test_a_reference_that_is_asked_at_each_step_has_its_place(rank: int, copies:
     assert live == replace(cached, parameters=copies * cached.parameters)
 
 
-KINDS = ("parameters", "gradients", "master weights", "moments", "ZeRO's buffers", "activations")
+KINDS = (
+    "parameters",
+    "gradients",
+    "master weights",
+    "moments",
+    "ZeRO's buffers",
+    "activations",
+    "NCCL (estimate)",
+)
 
 
 @pytest.mark.parametrize(
