@@ -1,8 +1,11 @@
 """The next token of each sequence, chosen from logits whose vocabulary is spread over the tensor group.
 
 A token is drawn by inverting the distribution's cumulative sum, in the order of the vocabulary, at a number that is a
-function of the request's seed and the token's place alone: the same under every layout and in every batch. A rank
-sends a few numbers a sequence; only for top-k and top-p it sends its likeliest logits, never all that it can avoid.
+function of the request's seed and the token's place alone: the same under every layout and in every batch. What is
+summed are whole numbers, 2^40 times each token's probability over the likeliest one's: their sums are exact in any
+order, so that no split of the vocabulary over ranks changes a draw or a top-p set, and a GPU, which adds up floats in
+an order that changes from run to run, draws what a CPU draws. A rank sends a few numbers a sequence; only for top-k
+and top-p it sends its likeliest logits, never all that it can avoid.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch.distributed import ProcessGroup
 from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, gather_rows
 
 _FIRST_CANDIDATES = 64  # of each rank, for top-p; four times as many until they hold what is asked
+_UNIT = 2**40  # the weight of the likeliest token; those of 2^22 tokens add up to less than 2^63
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Choice(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """Of each row of logits, [rows, 1] on their device."""
+    """Of each row of logits, fp64 [rows, 1] on their device."""
 
     temperature: Tensor
     top_k: Tensor
@@ -72,42 +76,52 @@ def choose(
     settings = _settings(samplings, logits.device)
     if not logits.shape[1]:  # a rank beyond a small vocabulary
         logits = logits.new_full((len(logits), 1), -math.inf)
-    scores = logits.float() / settings.temperature.where(settings.temperature > 0, 1.0)
-    maxima, totals = _softmax(scores, group)
+    logits = logits.float()
+    scores = _scores(logits, settings, group)
+    totals = all_reduce_sum(scores.exp().sum(1, keepdim=True), group)
     penalised = scores
     if any(s.repetition_penalty != 1 for s in samplings):
-        penalised = _penalise(scores, first_id, settings.penalty, seen)
-    allowed = _allowed(penalised, settings, samplings, group)
+        penalised = _scores(_penalise(logits, first_id, settings.penalty, seen), settings, group)
     tokens = _likeliest(penalised, first_id, group)
     if any(s.temperature for s in samplings):
+        allowed = _allowed(penalised, settings, samplings, group)
         drawn = _draw(penalised, allowed, first_id, group, numbers)
         tokens = torch.where(settings.temperature[:, 0] > 0, drawn, tokens)
     local = (tokens - first_id)[:, None]
     mine = (local >= 0) & (local < scores.shape[1])
     score = scores.gather(1, local.clamp(0, scores.shape[1] - 1)).where(mine, 0.0)
     score = all_reduce_sum(score, group)
-    return Choice(tokens, (score - maxima - totals.log())[:, 0])
+    return Choice(tokens, (score - totals.log())[:, 0])
 
 
 def _settings(samplings: Sequence[Sampling], device: torch.device) -> _Settings:
     rows = [(s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty) for s in samplings]
-    columns = torch.tensor(rows, dtype=torch.float32).to(device, non_blocking=True)
+    columns = torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)
     return _Settings(*columns.t()[:, :, None].unbind())
 
 
-def _softmax(scores: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Of whole rows: the maximum, and the sum of exponentials above it; fp32 [rows, 1]."""
-    maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
-    return maxima, all_reduce_sum((scores - maxima).exp_().sum(1, keepdim=True), group)
+def _scores(logits: Tensor, settings: _Settings, group: ProcessGroup) -> Tensor:
+    """fp32, shaped like logits: at the temperature, how far each is below the row's largest, whose score is 0.
+
+    The difference is taken before it is divided: near temperature 0 it goes to -inf, and no score to NaN.
+    """
+    maxima = all_reduce_max(logits.amax(1, keepdim=True), group)
+    temperature = settings.temperature.where(settings.temperature > 0, 1.0)
+    return (logits - maxima) / temperature.clamp(min=torch.finfo(torch.float32).tiny).float()
 
 
-def _penalise(scores: Tensor, first_id: int, penalty: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
-    repeated = torch.zeros(scores.shape, dtype=torch.bool)
+def _weights(scores: Tensor) -> Tensor:
+    """int64: what a token's probability is proportional to, exactly from here on; 0 below half of 2^-40."""
+    return scores.exp().mul_(_UNIT).round_().long()
+
+
+def _penalise(logits: Tensor, first_id: int, penalty: Tensor, seen: Sequence[Sequence[int]]) -> Tensor:
+    repeated, penalty = torch.zeros(logits.shape, dtype=torch.bool), penalty.float()
     for row, tokens in zip(repeated, seen, strict=True):
         local = torch.tensor(tokens, dtype=torch.int64) - first_id
         row[local[(local >= 0) & (local < len(row))]] = True
-    changed = torch.where(scores > 0, scores / penalty, scores * penalty)
-    return torch.where(repeated.to(scores.device), changed, scores)
+    changed = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(repeated.to(logits.device), changed, logits)
 
 
 def _likeliest(scores: Tensor, first_id: int, group: ProcessGroup) -> Tensor:
@@ -129,14 +143,13 @@ def _allowed(
     if any(s.top_k or s.top_p < 1 for s in samplings):
         cuts.append(_least_candidates(scores, settings, max(s.top_k for s in samplings), group))
     if any(s.min_p for s in samplings):
-        maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
-        cuts.append(maxima + settings.min_p.log())
+        cuts.append(settings.min_p.log().float())
     return torch.stack(cuts).amax(0) if cuts else None
 
 
 def _least_candidates(scores: Tensor, settings: _Settings, top_k: int, group: ProcessGroup) -> Tensor:
     """The least score within top_k and top_p; -inf in rows that ask for neither."""
-    maxima, totals = _softmax(scores, group)
+    totals = all_reduce_sum(_weights(scores).sum(1, keepdim=True), group)
     k = settings.top_k.where(settings.top_k > 0, math.inf)
     width = _widest(scores, group)
     count = max(top_k + 1, _FIRST_CANDIDATES if bool((settings.top_p < 1).any()) else 0)
@@ -144,7 +157,7 @@ def _least_candidates(scores: Tensor, settings: _Settings, top_k: int, group: Pr
         count = min(count, width)
         found, complete = _best_of_ranks(scores, count, group)
         within_k = torch.arange(found.shape[1], device=found.device) < k
-        mass = (found - maxima).exp().masked_fill(~within_k, 0.0)
+        mass = _weights(found).masked_fill(~within_k, 0)
         of_all = mass.sum(1, keepdim=True).where(settings.top_k > 0, totals)
         above = mass.cumsum(1) - mass  # of the likelier ones
         kept = within_k & ((above < settings.top_p * of_all) | (settings.top_p >= 1))
@@ -177,18 +190,14 @@ def _draw(
     scores: Tensor, allowed: Tensor | None, first_id: int, group: ProcessGroup, numbers: Tensor
 ) -> Tensor:
     """int64 [rows]: the token at whose interval of the cumulative sum the row's number falls."""
-    maxima = all_reduce_max(scores.amax(1, keepdim=True), group)
-    weights = (scores - maxima).exp()
+    weights = _weights(scores)
     if allowed is not None:
-        weights = weights.masked_fill(scores < allowed, 0.0)
-    sums = weights.cumsum(1, dtype=torch.float64)
-    mine = sums[:, -1]
+        weights = weights.masked_fill(scores < allowed, 0)
+    ends = weights.cumsum(1)
+    mine = ends[:, -1]
     totals = gather_rows(mine[None], group)[0] if group.size() > 1 else mine[None]  # [n, rows]
-    bounds = totals.cumsum(0)
-    wanted = numbers.to(scores.device) * bounds[-1]
-    owner = (bounds <= wanted).sum(0)
-    if group.size() > 1:
-        before = torch.where(owner > 0, bounds.gather(0, (owner - 1).clamp(min=0)[None])[0], 0.0)
-        wanted = (wanted - before).minimum(mine.nextafter(torch.zeros_like(mine)))
-    at = torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
-    return all_reduce_sum(torch.where(owner == group.rank(), at + first_id, 0), group)
+    ends_of_ranks = totals.cumsum(0)
+    wanted = (numbers.to(scores.device) * ends_of_ranks[-1]).long()
+    wanted -= ends_of_ranks[group.rank()] - mine  # counted from where this rank's part starts
+    at = torch.searchsorted(ends, wanted[:, None], right=True)[:, 0]
+    return all_reduce_sum(torch.where((wanted >= 0) & (wanted < mine), at + first_id, 0), group)
