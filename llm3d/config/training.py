@@ -66,6 +66,11 @@ class TrainConfig(Section):
     """Evaluation batches, each as large as a step's. Null: all of data.valid."""
     patience: Positive | None = None
     """Early stopping patience: training ends after so many evaluations without a better checkpoint.best."""
+    deterministic: bool = True
+    """Deterministic algorithms on a GPU: the same run gives the same bits, and so does one that goes on. It costs time
+    in attention's backward, and memory there: so many fp32 copies of the queries' gradient as the GPU has
+    multiprocessors for each head of each sequence, rounded up. false: torch may take kernels that add up in any
+    order."""
 
     @property
     def evaluations(self) -> Interval:

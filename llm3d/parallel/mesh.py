@@ -255,10 +255,6 @@ def start_process_group(wanted: str = "auto") -> torch.device:
     prepare_for_many_ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # The same run gives the same bits, which resuming promises.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         backend = _BOTH
     else:
         backend = _HOST

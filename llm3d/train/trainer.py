@@ -14,6 +14,7 @@ from torch import Tensor
 from llm3d.config import Config, PretrainConfig, SFTConfig
 from llm3d.errors import InputError
 from llm3d.kernels import attention, backend
+from llm3d.kernels.numerics import use_numerics
 from llm3d.models import heads
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
@@ -59,6 +60,7 @@ class Evaluator:
         self.completed: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda microbatches: microbatches
         self.dtype = DTYPES[config.precision.compute]
         backend.use(config.kernels.backend, mesh.device)
+        use_numerics(mesh.device, config.train.deterministic)
         attention.use(config.kernels.attention, mesh.device)
         self.stages = build_stages(
             config.model, config.parallel, mesh, config.recompute, self.objective.head, config.lora
