@@ -40,6 +40,20 @@ def rope_tables(positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class RopeTables:
+    """`rope_tables`, computed again only for more positions than before, or on another device."""
+
+    def __init__(self) -> None:
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        """Of so many positions or more; the frequencies are the same in every call."""
+        kept = self._tables
+        if kept is None or len(kept[0]) < positions or kept[0].device != frequencies.device:
+            kept = self._tables = rope_tables(positions, frequencies)
+        return kept
+
+
 def rope(
     qkv: Tensor, head_dim: int, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int
 ) -> Tensor:

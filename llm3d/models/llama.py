@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from llm3d.config import LoRASettings, ModelConfig
 from llm3d.kernels.attention import attention
 from llm3d.kernels.noise import symmetric_noise
-from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
+from llm3d.kernels.rope import RopeTables, inverse_frequencies, rope
 from llm3d.kernels.swiglu import swiglu, swiglu_forward
 from llm3d.models.adapters import column_adapters, is_adapter, row_adapters
 from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
@@ -145,6 +145,7 @@ class LlamaStage(nn.Module):
         scaling = config.rope_scaling.model_dump() if config.rope_scaling else None
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
+        self.rope_tables = RopeTables()
 
     def _language_head(
         self,
@@ -183,7 +184,7 @@ class LlamaStage(nn.Module):
                 hidden.requires_grad_()  # under a frozen embedding, too, backward passes the layers to their ends
         assert hidden is not None, "stages after the first get an input"
         assert isinstance(self.rope_frequencies, Tensor)
-        tables = rope_tables(batch.max_seqlen, self.rope_frequencies)
+        tables = self.rope_tables(batch.max_seqlen, self.rope_frequencies)
         attend = WithinSequences(batch.cu_seqlens, batch.max_seqlen)
         return self.through_layers(hidden, Context(*tables, batch.cu_seqlens, attend, batch.keys))
 

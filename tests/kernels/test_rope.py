@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables
+from llm3d.kernels.rope import RopeTables, inverse_frequencies, rope, rope_tables
 from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
 
 LLAMA3 = {
@@ -114,6 +114,17 @@ def test_bf16_is_as_exact_as_torch(shape: tuple[int, int, int, int]) -> None:
     assert_as_exact_as(by_torch(qkv, sin), out, exact)
     exact = rotated(grad, -positions, frequencies, num_rotated)
     assert_as_exact_as(by_torch(grad, -sin), grad_input, exact)
+
+
+def test_tables_are_computed_again_only_for_longer_sequences() -> None:
+    frequencies, tables = inverse_frequencies(16, 10000.0), RopeTables()
+    first = tables(9, frequencies)
+    assert all(map(torch.equal, first, rope_tables(9, frequencies)))
+    assert tables(9, frequencies) is first and tables(3, frequencies) is first
+    longer = tables(30, frequencies)
+    assert all(map(torch.equal, longer, rope_tables(30, frequencies)))
+    assert tables(10, frequencies) is longer
+    assert tables(10, frequencies.to("meta"))[0].is_meta
 
 
 @settings(max_examples=30, deadline=None)
