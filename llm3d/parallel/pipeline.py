@@ -42,12 +42,13 @@ class Pipeline:
         self.last_stage = len(self.stages) * mesh.pipeline_size - 1
 
     def run(
-        self, part: Part, microbatches: Sequence[Any], objective: Objective, scale: float = 1.0
+        self, part: Part, microbatches: Sequence[Any], objective: Objective, scale: float | Tensor = 1.0
     ) -> list[Tensor] | None:
         """Run this rank's part of a schedule; -> the objective's numbers of each microbatch on the last stage, None on
         the others.
 
-        scale: what backward multiplies the first of the numbers by, one over what the step's loss is divided by.
+        scale: what backward multiplies the first of the numbers by, one over what the step's loss is divided by; on
+            the device where no host is to wait for it.
         Activations, [rows, hidden] in the compute dtype, go to the next stage, and as much comes back.
         """
         step = _Step(self, microbatches, objective, scale, part.arrivals)
@@ -73,7 +74,7 @@ class _Step:
         pipeline: Pipeline,
         microbatches: Sequence[Any],
         objective: Objective,
-        scale: float,
+        scale: float | Tensor,
         arrivals: dict[Action, list[Action]],
     ) -> None:
         self.pipeline, self.mesh, self.microbatches = pipeline, pipeline.mesh, microbatches

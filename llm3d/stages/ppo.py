@@ -59,7 +59,7 @@ from llm3d.train.advantages import (
 from llm3d.train.parking import Parked, what_it_keeps
 from llm3d.train.starting_model import StartingModel
 from llm3d.train.timing import Timing
-from llm3d.train.trainer import Evaluator, StepResult, Trainer
+from llm3d.train.trainer import Evaluator, Notice, StepResult, Trainer
 from llm3d.wording import counted
 
 VALIDATED = (
@@ -320,7 +320,7 @@ class PPOTrainer(Trainer):
     def flops(self, microbatches: Sequence[Any], num_tokens: float) -> float | None:
         return None  # of writing, scoring and several models at once no one figure says much
 
-    def step(self, prompts: Sequence[Any], lr: float) -> StepResult:
+    def step(self, prompts: Sequence[Any], lr: float, tell: Callable[[], Notice] | None = None) -> StepResult:
         """Write replies to the prompts, which every rank has, score them, and learn from them.
 
         Raises InputError, on all ranks and before any weight is changed, where a reward function fails.
@@ -351,7 +351,7 @@ class PPOTrainer(Trainer):
             "old_values": values,
             "weights": weights,
         }
-        result = self._update(rollouts, tables, lr, timing)
+        result = self._update(rollouts, tables, lr, timing, tell)
         if result.problem:
             return result
         metrics = self._about(scored, kl) | self._about_values(values, found, mask)
@@ -409,7 +409,14 @@ class PPOTrainer(Trainer):
             found = found._replace(advantages=whiten(found.advantages, mask))
         return found
 
-    def _update(self, rollouts: Rollouts, tables: dict[str, Tensor], lr: float, timing: Timing) -> StepResult:
+    def _update(
+        self,
+        rollouts: Rollouts,
+        tables: dict[str, Tensor],
+        lr: float,
+        timing: Timing,
+        tell: Callable[[], Notice] | None,
+    ) -> StepResult:
         """Several passes over the replies; -> means over all updates."""
         policy, values = list[StepResult](), list[StepResult]()
         by_token = self.settings.loss_mean == "token"
@@ -420,7 +427,7 @@ class PPOTrainer(Trainer):
                 texts = self._texts(rollouts, which)
                 mixed = training_batches(rollouts, which, tables, self, by_token, texts)
             with timing("update_actor"):
-                policy.append(super().step(mixed, lr))
+                policy.append(super().step(mixed, lr, tell))
             self.optimizer.update_average(self.settings.ema)
             if self.critic is not None:
                 with timing("update_critic"):
@@ -440,7 +447,8 @@ class PPOTrainer(Trainer):
         taken = [result for result in policy if not result.skipped]
         norm = float(np.mean([result.grad_norm for result in taken])) if taken else math.inf
         loss = float(np.mean([result.loss for result in policy]))
-        return StepResult(loss, norm, metrics, policy[-1].loss_scale, skipped=not taken)
+        last = policy[-1]
+        return StepResult(loss, norm, metrics, last.loss_scale, skipped=not taken, notice=last.notice)
 
     def _minibatches(self, rollouts: Rollouts) -> Iterator[list[int]]:
         """Replies of each update, in an order that the step's first prompt, the epoch and run.seed give.

@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
+
+from torch import Tensor
 
 from llm3d.config import Config
 from llm3d.errors import InputError, Interrupted, TrainingAborted
@@ -22,7 +25,7 @@ from llm3d.train.report import Report, memory_gib, rounded
 from llm3d.train.signals import StopSignals
 from llm3d.train.steps import Steps
 from llm3d.train.throughput import peak_flops
-from llm3d.train.trainer import StepResult, Trainer
+from llm3d.train.trainer import Notice, StepResult, Trainer
 
 
 class Consumed(NamedTuple):
@@ -74,16 +77,17 @@ def train(
     last_step = min(steps, config.train.stop_after or steps)
     meter, best, last_saved = _Meter(trainer), best or Best(), start_step
     with StopSignals(report.say) as signals, ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(data.microbatches, start_step + 1, mesh)
+        read = partial(reader.submit, partial(read_microbatches, data, mesh))
+        upcoming, notice = read(start_step + 1), Notice(unread=1)  # for all that is known
         for step in range(start_step + 1, last_step + 1):
             started = time.perf_counter()
             rescue = partial(save, step - 1) if last_saved < step - 1 else None
-            microbatches = _read(upcoming, mesh, rescue)
+            microbatches = _agreed(upcoming, mesh, rescue) if notice.unread else upcoming.result()
             if step < last_step:
-                upcoming = reader.submit(data.microbatches, step + 1, mesh)
+                upcoming = read(step + 1)
             lr = learning_rate(*data.steps.schedule(step), config.optim)
             with _saving_first(rescue):
-                result = trainer.step(microbatches, lr)
+                result = trainer.step(microbatches, lr, partial(_notice, upcoming, signals))
             if result.problem:
                 _abort(step, result.problem, None if result.changed else rescue)
             if result.skipped:
@@ -97,7 +101,8 @@ def train(
             is_best = evaluates and best.see(step, metrics)
             is_last = step == last_step or best.has_waited_enough
             report.step(metrics, is_last or evaluates or step % config.log.every == 0, result.examples)
-            stop = signals.agreed(mesh.everyone)
+            notice = result.notice
+            stop = notice.signal
             if stop or is_last or is_best or config.checkpoint.saves.ends_at(step, data.steps.epoch):
                 path, last_saved = save(step), step
                 if stop and not is_last:
@@ -138,10 +143,30 @@ def _evaluation(
     return {f"valid_{name}": value for name, value in numbers.items()}
 
 
-def _read(
+def read_microbatches(data: TrainingData, mesh: Mesh, step: int) -> Sequence[Batch]:
+    """Of this rank. What goes to a GPU is in pinned memory, from which it is copied while the host goes on."""
+    found = data.microbatches(step, mesh)
+    return [in_pinned_memory(batch) for batch in found] if mesh.device.type == "cuda" else found
+
+
+def in_pinned_memory(batch: Any) -> Any:
+    """The microbatch, a dataclass, with copies of its tensors."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: x.pin_memory() for name, x in values.items() if isinstance(x, Tensor)})
+
+
+def _notice(upcoming: Future[Sequence[Batch]], signals: StopSignals) -> Notice:
+    """What the other ranks are to know when a step has been launched, beside which the next one's data was read."""
+    return Notice(unread=int(upcoming.exception() is not None), signal=signals.received or 0)
+
+
+def _agreed(
     upcoming: Future[Sequence[Batch]], mesh: Mesh, rescue: Callable[[], Path] | None
 ) -> Sequence[Batch]:
-    """The step's microbatches. Where a rank cannot read its own, all save what is done and raise InputError."""
+    """The step's microbatches. Where a rank cannot read its own, all save what is done and raise InputError.
+
+    Between hosts, which wait for each other: before the first step, and when a rank has said that it cannot.
+    """
     with _saving_first(rescue), input_errors_on_all(mesh.everyone):
         return upcoming.result()
 

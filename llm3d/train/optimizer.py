@@ -77,7 +77,9 @@ class Optimizer:
     def step(self, lr: float, gradient_scale: Tensor) -> None:
         """One step from `flat.gradients` times gradient_scale; then the parameters are the master weights, rounded.
 
-        gradient_scale: fp64 scalar on the device. What other ranks need of a unit leaves while the next is stepped.
+        gradient_scale: fp64 scalar on the device. Where it is not finite, nothing changes but the count of steps: see
+        `forget_step`. What other ranks need of a unit leaves while the next is stepped. No host waits, but for what is
+        offloaded.
         """
         self.set_steps_taken(self._steps_taken + 1)
         for _, rate in self._clocks.values():
@@ -89,7 +91,13 @@ class Optimizer:
                     self._update(i, part, gradient_scale, unit.gradients[part.where], into)
                 self.flat.publish(unit)
         if self.offload is not None:
-            self.offload.run(list(self._chunks(gradient_scale.cpu())))
+            on_host = gradient_scale.cpu()
+            if torch.isfinite(on_host):
+                self.offload.run(list(self._chunks(on_host)))
+
+    def forget_step(self) -> None:
+        """Have the last step, which changed nothing, not count."""
+        self.set_steps_taken(self._steps_taken - 1)
 
     def _chunks(self, gradient_scale: Tensor) -> Iterator[Chunk]:
         assert self.offload is not None

@@ -1,4 +1,7 @@
-"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 end training after the step that runs, on all ranks together."""
+"""Ctrl-C, SIGTERM and Slurm's SIGUSR1 end training after the step that runs, on all ranks together.
+
+What one rank has received it tells the others with the numbers of a step: `llm3d.train.trainer.Notice`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 GRACE_SECONDS = 5.0  # a launcher repeats the signal that the terminal has sent already
 
@@ -45,10 +45,3 @@ class StopSignals:
             self.say(f"{name}: training ends when this step is done and saved; once more ends it at once")
         elif time.monotonic() - self._at > GRACE_SECONDS:
             raise KeyboardInterrupt
-
-    def agreed(self, group: dist.ProcessGroup) -> int | None:
-        """The signal that any rank of the group has received, the same on all; 8 bytes between hosts."""
-        number = torch.tensor(self.received or 0)
-        if group.size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
-        return int(number) or None

@@ -34,6 +34,13 @@ from llm3d.train.optimizer import Optimizer
 from llm3d.train.throughput import step_flops
 
 
+class Notice(NamedTuple):
+    """What a rank tells the others beside a step's numbers: 0 for nothing. Of several, the larger numbers count."""
+
+    unread: int = 0  # 1: it cannot read the next step's data
+    signal: int = 0  # that asks for an end
+
+
 class StepResult(NamedTuple):
     loss: float  # mean over all that the objective counts, of all ranks
     grad_norm: float  # before clipping
@@ -43,6 +50,7 @@ class StepResult(NamedTuple):
     problem: str | None = None  # why training cannot go on
     changed: bool = False  # weights were, before the problem
     examples: Sequence[dict[str, Any]] = ()  # of what the model wrote in the step, for people
+    notice: Notice = Notice()  # of all ranks
 
 
 class Evaluator:
@@ -114,7 +122,7 @@ class Evaluator:
         """The objective's numbers over all ranks' microbatches, on every rank."""
         microbatches = self._on_device(microbatches)
         outputs = self.outputs(self.completed(microbatches), self.objective)
-        return self._tally(outputs, self._count(microbatches))
+        return self._tally(torch.cat([self._count(microbatches), self._numbers(outputs)]).tolist())
 
     def evaluate_all(self, batches: Iterable[Sequence[Batch]]) -> Tally:
         """The same over several lists of microbatches, as many on every rank."""
@@ -135,13 +143,16 @@ class Evaluator:
         shape = (layout.schedule, layout.pipeline, layout.chunks, num_microbatches)
         return part_of_rank(self.mesh.pipeline_rank, *shape, forward_only)
 
-    def _count(self, microbatches: Sequence[Batch]) -> int:
-        """Terms of the loss over all ranks' microbatches; between hosts, where the count is needed."""
-        count = torch.tensor(sum(self.objective.count(batch) for batch in microbatches))
-        return int(all_reduce_sum(count, self.mesh.data))
+    def _count(self, microbatches: Sequence[Batch]) -> Tensor:
+        """Terms of the loss over all ranks' microbatches: fp64 [1] on the device."""
+        count = sum(self.objective.count(batch) for batch in microbatches)
+        return all_reduce_sum(numbers_on(self.mesh.device, count), self.mesh.data)
 
-    def _tally(self, outputs: list[Tensor] | None, num_terms: int) -> Tally:
-        """From the last stage's numbers: those of all data ranks, on every rank."""
+    def _numbers(self, outputs: list[Tensor] | None) -> Tensor:
+        """From the last stage's numbers of each microbatch: those of all data ranks, on every rank.
+
+        fp64 [sums + maxima] on the device; see `Objective`.
+        """
         num_sums, num_maxima = 1 + len(self.objective.sums), len(self.objective.maxima)
         sums = torch.zeros(num_sums, device=self.mesh.device, dtype=torch.float64)
         maxima = sums.new_full((num_maxima,), -math.inf)
@@ -153,8 +164,18 @@ class Evaluator:
         all_reduce_sum(sums, self.mesh.everyone)
         if num_maxima:
             all_reduce_max(maxima, self.mesh.everyone)
-        numbers = torch.cat([sums, maxima]).tolist()
-        return Tally(tuple(numbers[:num_sums]), tuple(numbers[num_sums:]), num_terms)
+        return torch.cat([sums, maxima])
+
+    def _tally(self, count_and_numbers: Sequence[float]) -> Tally:
+        """Of what `_count` and `_numbers` have found, in a row."""
+        count, *numbers = count_and_numbers
+        num_sums = 1 + len(self.objective.sums)
+        return Tally(tuple(numbers[:num_sums]), tuple(numbers[num_sums:]), int(count))
+
+
+def numbers_on(device: torch.device, *values: float) -> Tensor:
+    """fp64 [values] on a device; they go there with kernels' arguments, where a host would wait for a copy."""
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
 def next_token(config: Config) -> NextToken:
@@ -215,25 +236,37 @@ class Trainer(Evaluator):
         super().publish()
         self.optimizer.publish()
 
-    def step(self, microbatches: Sequence[Batch], lr: float) -> StepResult:
+    def step(
+        self, microbatches: Sequence[Batch], lr: float, tell: Callable[[], Notice] | None = None
+    ) -> StepResult:
         """Forward, backward and update on this data rank's microbatches of the step.
 
         Where the loss or the gradient is not finite, the weights stay as they are; see the result. All ranks get the
-        same one.
+        same one. The host waits once, when all has been launched; what is offloaded it has waited for before.
+        tell: asked then what the other ranks are to know; None, on all ranks alike: nothing.
         """
         microbatches = self.completed(self._on_device(microbatches))
-        scale = self.loss_scale.value if self.loss_scale else None
-        num_terms = self._count(microbatches)
-        per_term = (scale or 1.0) / max(1, num_terms)
+        loss_scale = self.loss_scale.value if self.loss_scale else None
+        scale, count = loss_scale or 1.0, self._count(microbatches)
         self.flat.begin_step(len(microbatches))
-        outputs = self.pipeline.run(self.part(len(microbatches)), microbatches, self.objective, per_term)
+        part, per_term = self.part(len(microbatches)), scale / count[0].clamp(min=1.0)
+        outputs = self.pipeline.run(part, microbatches, self.objective, per_term)
         self.flat.finish_gradients()
-        norm = self.flat.gradient_norm() / (scale or 1.0)
-        metrics = self._tally(outputs, num_terms).report(self.objective)
-        result = StepResult(metrics.pop("loss"), norm.item(), metrics, scale)
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            self.optimizer.step(lr, self._clip_factor(norm) / (scale or 1.0))
+        norm, numbers = self.flat.gradient_norm() / scale, self._numbers(outputs)
+        self.optimizer.step(lr, self._clip_factor(norm, loss=numbers[0]) / scale)
+        told = self._told(tell() if tell else None)
+        unread, signal, grad_norm, *found = torch.cat([told, norm[None], count, numbers]).tolist()
+        metrics = self._tally(found).report(self.objective)
+        notice = Notice(int(unread), int(signal))
+        result = StepResult(metrics.pop("loss"), grad_norm, metrics, loss_scale, notice=notice)
+        if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
+            self.optimizer.forget_step()
         return self._judged(result)
+
+    def _told(self, notice: Notice | None) -> Tensor:
+        """All ranks' notice, fp64 [2] on the device."""
+        told = numbers_on(self.mesh.device, *(notice or Notice()))
+        return told if notice is None else all_reduce_max(told, self.mesh.everyone)
 
     def validate(self, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
         """What users are shown of validation data, by name; called on all ranks."""
@@ -267,7 +300,11 @@ class Trainer(Evaluator):
             )
         return result._replace(skipped=overflowed)
 
-    def _clip_factor(self, norm: Tensor) -> Tensor:
-        """What brings a gradient of this norm down to optim.clip_grad_norm; 1 where it is below."""
+    def _clip_factor(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """What brings a gradient of this norm down to optim.clip_grad_norm; 1 where it is below.
+
+        NaN, at which the optimizer changes nothing, where norm or loss is not finite. All fp64 scalars on the device.
+        """
         limit = self.config.optim.clip_grad_norm
-        return torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1.0)
+        factor = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1.0)
+        return torch.where(torch.isfinite(norm + loss), factor, math.nan)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llm3d.parallel.mesh import Mesh
+from llm3d.train.trainer import Notice, Trainer
 from tests.gpu import RUNS_ON_GPU
-from tests.parity.harness import Layout, train_on_rank
+from tests.parity.harness import Layout, microbatches, settings, train_on_rank
 
 pytestmark = RUNS_ON_GPU
 
@@ -42,3 +44,27 @@ def test_training_on_the_gpu_is_repeatable_to_the_bit() -> None:
     assert (first.losses, first.grad_norms) == (second.losses, second.grad_norms)
     for (_, a), (_, b) in zip(first_pieces["weights"], second_pieces["weights"], strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_host_waits_for_nothing_before_all_is_launched() -> None:
+    """With kernels of our own, which ask no tensor for its value."""
+    layout = Layout(micro=2, compute="bf16", model=(("hidden_size", 96),))  # heads that flash attention takes
+    config = settings(layout)
+    kernels = config.kernels.model_copy(update={"backend": "native"})
+    trainer = Trainer(config.model_copy(update={"kernels": kernels}), Mesh(device="cuda"))
+    trainer.initialise()
+    first, second = ([batch.to("cuda") for batch in microbatches(layout, step, 0)] for step in range(2))
+    told: list[str] = []
+
+    def tell() -> Notice:
+        torch.cuda.set_sync_debug_mode("default")
+        told.append("all is launched")
+        return Notice()
+
+    trainer.step(first, 1e-3)  # makes communicators and loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(second, 1e-3, tell)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert told

@@ -6,8 +6,9 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,8 +18,9 @@ from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
+from llm3d.stages.prompt_data import Prompt
 from llm3d.train.best import Best
-from llm3d.train.loop import Consumed, train
+from llm3d.train.loop import Consumed, in_pinned_memory, read_microbatches, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
 from llm3d.train.steps import Steps
@@ -296,6 +298,29 @@ def test_a_signal_in_the_last_step_is_not_an_interruption(tmp_path: Path) -> Non
     run.trainer.during[5] = lambda: signal.raise_signal(signal.SIGTERM)
     run.train()
     assert run.saved_steps == [5]
+
+
+def test_what_goes_to_a_gpu_is_pinned_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(NamedTuple):
+        data_rank = 0
+        device: torch.device
+
+    pinned: list[Tensor] = []
+
+    def pin_memory(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    plain, (batch, *_) = (read_microbatches(Data(), OnGpu(torch.device(kind)), 1) for kind in ("cpu", "cuda"))  # type: ignore[arg-type]
+    for name, value in vars(plain[0]).items():
+        there = getattr(batch, name)
+        if isinstance(value, Tensor):
+            assert torch.equal(there, value) and any(there is each for each in pinned)
+        else:
+            assert there == value
+    prompt = Prompt(3, np.arange(4, dtype=np.int32), "shown", {}, "file line 1")
+    assert in_pinned_memory(prompt) == prompt
 
 
 def test_data_that_cannot_be_read_ends_the_run_with_what_is_done_saved(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Signals ask for an end after the step that runs; all ranks agree on it."""
+"""Signals ask for an end after the step that runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import signal
 
 import pytest
 
-from llm3d.parallel.mesh import Mesh
 from llm3d.train import signals
 from llm3d.train.signals import StopSignals
-from tests.pool import spawn
-from tests.train.conftest import STOPPING, heed_signals
+from tests.train.conftest import STOPPING
 
 NUMBERS = list(STOPPING)
 
@@ -56,14 +54,3 @@ def test_what_the_process_was_started_to_ignore_stays_ignored(number: signal.Sig
         assert stop.received is None
         assert signal.getsignal(number) is signal.SIG_IGN
     assert signal.getsignal(number) is signal.SIG_IGN
-
-
-@spawn(world_size=4, tensor=2)
-def test_a_signal_to_one_rank_stops_all(mesh: Mesh) -> None:
-    heed_signals()
-    with StopSignals() as stop:
-        assert stop.agreed(mesh.everyone) is None
-        if mesh.rank == 2:
-            signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed(mesh.everyone) == signal.SIGTERM
-        assert stop.received == (signal.SIGTERM if mesh.rank == 2 else None)

@@ -1,0 +1,32 @@
+"""The host launches a whole step before it waits for a number of it, and waits for no other host."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm3d.stages.by_settings import largest_microbatch, objective_of
+from tests.paper import NEEDS_KERNELS, step_on_paper
+from tests.parity.harness import Layout
+from tests.parity.harness import settings as settings_of_pretraining
+from tests.parity.test_post_training import settings as settings_of_stage
+
+LAYOUTS = [
+    Layout(micro=2),
+    Layout(micro=2, compute="bf16", recompute="full"),
+    Layout(micro=2, compute="fp16"),
+    Layout(tensor=2, data=2, sequence=True, zero=3, micro=2),
+    Layout(pipeline=2, data=2, zero=1, micro=2),
+    Layout(pipeline=2, chunks=2, schedule="interleaved", micro=2),
+]
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("stage", ["pretrain", "sft-lora", "reward", "dpo"])
+def test_a_step_is_launched_before_the_host_waits_once(stage: str, layout: Layout) -> None:
+    config = settings_of_pretraining(layout) if stage == "pretrain" else settings_of_stage(stage, layout)
+    for rank in range(0, layout.world_size, layout.tensor * layout.data):  # of each pipeline stage
+        happened = step_on_paper(
+            config, objective_of(config), largest_microbatch(config), layout.world_size, rank
+        )
+        assert happened == ["launched", "told", "read"]
