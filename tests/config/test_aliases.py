@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -21,11 +21,17 @@ def test_every_hint_names_what_there_is() -> None:
         for hint in hints:
             path, _, value = hint.partition("=")
             assert path in ALL, name
-            assert not value or value in get_args(ALL[path]), name
+            assert not value or value in choices(ALL[path]), name
     for path, values in _VALUES.items():
         assert path in ALL
-        assert set(values.values()) <= set(get_args(ALL[path])), path
-        assert not values.keys() & set(get_args(ALL[path])), path
+        assert set(values.values()) <= choices(ALL[path]), path
+        assert not values.keys() & choices(ALL[path]), path
+
+
+def choices(annotation: Any) -> set[Any]:
+    """Of a Literal, also where it may be None."""
+    found = get_args(annotation)
+    return {choice for each in found for choice in (get_args(each) or [each])}
 
 
 def test_no_alias_is_the_full_name_of_a_setting() -> None:

@@ -180,7 +180,8 @@ def test_decoding_step_by_step_is_causal_attention(heads: tuple[int, int]) -> No
     k = [randn(length, heads[1], head_dim, seed=i + 10).float() for i, length in enumerate(lengths)]
     v = [randn(length, heads[1], head_dim, seed=i + 20).float() for i, length in enumerate(lengths)]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    whole = attention(torch.cat(q), torch.cat(k), torch.cat(v), cu_seqlens, max(lengths)).split(lengths)
+    qkv = torch.cat([torch.cat(x) for x in (q, k, v)], dim=1)
+    whole = attention(qkv, heads[0], cu_seqlens, max(lengths)).split(lengths)
     table, blocks = block_tables(lengths, block_size)
     caches = [torch.full((blocks, block_size, heads[1], head_dim), torch.nan) for _ in range(2)]
     for step in range(max(lengths)):
