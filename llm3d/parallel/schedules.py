@@ -4,16 +4,23 @@ A rank holds `num_chunks` pieces of the model. Chunk c of rank r is virtual stag
 microbatch visits all ranks once per chunk, and goes from the last rank back to rank 0 between chunks.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from itertools import zip_longest
+from math import inf
 from typing import NamedTuple
 
 
 class Kind(Enum):
-    """What an action does. Computing waits for its own receive; receiving and sending never block."""
+    """What an action does. Computing waits for its own receive; the others only start a message.
+
+    On NCCL the start of a message is a kernel that stays on the GPU until the other end has started its own. Launching
+    a kernel that is not loaded yet, or freeing memory, may then wait until it has gone: `with_communication` arranges
+    receives such that the message comes even so.
+    """
 
     RECV_FORWARD = "recv_forward"  # post the receive of activations from the previous virtual stage
     FORWARD = "forward"
@@ -119,20 +126,63 @@ def forward_only(num_stages: int, num_chunks: int, num_microbatches: int) -> lis
 
 
 def with_communication(orders: list[list[Action]], num_chunks: int) -> list[list[Action]]:
-    """Put each send right after its compute action, and each receive one compute action ahead of its use.
+    """Put each send right after its compute action, and receives one compute action ahead of their use where no
+    circle of ranks that wait for each other can come of it; else after the send, right before their use.
 
-    A receive posted that early can be filled while the rank computes; it costs one more buffer.
+    A receive posted ahead can be filled while the rank computes; it costs one more buffer. But the compute action that
+    it stands before may then have to wait for the message. So it stands there only if the message is due earlier:
+    with all that a rank waits for due earlier than what waits, ranks cannot wait in a circle, whatever each takes.
     """
-    num_stages = len(orders)
+    num_stages, due = len(orders), _due(orders, num_chunks)
     schedule: list[list[Action]] = []
     for rank, order in enumerate(orders):
         actions = [receive_for(order[0], rank, num_stages, num_chunks)]
         for compute, upcoming in zip_longest(order, order[1:]):
-            if upcoming is not None:
-                actions.append(receive_for(upcoming, rank, num_stages, num_chunks))
-            actions += [compute, send_after(compute, rank, num_stages, num_chunks)]
+            send = send_after(compute, rank, num_stages, num_chunks)
+            source = None if upcoming is None else source_of(upcoming, rank, num_stages, num_chunks)
+            if upcoming is None or source is None:
+                actions += [compute, send]
+                continue
+            receive = receive_for(upcoming, rank, num_stages, num_chunks)
+            ahead = due[source] < due[rank, compute]
+            actions += [receive, compute, send] if ahead else [compute, send, receive]
         schedule.append([action for action in actions if action is not None])
     return schedule
+
+
+def _due(orders: list[list[Action]], num_chunks: int) -> dict[tuple[int, Action], tuple[float, bool, int]]:
+    """When each rank's compute actions start, if backward takes twice as long as forward, and messages no time.
+
+    Of those that start at once, forwards come first, each before what follows it on the next rank; then backwards,
+    each before what follows it on the rank before. What can never start is due at infinity.
+    """
+    num_stages, ends = len(orders), dict[tuple[int, Action], float]()
+    due = {(rank, compute): (inf, False, 0) for rank, order in enumerate(orders) for compute in order}
+    position, clock = [0] * num_stages, [0.0] * num_stages
+    ready = deque(range(num_stages))
+    while ready:
+        rank = ready.popleft()
+        while position[rank] < len(orders[rank]):
+            compute = orders[rank][position[rank]]
+            source = source_of(compute, rank, num_stages, num_chunks)
+            if source is not None and source not in ends:
+                break
+            start = max(clock[rank], ends[source] if source else 0.0)
+            is_backward = compute.kind is Kind.BACKWARD
+            due[rank, compute] = start, is_backward, -rank if is_backward else rank
+            clock[rank] = ends[rank, compute] = start + (2 if is_backward else 1)
+            position[rank] += 1
+            ready += [(rank + (-1 if is_backward else 1)) % num_stages]
+    return due
+
+
+def source_of(compute: Action, rank: int, num_stages: int, num_chunks: int) -> tuple[int, Action] | None:
+    """The compute action, and its rank, whose result a FORWARD or BACKWARD is sent; see `receive_for`."""
+    if receive_for(compute, rank, num_stages, num_chunks) is None:
+        return None
+    step = -1 if compute.kind is Kind.FORWARD else 1
+    chunk, source = divmod(compute.chunk * num_stages + rank + step, num_stages)
+    return source, replace(compute, chunk=chunk)
 
 
 def receive_for(compute: Action, rank: int, num_stages: int, num_chunks: int) -> Action | None:
@@ -194,6 +244,13 @@ def peer(kind: Kind, rank: int, num_stages: int) -> int:
     """
     step = {Kind.SEND_FORWARD: 1, Kind.RECV_BACKWARD: 1, Kind.RECV_FORWARD: -1, Kind.SEND_BACKWARD: -1}[kind]
     return (rank + step) % num_stages
+
+
+def channel_of(kind: Kind, rank: int, num_stages: int) -> tuple[str, bool]:
+    """Which of `Mesh.channels` a send or receive goes over: its direction, and whether from an end to the other."""
+    forward = kind in (Kind.RECV_FORWARD, Kind.SEND_FORWARD)
+    forward_starts_here = kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD)  # at this end of the link
+    return "forward" if forward else "backward", rank == (num_stages - 1 if forward_starts_here else 0)
 
 
 _ORDERS: dict[str, Callable[[int, int, int], list[list[Action]]]] = {

@@ -1,17 +1,30 @@
 """Run a pipeline schedule on paper: prove that it is sound, and say when each action runs.
 
-The model of the machine is that of the executor on NCCL. Receives and sends are posted and block nothing. A
-channel is one kind of message (activations or gradients) between an ordered pair of ranks; it matches sends
-with receives first in, first out, and moves one message at a time, once both its ends are posted.
+The model of the machine is that of the executor on NCCL. A message moves once both its ends are posted, and those
+posted before it in its queue have moved. There are two kinds of queue, as ProcessGroupNCCL has two ways to order what
+is sent and received one by one. In groups that connect at first use, each pair of ranks has a communicator, thus a
+stream, of its own: a queue is one kind of message (activations or gradients) between an ordered pair of ranks. In
+groups bound to a device (`device_id`), all of a rank's messages on a group take turns: see `one_queue`.
 
-Only computing waits, and only for a message that nobody else can take, so the order in which ranks are looked
-at changes nothing (Kahn 1974, process networks): a schedule that runs through once runs through at any speed.
+What waits for a message: always the computation that uses it. On NCCL a message that is posted and has not moved is a
+running kernel, and what needs an idle device (the first launch of a kernel, memory that is freed) waits for it: see
+`blocks` and `idle_before_computing`.
+
+A message is of one sender and one receiver, and nothing is chosen, so the order in which ranks are looked at changes
+nothing (Kahn 1974, process networks): a schedule that runs through once runs through at any speed.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llm3d.parallel.schedules import Action, Kind, peer, receive_for
+from llm3d.parallel.schedules import Action, Kind, channel_of, peer, receive_for
+
+_OTHER_END_OF_SEND = {
+    Kind.SEND_FORWARD: Kind.RECV_FORWARD,
+    Kind.SEND_BACKWARD: Kind.RECV_BACKWARD,
+}
+_OTHER_END = _OTHER_END_OF_SEND | {receive: send for send, receive in _OTHER_END_OF_SEND.items()}
 
 
 class ScheduleError(AssertionError):
@@ -61,57 +74,72 @@ class Timeline:
         return [_max_in_flight([span.action for span in spans]) for spans in self.spans]
 
 
+Event = tuple[int, Action]  # rank and action
+
+
 def simulate(
     schedule: list[list[Action]],
     num_chunks: int,
     forward_time: float = 1.0,
     backward_time: float = 2.0,
     transfer_time: float = 0.0,
+    blocks: Callable[[Event], bool] = lambda event: False,
+    idle_before_computing: bool = False,
+    one_queue: bool = False,
 ) -> Timeline:
     """Time a schedule with communication (from `make_schedule`); times are per chunk and per message.
+
+    blocks: of which sends and receives the rank does nothing more, once it has posted them, until they have moved.
+    idle_before_computing: whether ranks compute only when all that they have posted has moved.
+    one_queue: whether all messages that a rank sends and receives on a channel of `Mesh` are in one queue.
 
     Raises DeadlockError when no rank can go on, ScheduleError when an action comes before what it needs, is
     listed twice, or when the order of sends on a channel is not the order of receives.
     """
-    run = _Run(schedule, num_chunks, forward_time, backward_time, transfer_time)
+    run = _Run(schedule, num_chunks, transfer_time, blocks, idle_before_computing, one_queue)
+    run.compute_time = {Kind.FORWARD: forward_time, Kind.BACKWARD: backward_time}
     while not run.is_done():
         advanced = [run.advance(rank) for rank in range(len(schedule))]
         if not any(advanced):
             raise DeadlockError(f"no rank can go on: {run.blocked()}")
-    run.check_all_messages_matched()
+    run.check_all_messages_moved()
     return run.timeline()
 
 
-Event = tuple[int, Action]  # rank and action
-
-
 @dataclass
-class _Channel:
-    sends: list[Event] = field(default_factory=list)
-    receives: list[Event] = field(default_factory=list)
-    num_matched: int = 0
+class _Queue:
+    """One end's: what a rank has posted and has not moved."""
+
+    posted: deque[Event] = field(default_factory=deque)
     free_at: float = 0.0
 
 
 class _Run:
+    compute_time: dict[Kind, float]
+
     def __init__(
         self,
         schedule: list[list[Action]],
         num_chunks: int,
-        forward_time: float,
-        backward_time: float,
         transfer_time: float,
+        blocks: Callable[[Event], bool],
+        idle_before_computing: bool,
+        one_queue: bool,
     ) -> None:
         self.schedule = schedule
         self.num_stages = len(schedule)
         self.num_chunks = num_chunks
-        self.compute_time = {Kind.FORWARD: forward_time, Kind.BACKWARD: backward_time}
         self.transfer_time = transfer_time
+        self.blocks, self.idle_before_computing, self.one_queue = blocks, idle_before_computing, one_queue
         self.position = [0] * self.num_stages
         self.clock = [0.0] * self.num_stages
+        self.held: list[list[Event]] = [
+            [] for _ in schedule
+        ]  # messages that the rank's next action waits for
+        self.posted: list[list[Event]] = [[] for _ in schedule]
         self.start: dict[Event, float] = {}
         self.end: dict[Event, float] = {}
-        self.channels: dict[tuple[str, int, int], _Channel] = defaultdict(_Channel)
+        self.queues: dict[tuple[object, ...], _Queue] = defaultdict(_Queue)
 
     def is_done(self) -> bool:
         return all(at == len(actions) for at, actions in zip(self.position, self.schedule, strict=True))
@@ -132,15 +160,17 @@ class _Run:
         if not all(need in self.end for need in needs):
             return False
         start = max([self.clock[rank], *(self.end[need] for need in needs)])
-        self.start[rank, action] = start
+        self.clock[rank] = self.start[rank, action] = start
+        self.held[rank] = []
         if action.kind in self.compute_time:
             self.clock[rank] = self.end[rank, action] = start + self.compute_time[action.kind]
+            self.posted[rank] = [event for event in self.posted[rank] if event not in self.end]
         else:
-            self._post(rank, action)
+            self._post((rank, action))
         return True
 
     def _needs(self, rank: int, action: Action) -> list[Event]:
-        """The actions of the same rank that must have ended."""
+        """The actions of the same rank that must have ended, messages that must have moved."""
         chunk, microbatch = action.chunk, action.microbatch
         needs: list[Action | None] = []
         if action.kind in self.compute_time:
@@ -149,7 +179,11 @@ class _Run:
             needs.append(Action(Kind.FORWARD, chunk, microbatch))
         if action.kind is Kind.SEND_BACKWARD:
             needs.append(Action(Kind.BACKWARD, chunk, microbatch))
-        return [(rank, need) for need in needs if need is not None]
+        messages = [*self.held[rank], *(self.posted[rank] if self._waits_for_all(action) else [])]
+        return [*((rank, need) for need in needs if need is not None), *messages]
+
+    def _waits_for_all(self, action: Action) -> bool:
+        return self.idle_before_computing and action.kind in self.compute_time
 
     def _check_listed_before(self, rank: int, action: Action, needs: list[Event]) -> None:
         if (rank, action) in self.start:
@@ -158,49 +192,60 @@ class _Run:
             if need not in self.start:
                 raise ScheduleError(f"rank {rank} lists {action} without {need[1]} before it")
 
-    def _post(self, rank: int, action: Action) -> None:
-        other = peer(action.kind, rank, self.num_stages)
-        if action.kind in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD):
-            channel = self.channels[_cargo(action), rank, other]
-            channel.sends.append((rank, action))
-        else:
-            channel = self.channels[_cargo(action), other, rank]
-            channel.receives.append((rank, action))
-        if channel.num_matched < min(len(channel.sends), len(channel.receives)):
-            self._match(channel)
+    def _post(self, event: Event) -> None:
+        rank = event[0]
+        self._queue(event).posted.append(event)
+        self.posted[rank].append(event)
+        if self.blocks(event):
+            self.held[rank] = [event]
+        self._move(event)
 
-    def _match(self, channel: _Channel) -> None:
-        """Move the oldest message that has both ends posted."""
-        send, receive = channel.sends[channel.num_matched], channel.receives[channel.num_matched]
-        if self._message(send) != self._message(receive):
-            raise ScheduleError(
-                f"message {channel.num_matched} from rank {send[0]} to rank {receive[0]}: "
-                f"{send[1]} meets {receive[1]}"
-            )
-        start = max(self.start[send], self.start[receive], channel.free_at)
-        self.end[send] = self.end[receive] = channel.free_at = start + self.transfer_time
-        channel.num_matched += 1
+    def _queue(self, event: Event) -> _Queue:
+        """The queue of this end of a message."""
+        rank, kind = event[0], event[1].kind
+        channel = channel_of(kind, rank, self.num_stages)
+        if self.one_queue:
+            assert self.num_stages > 1, "on one rank a message would wait for itself"
+            return self.queues[channel, rank]
+        return self.queues[channel, rank, peer(kind, rank, self.num_stages), kind in _OTHER_END_OF_SEND]
 
-    def _message(self, event: Event) -> tuple[int, int]:
-        """The virtual stage that a message is for, and its microbatch."""
+    def _move(self, event: Event) -> None:
+        """Move messages with both ends first in their queues: this event's, and what has waited for those."""
+        looked_at = [event]
+        while looked_at:
+            mine = self._queue(looked_at.pop())
+            theirs = self._queue(self._other_end(mine.posted[0])) if mine.posted else mine
+            if not mine.posted or not theirs.posted:
+                continue
+            first, meets = mine.posted[0], theirs.posted[0]
+            if self._queue(self._other_end(meets)) is not mine:
+                continue  # it is for another rank
+            if meets != self._other_end(first):
+                send, receive = sorted((first, meets), key=lambda end: end[1].kind not in _OTHER_END_OF_SEND)
+                raise ScheduleError(f"from rank {send[0]} to rank {receive[0]}: {send[1]} meets {receive[1]}")
+            begin = max(self.start[first], self.start[meets], mine.free_at, theirs.free_at)
+            self.end[first] = self.end[meets] = mine.free_at = theirs.free_at = begin + self.transfer_time
+            looked_at += [mine.posted.popleft(), theirs.posted.popleft()]
+
+    def _other_end(self, event: Event) -> Event:
+        """The receive of a send, the send of a receive."""
         rank, action = event
-        step = {Kind.SEND_FORWARD: 1, Kind.SEND_BACKWARD: -1}.get(action.kind, 0)
-        return action.chunk * self.num_stages + rank + step, action.microbatch
+        step = 1 if action.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1
+        chunk, other = divmod(action.chunk * self.num_stages + rank + step, self.num_stages)
+        return other, Action(_OTHER_END[action.kind], chunk, action.microbatch)
 
     def blocked(self) -> str:
         """What each rank that is not done waits for."""
         return "; ".join(
             f"rank {rank} at {action} waits for "
-            + ", ".join(str(need) for _, need in self._needs(rank, action) if (rank, need) not in self.end)
+            + ", ".join(str(need[1]) for need in self._needs(rank, action) if need not in self.end)
             for rank, actions in enumerate(self.schedule)
             for action in actions[self.position[rank] : self.position[rank] + 1]
         )
 
-    def check_all_messages_matched(self) -> None:
-        for channel in self.channels.values():
-            for rank, action in (
-                channel.sends[channel.num_matched :] + channel.receives[channel.num_matched :]
-            ):
+    def check_all_messages_moved(self) -> None:
+        for queue in self.queues.values():
+            for rank, action in queue.posted:
                 raise ScheduleError(f"{action} of rank {rank} meets nothing at the other end")
 
     def timeline(self) -> Timeline:
@@ -210,11 +255,6 @@ class _Run:
                 for rank, actions in enumerate(self.schedule)
             ]
         )
-
-
-def _cargo(action: Action) -> str:
-    forward = action.kind in (Kind.SEND_FORWARD, Kind.RECV_FORWARD)
-    return "activations" if forward else "gradients"
 
 
 def _max_in_flight(actions: list[Action]) -> int:
