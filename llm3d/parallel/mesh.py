@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from llm3d.errors import InputError
 from llm3d.parallel.collectives import is_alone
+from llm3d.parallel.failures import failures_end_all_ranks
 from llm3d.wording import counted
 
 # What a group carries where the mesh is on GPUs: tensors of the device, of the host, or both. NCCL makes a communicator
@@ -153,8 +154,8 @@ class Mesh:
     def _connect(self) -> None:
         """Use every group and channel that carries the device's tensors once, in one order on all ranks.
 
-        NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a schedule
-        that could be forever.
+        NCCL makes a communicator at its first use and waits there for the other ranks; in the middle of a
+        schedule, where the others may wait for what this rank does next, that could be forever.
         """
         self._used: set[ProcessGroup] = set()
         for group in (self.everyone, self.tensor, self.data, self.embedding):
@@ -217,7 +218,8 @@ def process_group(wanted: str = "auto") -> Iterator[torch.device]:
     """The world, for the time of the block; -> this rank's device. wanted: run.device."""
     device = start_process_group(wanted)
     try:
-        yield device
+        with failures_end_all_ranks():
+            yield device
     except BaseException:
         # NCCL would wait here for collectives that the other ranks may never join; the process ends anyway.
         if device.type == "cpu":
