@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.schedules import Action, Kind, Part, peer
+from llm3d.parallel.schedules import Action, Kind, Part, channel_of, peer
 
 Objective = Callable[[Any, Any], Tensor]  # see llm3d.models.heads.Objective
 
@@ -40,6 +40,31 @@ class Pipeline:
         self.mesh, self.stages = mesh, list(stages)
         self.hidden_size, self.dtype, self.tokens_a_row = hidden_size, dtype, tokens_a_row
         self.last_stage = len(self.stages) * mesh.pipeline_size - 1
+        self._warm = set[bool]()  # with gradients, without
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether the next run would be the first of its kind, with gradients or without, to use this GPU's kernels."""
+        concerned = self.mesh.device.type == "cuda" and self.mesh.pipeline_size > 1
+        return concerned and torch.is_grad_enabled() not in self._warm
+
+    def warm_up(self, microbatch: Any, objective: Objective) -> None:
+        """Run this rank's stages on zeros, forward and, with gradients, backward; add zeros to the gradients.
+
+        A kernel is loaded when it is first launched, which may take until the device is idle; it is not while a message
+        is on its way. No stage sends or receives here. Kernels are not loaded all at once instead
+        (CUDA_MODULE_LOADING=EAGER): torch has so many that they take a GB or so of each device.
+        """
+        training = torch.is_grad_enabled()
+        shape, device = self.activation_shape(microbatch), self.mesh.device
+        for chunk, stage in enumerate(self.stages):
+            hidden = None
+            if chunk or not self.mesh.is_first_stage:
+                hidden = torch.zeros(shape, dtype=self.dtype, device=device, requires_grad=training)
+            output = stage(hidden, microbatch, objective)
+            if training:
+                torch.autograd.backward(output, torch.zeros_like(output))
+        self._warm.add(training)
 
     def run(
         self, part: Part, microbatches: Sequence[Any], objective: Objective, scale: float | Tensor = 1.0
@@ -154,10 +179,4 @@ class _Step:
 
     def channel(self, kind: Kind) -> dist.ProcessGroup:
         """The group for one direction of traffic over one link, so that its messages match in order."""
-        forward = kind in (Kind.RECV_FORWARD, Kind.SEND_FORWARD)
-        sender = kind in (
-            Kind.SEND_FORWARD,
-            Kind.RECV_BACKWARD,
-        )  # the end of the link where forward traffic starts
-        at_edge = self.mesh.pipeline_size - 1 if sender else 0
-        return self.mesh.channels["forward" if forward else "backward", self.mesh.pipeline_rank == at_edge]
+        return self.mesh.channels[channel_of(kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)]

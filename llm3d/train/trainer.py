@@ -134,6 +134,8 @@ class Evaluator:
     @torch.no_grad()
     def outputs(self, microbatches: Sequence[Batch], objective: heads.Objective) -> list[Tensor] | None:
         """What the objective makes of each of this data rank's microbatches; None but on the last pipeline stage."""
+        if self.pipeline.is_cold:
+            self.pipeline.warm_up(microbatches[0], objective)
         part = self.part(len(microbatches), forward_only=True)
         return self.pipeline.run(part, microbatches, objective)
 
@@ -246,6 +248,8 @@ class Trainer(Evaluator):
         tell: asked then what the other ranks are to know; None, on all ranks alike: nothing.
         """
         microbatches = self.completed(self._on_device(microbatches))
+        if self.pipeline.is_cold:
+            self.warm_up(microbatches[0])
         loss_scale = self.loss_scale.value if self.loss_scale else None
         scale, count = loss_scale or 1.0, self._count(microbatches)
         self.flat.begin_step(len(microbatches))
@@ -267,6 +271,12 @@ class Trainer(Evaluator):
         """All ranks' notice, fp64 [2] on the device."""
         told = numbers_on(self.mesh.device, *(notice or Notice()))
         return told if notice is None else all_reduce_max(told, self.mesh.everyone)
+
+    def warm_up(self, microbatch: Batch) -> None:
+        """Have the device load what a step runs on it, before stages send each other messages; changes nothing."""
+        self.flat.begin_step(1)
+        self.pipeline.warm_up(microbatch, self.objective)
+        self.flat.finish_gradients()
 
     def validate(self, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
         """What users are shown of validation data, by name; called on all ranks."""
