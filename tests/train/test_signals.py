@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
 import signal
+import sys
+import threading
 
 import pytest
 
@@ -43,6 +48,34 @@ def test_a_signal_repeated_later_ends_the_process_at_once(monkeypatch: pytest.Mo
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop.received == signal.SIGTERM
+
+
+def never_return() -> None:
+    """Lock a mutex twice: a call that no signal interrupts, as a collective is that another rank never joins."""
+    heed_signals()
+    signals.GRACE_SECONDS = signals.ANSWER_SECONDS = 0.0
+
+    def ask_to_end() -> None:
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(0.01)
+
+    mutex = ctypes.create_string_buffer(64)
+    try:
+        with StopSignals():
+            threading.Thread(target=ask_to_end, daemon=True).start()
+            for _ in range(2):
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    except KeyboardInterrupt:  # the signals came before the call
+        sys.exit(130)
+
+
+def test_a_signal_repeated_in_a_call_that_never_returns_ends_the_process() -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=never_return)
+    process.start()
+    process.join(300)
+    process.kill()
+    assert process.exitcode == 130
 
 
 @pytest.mark.parametrize("number", NUMBERS)
