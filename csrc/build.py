@@ -70,6 +70,7 @@ class Library:
     compiler: tuple[str, ...]  # up to, not including, the source
     linker: tuple[str, ...]  # what follows the object files
     language: tuple[str, ...] = ()  # said of each source, where its name does not say it
+    absent: tuple[str, ...] = ()  # libraries that it needs where it is loaded, and that are not here
 
 
 def libraries(torch: Torch) -> list[Library]:
@@ -84,7 +85,8 @@ def libraries(torch: Torch) -> list[Library]:
     if (nvcc := nvcc_to_use(torch)) is not None:
         sources = tuple(sorted(CSRC.glob("*/cuda.cu")))
         compile_cuda = (str(nvcc), *cuda_flags(torch))
-        built.append(Library("cuda", sources, compile_cuda, links(torch, cuda=True)))
+        absent = () if torch.cuda else ("torch_cuda",)
+        built.append(Library("cuda", sources, compile_cuda, links(torch, cuda=True), absent=absent))
     return built
 
 
@@ -260,7 +262,18 @@ def build(library: Library, output: Path, scratch: Path, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         objects = list(pool.map(compiled, (*library.sources, stamp_source)))
     output.parent.mkdir(parents=True, exist_ok=True)
-    run_for(output, [*library.compiler, *map(str, objects), *library.linker])
+    stand_ins = [option for name in library.absent for option in stand_in(name, library, directory)]
+    run_for(output, [*library.compiler, *map(str, objects), *library.linker, *stand_ins])
+
+
+def stand_in(name: str, library: Library, directory: Path) -> list[str]:
+    """What links to a library that is not here, so that the loader looks for it: an empty one of its name."""
+    source, target = directory / "empty.cpp", directory / f"lib{name}.so"
+    write_if_changed(source, "")
+    soname = ["-Xlinker", f"-soname=lib{name}.so"]
+    run_for(target, [*library.compiler, "-shared", *soname, str(source)])
+    # As an option: nvcc puts files before all options, and so before this one.
+    return ["-Xlinker", "--no-as-needed", f"-L{directory}", f"-l{name}"]
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,30 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(tmp_path: Path) -> Non
     library = build.Library("cpu_x", (ROOT / "csrc/ops.cpp",), (str(compiler),), ())
     with pytest.raises(build.BuildFailed, match="out of luck"):
         build.build(library, tmp_path / "x.so", tmp_path / "scratch", jobs=1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("compiler", ["g++", "nvcc"])
+def test_what_is_built_without_a_library_finds_it_where_it_is(compiler: str, tmp_path: Path) -> None:
+    """As CUDA kernels that are built beside a torch for CPUs and loaded beside one for GPUs: the loader looks for names
+    in what a library says that it needs, not in all that a process has loaded.
+    """
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    theirs, there = tmp_path / "theirs.cpp", tmp_path / "libtorch_cuda.so"
+    theirs.write_text('extern "C" int theirs() { return 42; }\n')
+    build.run(["g++", "-shared", "-fPIC", f"-Wl,-soname,{there.name}", str(theirs), "-o", str(there)])
+    source = tmp_path / "ours.cpp"
+    source.write_text('extern "C" int theirs();\nextern "C" int ours() { return theirs(); }\n')
+    position_independent = ("-Xcompiler", "-fPIC") if compiler == "nvcc" else ("-fPIC",)
+    now = ("-shared", "-Xlinker", "-z", "-Xlinker", "now")
+    said = []
+    for absent in ((), ("torch_cuda",)):
+        library = build.Library("cuda", (source,), (compiler, *position_independent), now, absent=absent)
+        ours = tmp_path / f"ours-{len(absent)}.so"
+        build.build(library, ours, tmp_path / "scratch", jobs=1)
+        code = f"from ctypes import CDLL; CDLL('{there}'); print(CDLL('{ours}').ours())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        said.append(done.stdout.strip() or done.stderr)
+    assert "undefined symbol: theirs" in said[0]
+    assert said[1] == "42"
