@@ -124,7 +124,7 @@ def _liger(device: torch.device) -> Functions | None:
 
 
 def print_measured(results: Sequence[Measured], streaming: float) -> None:
-    """A row an operation, then forward and backward together."""
+    """A row an operation; forward and backward together; and in a last line what share of the peak is reached."""
     others = dict.fromkeys(other for result in results for other in result.seconds if other != "llm3d")
     header = f"{'':28} {'':9} {'':19} {'ms':>8} {'traffic':>7} {'GB/s':>7} {'of peak':>7}"
     print(header + "".join(f" {other + ' / llm3d':>27}" for other in others))
@@ -147,6 +147,12 @@ def print_measured(results: Sequence[Measured], streaming: float) -> None:
                     theirs = forward.median(other) + backward.median(other)
                     row += f"   {other} / llm3d {theirs / ours:.2f}"
             print(row)
+    worst = min(results, key=lambda result: result.least_bytes / result.median())
+    shares = sorted(result.least_bytes / result.median() / streaming for result in results)
+    print(
+        f"\n{len(results)} operations at {statistics.median(shares):.0%} of the peak bandwidth in the median, "
+        f"at {shares[0]:.0%} the slowest, {worst.name} in {worst.dtype}"
+    )
 
 
 def _ratio(result: Measured, other: str) -> str:

@@ -103,16 +103,16 @@ def make_cases(
 
 
 class _Numbers:
-    """Random numbers that bf16 can hold; each call's are its own."""
+    """Random numbers that bf16 can hold, drawn on the device; each call's are its own."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.dtype, self.device, self._generator = dtype, device, torch.Generator().manual_seed(0)
+        self.dtype, self.device, self._generator = dtype, device, torch.Generator(device).manual_seed(0)
         self.wide = torch.promote_types(dtype, torch.float32)
         self.element_size = torch.empty((), dtype=dtype).element_size()
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=self._generator, dtype=torch.float32)
-        return (values * scale).bfloat16().to(self.device, self.dtype)
+        values = torch.randn(*shape, generator=self._generator, dtype=torch.float32, device=self.device)
+        return values.mul_(scale).bfloat16().to(self.dtype)
 
 
 def _nbytes(*tensors: Tensor) -> int:

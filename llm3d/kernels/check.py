@@ -56,11 +56,12 @@ def print_kernels(device: torch.device | str, check: bool) -> bool:
             print(f"  {case.name:28} {case.op:26} {backend.of(case.op, device)}")
         return True
     print(f"  {'largest error against fp64':58} {'llm3d':>9} {'PyTorch':>9}")
-    everything_holds = True
+    num_results, num_failures = 0, 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for result in check_kernels(dtype, device):
             verdict = "" if result.holds else "  MORE THAN TWICE PYTORCH'S"
-            everything_holds &= result.holds
+            num_results, num_failures = num_results + 1, num_failures + (not result.holds)
             name = f"{result.name}, {str(dtype).removeprefix('torch.')}"
             print(f"  {name:38} {result.backend:19} {result.ours:9.1e} {result.torchs:9.1e}{verdict}")
-    return everything_holds
+    print(f"{num_results - num_failures} of {num_results} are within twice PyTorch's error")
+    return num_failures == 0
