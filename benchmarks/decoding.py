@@ -1,24 +1,27 @@
 """Tokens a second while text is written, beside what memory allows: weights and cache read once for each token.
 
     python benchmarks/decoding.py --preset llama-1b [--compute bf16] [--batches 1 64] [--context 512] [--new-tokens 128]
-        [--no-graphs]
+        [--graphs on off]
 
 Random weights; prompts of --context tokens, each reply as long as the next. Reading the prompts and recording a step
 are not counted: they are timed by themselves, with replies of four tokens. The bandwidth is that of a copy on the same
-device, bytes read and written.
+device, bytes read and written. --graphs off launches each step's kernels; on records them, on a GPU, and plays them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from throughput import draw_weights, synchronise
 
 from llm3d.config import make_config
 from llm3d.generate.engine import Generator
@@ -31,40 +34,47 @@ from llm3d.train.trainer import Evaluator
 FIRST = 4  # tokens, after which all is as it stays
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
+    arguments = parse(argv)
+    mesh = Mesh(device=start_process_group())
+    bandwidth = copy_bandwidth(mesh.device)
+    print(f"torch {torch.__version__}, {mesh.device.type}, a copy moves {bandwidth / 1e9:,.0f} GB/s")
+    model = Evaluator(settings(arguments), mesh)
+    draw_weights(model)
+    weights = sum(unit.whole.nbytes for unit in model.flat.units)
+    for graphs, batch in product(arguments.graphs, arguments.batches):
+        rate = decode_rate(model, arguments, batch, graphs == "on")
+        length = arguments.context + arguments.new_tokens / 2
+        read = weights + batch * length * bytes_a_token(model)
+        floor = bandwidth / read * batch
+        print(
+            f"=> {arguments.preset}, batch {batch}, graphs {graphs}: {rate:,.1f} tokens/s, {rate / floor:.1%} of the "
+            f"{floor:,.1f} that memory allows",
+            flush=True,
+        )
+    dist.destroy_process_group()
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--preset", default="llama-1b")
     parser.add_argument("--compute", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="record the step on a GPU"
-    )
-    arguments = parser.parse_args()
-    mesh = Mesh(device=start_process_group())
-    bandwidth = copy_bandwidth(mesh.device)
-    print(f"torch {torch.__version__}, {mesh.device.type}, a copy moves {bandwidth / 1e9:,.0f} GB/s")
-    model = Evaluator(settings(arguments), mesh)
-    model.initialise()
-    weights = sum(unit.whole.nbytes for unit in model.flat.units)
-    for batch in arguments.batches:
-        rate = decode_rate(model, arguments, batch)
-        length = arguments.context + arguments.new_tokens / 2
-        read = weights + batch * length * bytes_a_token(model)
-        floor = bandwidth / read * batch
-        line = {"batch": batch, "tokens_per_s": round(rate, 1), "memory_allows": round(floor, 1)}
-        print(json.dumps(line | {"share": round(rate / floor, 3)}), flush=True)
+    parser.add_argument("--graphs", choices=["on", "off"], nargs="+", default=["on"])
+    return parser.parse_args(argv)
 
 
 def settings(arguments: argparse.Namespace) -> Any:
     length = arguments.context + arguments.new_tokens
     given = {
         "run": {"dir": "unused"},
-        "model": {"preset": arguments.preset, "vocab_size": 32000},
+        "model": {"preset": arguments.preset, "vocab_size": arguments.vocab_size},
         "precision": {"compute": arguments.compute},
         "data": {"train": ["unused"], "sequence_length": length},
         "batch": {"global": 1},
@@ -80,11 +90,11 @@ def bytes_a_token(model: Evaluator) -> int:
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
 
 
-def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int) -> float:
+def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int, graphs: bool) -> float:
     """Tokens a second, the median of some rounds."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, 32000, (batch, arguments.context), generator=generator).tolist()
-    recorder = recorder_for(model.mesh.device, arguments.graphs)
+    prompts = torch.randint(3, arguments.vocab_size, (batch, arguments.context), generator=generator).tolist()
+    recorder = recorder_for(model.mesh.device, graphs)
     writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, recorder)
 
     def write(num_tokens: int) -> None:
@@ -102,8 +112,7 @@ def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int) -> 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronise(device)
     return time.perf_counter() - started
 
 
@@ -116,4 +125,4 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
