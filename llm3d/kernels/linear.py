@@ -67,7 +67,7 @@ def add_linear_weight_gradient_(total: Tensor, grad_output: Tensor, x: Tensor, r
         total.addmm_(transposed, x, beta=beta)
     elif not is_cuda(grad_output):
         _add(total, transposed @ x, replace)
-    elif not total.is_meta and _adds_to_fp32(total.device):
+    elif _adds_to_fp32(total.device):
         torch.addmm(total, transposed, x, out_dtype=total.dtype, beta=beta, out=total)
     else:
         _add(total, torch.mm(transposed, x, out_dtype=total.dtype), replace)
@@ -134,7 +134,12 @@ def _add(total: Tensor, product: Tensor, replace: bool) -> None:
 
 @functools.cache
 def _adds_to_fp32(device: torch.device) -> bool:
-    """Whether a product in bf16 can be added to an fp32 sum as it is made, which newer versions of PyTorch can."""
+    """Whether a product in bf16 can be added to an fp32 sum as it is made, which newer versions of PyTorch can.
+
+    On paper it is not, so that the memory that is planned suffices for any version.
+    """
+    if device.type == "meta":
+        return False
     total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
     try:
         torch.addmm(total, ones, ones, out_dtype=total.dtype, out=total)

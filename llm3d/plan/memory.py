@@ -81,7 +81,7 @@ def memory_of_stages(config: Config, work: Work, world_size: int, device_type: s
 
 
 def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> Memory:
-    with _world_on_paper(world_size, rank):
+    with world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
         trainer = Trainer(config, mesh, work.objective)
         if work.averaged:
@@ -122,7 +122,8 @@ def _enough_microbatches(config: Config, world_size: int, samples_in_each: int) 
 
 
 @contextmanager
-def _world_on_paper(size: int, rank: int) -> Iterator[None]:
+def world_on_paper(size: int, rank: int) -> Iterator[None]:
+    """A process group of so many ranks in which messages arrive at once, seen from one of them."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield
