@@ -13,7 +13,7 @@ import pytest
 
 from llm3d.train import signals
 from llm3d.train.signals import StopSignals
-from tests.train.conftest import STOPPING
+from tests.train.conftest import STOPPING, heed_signals
 
 NUMBERS = list(STOPPING)
 
