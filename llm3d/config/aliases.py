@@ -201,9 +201,9 @@ _VALUES: dict[str, dict[str, str]] = {
         "do_not_truncate": "drop",
         "false": "drop",
     },
+    "run.device": {"gpu": "cuda", "none": "auto", "null": "auto"},
     "precision.compute": _DTYPES,
     "precision.gradients": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
-    "precision.reduce_dtype": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
     "precision.moments": {name: ours for name, ours in _DTYPES.items() if ours != "fp16"},
     "recompute": {
         "true": "full",

@@ -119,14 +119,12 @@ class Mesh:
         shared: one that is there already will do.  urgent: what goes over it is not to wait for what computes.
         A rank in none of them gets a placeholder that it never uses.
         """
-        if rows.shape[1] == 1 < self.size:
-            return ProcessGroup(dist.HashStore(), 0, 1)
+        if rows.shape[1] == 1:
+            return self.everyone if self.size == 1 else ProcessGroup(dist.HashStore(), 0, 1)
         mine: Any = None
         for row in rows.tolist():
             there = self._groups.setdefault(tuple(sorted(row)), [])
             fitting = [each for each in there if each.carries in (carries, _BOTH) and each.urgent >= urgent]
-            if self.size == 1:
-                fitting = there
             if not (shared and fitting):
                 fitting = [_Group(self._new(row, carries, urgent), carries, urgent)]
                 there += fitting if shared else []
@@ -143,6 +141,7 @@ class Mesh:
         # product's blocks have had their turn, and what is computed next would wait for the sum; on one of high
         # priority it takes the first multiprocessors that become free.
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        # Torch warns where the group's timeout is not that of the options.
         return dist.new_group(ranks, timeout=options._timeout, backend=carries, pg_options=options)
 
     def tensor_blocks(self, size: int) -> ProcessGroup:

@@ -92,11 +92,9 @@ def sockets() -> int:
 
 @spawn(world_size=8)
 def test_ranks_connect_when_they_first_talk(mesh: Mesh) -> None:
-    """A sum goes round a ring: it takes two neighbours of a group's seven."""
+    """A sum goes round a ring: of seven others a rank connects to two neighbours, and it listens."""
     before = sockets()
-    group = dist.new_group()
-    assert sockets() - before <= 1, "it listens"
-    dist.all_reduce(torch.zeros(1), group=group)
+    dist.all_reduce(torch.zeros(1), group=dist.new_group())
     assert sockets() - before <= 3
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft == hard, "there may be as many as the system allows"
