@@ -153,7 +153,7 @@ class _EntropyOfHidden(Function):
     ) -> Tensor:
         ctx.weight, ctx.group, ctx.sequence = weight, group, sequence and not is_alone(group)
         x = gather_rows(hidden, group)[0] if ctx.sequence else hidden
-        stats = [_entropy_stats(x[part] @ weight.t()) for part in _chunks(x, weight)]
+        stats = [_entropy_stats(linear(x[part], weight)) for part in _chunks(x, weight)]
         entropy, *kept = _entropy(torch.cat(stats, dim=1), group)
         ctx.save_for_backward(hidden, *kept)
         return entropy
@@ -165,9 +165,9 @@ class _EntropyOfHidden(Function):
         x = gather_rows(hidden, ctx.group)[0] if ctx.sequence else hidden
         gradient = torch.empty_like(x)
         for part in _chunks(x, weight):
-            logits = x[part] @ weight.t()
+            logits = linear(x[part], weight)
             grad_logits = _entropy_gradient(grad[part], logits, *(k[part] for k in kept))
-            torch.mm(grad_logits, weight, out=gradient[part])
+            linear_input_gradient(grad_logits, weight, out=gradient[part])
             if ctx.needs_input_grad[1]:
                 add_linear_gradient(weight, grad_logits, x[part])
         return _summed(gradient, ctx.group, ctx.sequence), None, None, None

@@ -132,9 +132,9 @@ def drawn_from(logits: Tensor, samplings: list[Sampling], numbers: Tensor, bound
 
 
 def drawn_in_every_split(logits: Tensor, samplings: list[Sampling], numbers: Tensor) -> Choice:
-    """By one rank, by two and four with parts of all sizes, none among them: the same everywhere."""
+    """By one rank, by two and four with parts of all sizes, the last of them none: the same everywhere."""
     size = logits.shape[1]
-    splits = [[0, size], [0, size // 3, size], [0, 1, size], [0, size // 2, size // 2, size - 1, size]]
+    splits = [[0, size], [0, size // 3, size], [0, 1, size], [0, size // 2, size - 1, size, size]]
     results = [
         choice
         for bounds in splits
@@ -196,8 +196,7 @@ def test_near_temperature_0_it_is_the_likeliest(temperature: float) -> None:
 
 def test_a_large_vocabulary_of_equals_is_drawn_from_evenly() -> None:
     """Its weights add up to more than any other's."""
-    size = 2**18
-    numbers = torch.cat([NUMBERS, torch.tensor([0, 1 - 2**-32], dtype=torch.float64)])
+    size, numbers = 2**18, torch.tensor([0, 0.1, 0.7, 1 - 2**-32], dtype=torch.float64)
     for sampling in (Sampling(), Sampling(top_p=0.5)):  # of equals, top-p keeps all
         tokens = drawn_in_every_split(torch.full((1, size), 7.0), [sampling] * len(numbers), numbers).tokens
         assert torch.equal(tokens, (numbers * size).long())

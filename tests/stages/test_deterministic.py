@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm3d.config import PPOConfig, make_config
+from llm3d.kernels import backend
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.by_settings import largest_microbatch, objective_of
 from llm3d.stages.ppo_roles import planned_models, roles_of
@@ -75,7 +76,7 @@ def test_what_raises_is_found(operation: Callable[[Tensor], object], raises: boo
 
 
 def given_settings(stage: str, directory: Path) -> Settings:
-    """Two steps of plain PyTorch, which computes what a library of kernels else would."""
+    """Two steps."""
     if stage == "pretrain":
         for name in ("train", "valid"):
             write_corpus(directory / name, 400)
@@ -85,7 +86,6 @@ def given_settings(stage: str, directory: Path) -> Settings:
         write_reward_model(directory / "reward", model)
         given = settings(model, write_rows(directory / "rows.jsonl", ROWS[stage]), directory / "run")
     given["train"] = {"steps": 2}
-    given["kernels"] = {"backend": "reference"}
     if stage == "ppo":
         given["ppo"] = {"rewards": [{"model": str(directory / "reward")}], "entropy_coefficient": 0.1}
         given["ppo"] |= {"whiten_rewards": True, "ema": 0.5}
@@ -104,8 +104,10 @@ def test_drawing_a_token_uses_nothing_that_raises(name: str) -> None:
 @pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("stage", ["pretrain", *ROWS])
 def test_a_run_uses_nothing_that_raises(stage: str, tmp_path: Path) -> None:
+    """In plain PyTorch, which computes what a library of kernels else would."""
     given = given_settings(stage, tmp_path)
-    with Deterministic():
+    given["kernels"] = {"backend": "reference"}
+    with backend.using("reference"), Deterministic():
         if stage == "pretrain":
             common.pretrain_on_rank(given)
         else:
