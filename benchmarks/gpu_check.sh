@@ -153,7 +153,8 @@ part paths 45 "$python" "${stub[@]}" benchmarks/device_paths.py
 part 1b 45 "${train[@]}" "$small" --vocab-size "$vocabulary" --sequence-length "$length" --micro 2 --microbatches 2 \
     --steps "$steps" --then "--micro 4" --then "--set kernels.backend=reference"
 part 7b 60 "${train[@]}" "$big" --vocab-size "$vocabulary" --sequence-length "$length" --microbatches 4 \
-    --gradients bf16 --steps "$steps" --profile "$out/7b-profile.txt" --trace "$out/7b-trace.json.gz"
+    --gradients bf16 --steps "$steps" --profile "$out/7b-profile.txt" --trace "$out/7b-trace.json.gz" \
+    --then "--set train.deterministic=false"
 part variants 60 "${train[@]}" "$small" --sequence-length "$length" --micro 2 --microbatches 2 --steps "$steps" \
     --vocab-size "$llama3_vocabulary" --recompute selective \
     --then "$big --vocab-size $vocabulary --micro 1 --gradients bf16 --recompute selective" \

@@ -38,7 +38,7 @@ def use(choice: str, device: torch.device | str) -> None:
         return
     choice = "fa2" if choice == "auto" else choice
     if choice == "cudnn" and torch.are_deterministic_algorithms_enabled():
-        raise InputError("kernels.attention: cudnn is not deterministic, which this run is to be")
+        raise InputError("kernels.attention: cudnn is not deterministic; train.deterministic=false allows it")
     if choice in PACKAGES:
         _activate(choice, torch.cuda.get_device_capability(device))
     elif _chosen in PACKAGES:
