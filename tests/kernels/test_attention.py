@@ -172,7 +172,7 @@ def test_a_cpu_has_no_choice() -> None:
         ("fa3", (8, 0), False, "fa3 is for GPUs of compute capability 9.x; this one has 8.0"),
         ("fa3", (9, 0), True, "fa3 needs the module flash_attn_interface, which cannot be imported"),
         ("fa4", (9, 0), False, "fa4 needs the module flash_attn.cute, which cannot be imported"),
-        ("cudnn", (9, 0), True, "cudnn is not deterministic, which this run is to be"),
+        ("cudnn", (9, 0), True, "cudnn is not deterministic; train.deterministic=false allows it"),
     ],
 )
 def test_what_is_not_there_is_told_with_the_setting(
