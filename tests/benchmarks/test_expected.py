@@ -53,6 +53,9 @@ def test_what_is_recomputed_is_counted_again(counts: Counted) -> None:
     assert flops(again.layer, "products") / flops(counts.layer, "products") == pytest.approx(8 / 6)
     assert flops(again.layer, "attention") / flops(counts.layer, "attention") == pytest.approx(9 / 7)
     forward = Counter({x.name: n for x, n in counts.layer.items() if not x.backward})
+    # The sum that is kept is made before the layer, not in its first norm.
+    forward.subtract({"add_rms_norm_forward": 1})
+    forward.update({"add": 1, "rms_norm_forward": 1})
     assert Counter({x.name: n for x, n in again.layer.items() if not x.backward}) == forward
 
 
