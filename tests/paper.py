@@ -5,23 +5,20 @@ There no tensor has a value: what asks for one, as a host that waits for a GPU d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llm3d.config import Config
 from llm3d.kernels import backend
 from llm3d.parallel.mesh import Mesh
+from llm3d.plan.memory import META, world_on_paper
 from llm3d.train.objective import Objective
 from llm3d.train.trainer import Notice, Trainer
 
-META = torch.device("meta")
 NEEDS_KERNELS = pytest.mark.skipif(
     backend.fused("adamw_", torch.empty(0, device=META)) is None,
     reason="plain PyTorch in place of kernels asks for values",
@@ -50,7 +47,7 @@ def step_on_paper(
         happened.append("told")
         return Notice()
 
-    with _world(world_size, rank), pytest.MonkeyPatch.context() as patch:
+    with world_on_paper(world_size, rank), pytest.MonkeyPatch.context() as patch:
         trainer = Trainer(config, Mesh(config.parallel.tensor, config.parallel.pipeline, META), objective)
         launch = trainer.optimizer.step
         patch.setattr(trainer.optimizer, "step", lambda *args: (launch(*args), happened.append("launched")))
@@ -59,12 +56,3 @@ def step_on_paper(
         with watched or nullcontext():
             trainer.step(batches, 1e-3, tell)
     return happened
-
-
-@contextmanager
-def _world(size: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

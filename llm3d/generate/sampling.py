@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, gather_rows
+from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum, gather_rows, is_alone
 
 _FIRST_CANDIDATES = 64  # of each rank, for top-p; four times as many until they hold what is asked
 _UNIT = 2**40  # the weight of the likeliest token; those of 2^22 tokens add up to less than 2^63
@@ -128,7 +128,8 @@ def _likeliest(scores: Tensor, first_id: int, group: ProcessGroup) -> Tensor:
     """int64 [rows]; of equals the one with the lowest id."""
     at = scores.argmax(1, keepdim=True)
     best = torch.stack([scores.gather(1, at)[:, 0].double(), (at[:, 0] + first_id).double()])
-    scores_of_ranks, ids = gather_rows(best[None], group)[0].unbind(1) if group.size() > 1 else best[:, None]
+    everyones = best[None] if is_alone(group) else gather_rows(best[None], group)[0]
+    scores_of_ranks, ids = everyones.unbind(1)
     return ids.gather(0, scores_of_ranks.argmax(0, keepdim=True))[0].long()
 
 
@@ -173,7 +174,7 @@ def _best_of_ranks(scores: Tensor, count: int, group: ProcessGroup) -> tuple[Ten
     best = scores.topk(min(count, scores.shape[1]), dim=1).values
     last = best[:, -1:] if best.shape[1] < scores.shape[1] else torch.full_like(best[:, -1:], -math.inf)
     best = torch.nn.functional.pad(best, (0, count - best.shape[1]), value=-math.inf)
-    if group.size() > 1:
+    if not is_alone(group):
         best = gather_rows(best[None], group)[0].transpose(0, 1).flatten(1).sort(1, descending=True).values
     return best, all_reduce_max(last.clone(), group)
 
@@ -195,7 +196,7 @@ def _draw(
         weights = weights.masked_fill(scores < allowed, 0)
     ends = weights.cumsum(1)
     mine = ends[:, -1]
-    totals = gather_rows(mine[None], group)[0] if group.size() > 1 else mine[None]  # [n, rows]
+    totals = mine[None] if is_alone(group) else gather_rows(mine[None], group)[0]  # [n, rows]
     ends_of_ranks = totals.cumsum(0)
     wanted = (numbers.to(scores.device) * ends_of_ranks[-1]).long()
     wanted -= ends_of_ranks[group.rank()] - mine  # counted from where this rank's part starts

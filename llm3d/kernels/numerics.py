@@ -15,9 +15,8 @@ def use_numerics(device: torch.device, deterministic: bool) -> None:
     if device.type != "cuda":
         return
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS then splits products alike each time
+        # With a workspace of its own for each stream, cuBLAS splits products alike each time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Where cuBLAS splits a long sum among blocks, it would add their parts up in the narrow type of the operands, and

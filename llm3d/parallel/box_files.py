@@ -85,9 +85,8 @@ class BoxWriter:
             with self.keeping_failure(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch()
-                mode = (
-                    path.stat().st_mode
-                )  # as the umask has it; the library's own files are for the owner alone
+                # As the umask has it; the library's own files are for the owner alone.
+                mode = path.stat().st_mode
                 save_file(local, path, metadata={"format": "pt"})
                 path.chmod(mode)
                 sync(path)

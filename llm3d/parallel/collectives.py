@@ -91,6 +91,26 @@ class SumInFlight:
         return into if into.data_ptr() == self.result.data_ptr() else into.copy_(parts[0])
 
 
+class AllReduceInFlight:
+    """A tensor being summed over a group of n ranks, in `dtype`; every rank gets all of the sum.
+
+    Each rank sends about 2 (n - 1) / n of x.
+    """
+
+    def __init__(self, x: Tensor, group: ProcessGroup, dtype: torch.dtype) -> None:
+        self.sent = x.to(dtype)
+        self.nbytes = 0 if self.sent is x else self.sent.nbytes
+        work = dist.all_reduce(self.sent, group=group, async_op=True)
+        assert work is not None, "this rank is in the group"
+        self.work = work
+
+    def finish(self, into: Tensor, add: bool = False) -> Tensor:
+        """Wait; -> the sum, in `into`, all of x."""
+        assert not add, "there is one sum a step"
+        self.work.wait()
+        return into.copy_(self.sent) if self.nbytes else into
+
+
 class _AllReduce(Operation):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

@@ -96,8 +96,8 @@ def simulate(
     Raises DeadlockError when no rank can go on, ScheduleError when an action comes before what it needs, is
     listed twice, or when the order of sends on a channel is not the order of receives.
     """
-    run = _Run(schedule, num_chunks, transfer_time, blocks, idle_before_computing, one_queue)
-    run.compute_time = {Kind.FORWARD: forward_time, Kind.BACKWARD: backward_time}
+    compute_time = {Kind.FORWARD: forward_time, Kind.BACKWARD: backward_time}
+    run = _Run(schedule, num_chunks, compute_time, transfer_time, blocks, idle_before_computing, one_queue)
     while not run.is_done():
         advanced = [run.advance(rank) for rank in range(len(schedule))]
         if not any(advanced):
@@ -115,12 +115,11 @@ class _Queue:
 
 
 class _Run:
-    compute_time: dict[Kind, float]
-
     def __init__(
         self,
         schedule: list[list[Action]],
         num_chunks: int,
+        compute_time: dict[Kind, float],
         transfer_time: float,
         blocks: Callable[[Event], bool],
         idle_before_computing: bool,
@@ -129,13 +128,12 @@ class _Run:
         self.schedule = schedule
         self.num_stages = len(schedule)
         self.num_chunks = num_chunks
-        self.transfer_time = transfer_time
+        self.compute_time, self.transfer_time = compute_time, transfer_time
         self.blocks, self.idle_before_computing, self.one_queue = blocks, idle_before_computing, one_queue
         self.position = [0] * self.num_stages
         self.clock = [0.0] * self.num_stages
-        self.held: list[list[Event]] = [
-            [] for _ in schedule
-        ]  # messages that the rank's next action waits for
+        # Of each rank, messages that its next action waits for, and those that may not have moved.
+        self.held: list[list[Event]] = [[] for _ in schedule]
         self.posted: list[list[Event]] = [[] for _ in schedule]
         self.start: dict[Event, float] = {}
         self.end: dict[Event, float] = {}

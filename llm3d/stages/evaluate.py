@@ -10,7 +10,7 @@ from typing import NamedTuple
 from llm3d.config import Config, PPOConfig, PretrainConfig
 from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
-from llm3d.kernels import attention, backend
+from llm3d.kernels.settings import use_settings
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.stages import ppo
@@ -61,9 +61,7 @@ def run(config: Config) -> None:
 
 def check(config: Config) -> Validation | OpenedPPO:
     """Open what the settings name; raise InputError where it cannot be used."""
-    device = device_of_this_process(config.run.device)
-    backend.use(config.kernels.backend, device)
-    attention.use(config.kernels.attention, device)
+    use_settings(config, device_of_this_process(config.run.device))
     if not config.data.valid:
         raise InputError("data.valid: empty; name the data to evaluate on")
     if isinstance(config, PretrainConfig):

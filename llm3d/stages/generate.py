@@ -26,7 +26,7 @@ from llm3d.generate.replay import recorder_for
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.generate.text import Replies, Shown
-from llm3d.kernels import attention, backend
+from llm3d.kernels.settings import use_settings
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
@@ -64,9 +64,7 @@ class PromptEncoder:
         """Raises InputError where something cannot be used."""
         if isinstance(config, RewardConfig):
             raise InputError("a reward model scores replies and writes none; name another stage's settings")
-        device = device_of_this_process(config.run.device)
-        backend.use(config.kernels.backend, device)
-        attention.use(config.kernels.attention, device)
+        use_settings(config, device_of_this_process(config.run.device))
         self.config, tokenizer = open_tokenizer(generation_layout(config))
         if tokenizer is None:
             raise InputError("data.tokenizer: not set; name the model's tokenizer")

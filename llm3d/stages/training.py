@@ -16,6 +16,7 @@ from llm3d.config.places import latest_checkpoint
 from llm3d.data.tokenizer import Tokenizer, load_tokenizer
 from llm3d.errors import InputError
 from llm3d.kernels import attention, backend, linear
+from llm3d.kernels.settings import use_settings
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
@@ -102,9 +103,7 @@ def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
 
 def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
     """Open all that the settings name. Raises InputError where it cannot be used."""
-    device = device_of_this_process(config.run.device)
-    backend.use(config.kernels.backend, device)
-    attention.use(config.kernels.attention, device)
+    use_settings(config, device_of_this_process(config.run.device))
     opened = open_stage(config)
     _check_best(config.checkpoint.best, opened.validation_names)
     return opened
@@ -356,7 +355,8 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
         report.say(line)
-    for remark in (data.steps.repetition(), shortened(data.steps.schedule(data.steps.last)[1], config.optim)):
+    _, scheduled = data.steps.schedule(data.steps.last)
+    for remark in (data.steps.repetition(), shortened(scheduled, config.optim)):
         if remark is not None:
             report.say(remark)
 

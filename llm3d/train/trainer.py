@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llm3d.config import Config, PretrainConfig, SFTConfig
 from llm3d.errors import InputError
-from llm3d.kernels import attention, backend
-from llm3d.kernels.numerics import use_numerics
+from llm3d.kernels import backend
+from llm3d.kernels.settings import use_settings
 from llm3d.models import heads
 from llm3d.models.build import DTYPES, build_stages, initialise
 from llm3d.models.llama import Batch
@@ -67,9 +67,7 @@ class Evaluator:
         self.objective = objective or next_token(config)
         self.completed: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda microbatches: microbatches
         self.dtype = DTYPES[config.precision.compute]
-        backend.use(config.kernels.backend, mesh.device)
-        use_numerics(mesh.device, config.train.deterministic)
-        attention.use(config.kernels.attention, mesh.device)
+        use_settings(config, mesh.device)
         self.stages = build_stages(
             config.model, config.parallel, mesh, config.recompute, self.objective.head, config.lora
         )

@@ -241,7 +241,9 @@ def test_no_schedule_deadlocks_however_messages_occupy_the_device(one_queue):
     that it has posted has moved.
     """
     for shape in EVERY_SHAPE:
-        simulate(build(shape), shape[2], blocks=is_receive, idle_before_computing=True, one_queue=one_queue)
+        schedule, num_chunks = build(shape), shape[2]
+        waiting = {"blocks": is_receive, "idle_before_computing": True, "one_queue": one_queue}
+        assert simulate(schedule, num_chunks, **waiting).makespan >= simulate(schedule, num_chunks).makespan
 
 
 @given(shapes(), st.booleans(), st.data())
@@ -250,7 +252,8 @@ def test_one_send_or_receive_that_blocks_its_rank_is_no_deadlock(shape, one_queu
     posts = posts_of(build(shape))
     assume(shape[1] > 1 and posts)
     chosen = data.draw(st.sampled_from(posts))
-    simulate(build(shape), shape[2], blocks=chosen.__eq__, one_queue=one_queue)
+    waiting = simulate(build(shape), shape[2], blocks=chosen.__eq__, one_queue=one_queue)
+    assert waiting.makespan >= simulate(build(shape), shape[2]).makespan, "and waiting makes nothing faster"
 
 
 def test_a_receive_ahead_of_what_its_message_needs_is_a_deadlock_if_it_blocks():

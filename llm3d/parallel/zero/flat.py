@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from llm3d.config import ZeroConfig
 from llm3d.kernels.gradient_norm import squared_norm
 from llm3d.parallel.boxes import Piece, ShardedParameter
-from llm3d.parallel.collectives import SumInFlight, all_reduce_sum, is_alone
+from llm3d.parallel.collectives import AllReduceInFlight, SumInFlight, all_reduce_sum, is_alone
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.unit import FlatUnit
 
@@ -39,31 +39,11 @@ class _Stop:
     in_backward: bool  # whether backward reads the weights
 
 
-class _AllReduceInFlight:
-    """Gradients, flat, being summed over a group, in `dtype`; every rank gets all of the sum.
-
-    Each rank sends about 2 (n - 1) / n of them.
-    """
-
-    def __init__(self, x: Tensor, group: ProcessGroup, dtype: torch.dtype) -> None:
-        self.sent = x.to(dtype)
-        self.nbytes = 0 if self.sent is x else self.sent.nbytes
-        work = dist.all_reduce(self.sent, group=group, async_op=True)
-        assert work is not None, "this rank is in the group"
-        self.work = work
-
-    def finish(self, into: Tensor, add: bool = False) -> Tensor:
-        """Wait; -> the sum, in `into`, all of x."""
-        assert not add, "there is one sum a step"
-        self.work.wait()
-        return into.copy_(self.sent) if self.nbytes else into
-
-
 class _Sum(NamedTuple):
     """Of a unit's gradients over the data group. nbytes: what it takes beside what is kept from step to step."""
 
     unit: FlatUnit
-    flying: SumInFlight | _AllReduceInFlight
+    flying: SumInFlight | AllReduceInFlight
     add: bool
     nbytes: int
 
@@ -184,11 +164,11 @@ class FlatParameters:
     def _start_sum(self, unit: FlatUnit, gradients: Tensor, add: bool) -> None:
         while self._sums and self._are_enough(self._sums[-1]):
             self._finish_sum()
-        flying: SumInFlight | _AllReduceInFlight
+        flying: SumInFlight | AllReduceInFlight
         if self.stage:
             flying = SumInFlight(gradients, self.mesh.data, self.reduce_dtype, in_place=True)
         else:
-            flying = _AllReduceInFlight(gradients, self.mesh.data, self.reduce_dtype)
+            flying = AllReduceInFlight(gradients, self.mesh.data, self.reduce_dtype)
         passing = gradients.nbytes if self.stage >= 2 and flying.sent is gradients else 0
         self._sums.append(_Sum(unit, flying, add, passing + flying.nbytes))
 
