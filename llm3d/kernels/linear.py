@@ -1,17 +1,18 @@
 """The matrix products of linear layers, each by the fastest library that PyTorch brings for it.
 
 On a CPU there are two for fp32: BLAS, which torch.mm calls (MKL in PyTorch's wheels for x86, whose code for processors
-of other makers is its slower one), and oneDNN. Which is faster depends on the processor, the product and its sizes:
-`faster_by_onednn` finds it out, `take` keeps it. On a GPU, and in bf16, for which PyTorch takes oneDNN itself, there is
-torch.mm alone.
+of other makers is its slower one), and oneDNN. Which is faster depends on the processor and on which of the three
+products it is: `faster_by_onednn` finds it out, `take` keeps it. On a GPU, and in bf16, for which PyTorch takes oneDNN
+itself, there is torch.mm alone.
 """
 
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,19 +25,13 @@ KINDS: tuple[Kind, ...] = ("forward", "input gradient", "weight gradient")
 
 MIN_ROWS = 64  # below, as where text is written token by token, no product is worth a second library
 MIN_WEIGHTS = 2**18  # of a matrix: the gain on smaller ones is small, and hard to measure
-_GAIN = 1.25  # that is worth it, and that noise does not give: the same machine chooses the same each time
-_MULTIPLICATIONS, _ROUNDS = 2**27, 5  # of a product that is timed, and how often it is
+# That noise does not give: a machine is to choose the same each time, so that a run repeats to the bit. oneDNN takes
+# half of MKL's time on AMD with AVX-512, and 0.9 to 1.7 of it on AMD with AVX2.
+_GAIN = 1.5
+_LARGEST_SIDE, _MULTIPLICATIONS, _ROUNDS = 4096, 2**29, 3  # of a product that is timed, and how often it is
 
-
-class Product(NamedTuple):
-    """One of the products with a weight [out_features, in_features]."""
-
-    kind: Kind
-    out_features: int
-    in_features: int
-
-
-_by_onednn = frozenset[Product]()
+_by_onednn = frozenset[Kind]()
+_measured: tuple[Kind, ...] | None = None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -73,49 +68,37 @@ def add_linear_weight_gradient_(total: Tensor, grad_output: Tensor, x: Tensor, r
         _add(total, torch.mm(transposed, x, out_dtype=total.dtype), replace)
 
 
-@functools.cache
-def faster_by_onednn(out_features: int, in_features: int) -> tuple[Kind, ...]:
-    """The products with a weight [out, in] that oneDNN computes faster here, on the threads that there are.
+def faster_by_onednn(shapes: Iterable[tuple[int, int]]) -> tuple[Kind, ...]:
+    """The products that oneDNN computes faster here, on the threads that there are, with weights [out, in].
 
-    Takes some tens of milliseconds, once.
+    Takes some tenths of a second a shape. Measured once a process: a run keeps what it has begun with.
     """
+    global _measured
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
-    rows = max(MIN_ROWS, min(1024, _MULTIPLICATIONS // (out_features * in_features)))
-    x, weight = torch.ones(rows, in_features), torch.ones(out_features, in_features)
-    grad_output, total = torch.ones(rows, out_features), torch.zeros_like(weight)
-    products: dict[Kind, Callable[[], object]] = {
-        "forward": lambda: linear(x, weight),
-        "input gradient": lambda: linear_input_gradient(grad_output, weight),
-        "weight gradient": lambda: add_linear_weight_gradient_(total, grad_output, x),
-    }
-    return tuple(
-        kind for kind in KINDS if _is_faster(Product(kind, out_features, in_features), products[kind])
-    )
+    if _measured is None:
+        ratios = [_ratios(min(out, _LARGEST_SIDE), min(into, _LARGEST_SIDE)) for out, into in shapes]
+        means = {kind: statistics.geometric_mean(each[kind] for each in ratios) for kind in KINDS}
+        _measured = tuple(kind for kind in KINDS if means[kind] > _GAIN)
+    return _measured
 
 
-def take(shape: tuple[int, int], by_onednn: Iterable[Kind]) -> None:
-    """Have oneDNN compute these products with weights of a shape [out, in] from now on, and BLAS the others."""
+def take(by_onednn: Iterable[Kind]) -> None:
+    """Have oneDNN compute these products with large weights from now on, and BLAS the others."""
     global _by_onednn
-    others = (product for product in _by_onednn if product[1:] != shape)
-    _by_onednn = frozenset((*others, *(Product(kind, *shape) for kind in by_onednn)))
+    _by_onednn = frozenset(by_onednn)
 
 
 def describe() -> str | None:
     """What oneDNN computes, for people; None: nothing."""
-    by_kind = {kind: sorted(p[1:] for p in _by_onednn if p.kind == kind) for kind in KINDS}
-    parts = [
-        f"{kind} {', '.join(f'{out}x{into}' for out, into in shapes)}"
-        for kind, shapes in by_kind.items()
-        if shapes
-    ]
-    return "; ".join(parts) or None
+    return ", ".join(kind for kind in KINDS if kind in _by_onednn) or None
 
 
 def _is_by_onednn(kind: Kind, rows: Tensor, weight: Tensor) -> bool:
     return (
-        Product(kind, *weight.shape) in _by_onednn
+        kind in _by_onednn
         and len(rows) >= MIN_ROWS
+        and weight.numel() >= MIN_WEIGHTS
         and rows.dtype == weight.dtype == torch.float32
         and rows.device.type == weight.device.type == "cpu"
     )
@@ -148,19 +131,31 @@ def _adds_to_fp32(device: torch.device) -> bool:
     return bool((total == 17).all())
 
 
-def _is_faster(product: Product, compute: Callable[[], object]) -> bool:
-    """Whether a product takes oneDNN less time, the shortest of some rounds; what else runs disturbs both alike."""
-    global _by_onednn
+def _ratios(out_features: int, in_features: int) -> dict[Kind, float]:
+    """How many times as long as oneDNN BLAS takes for each product with a weight [out, in]."""
+    rows = max(MIN_ROWS, min(1024, _MULTIPLICATIONS // (out_features * in_features)))
+    x, weight = torch.ones(rows, in_features), torch.ones(out_features, in_features)
+    grad_output, total = torch.ones(rows, out_features), torch.zeros_like(weight)
+    products: dict[Kind, Callable[[], object]] = {
+        "forward": lambda: linear(x, weight),
+        "input gradient": lambda: linear_input_gradient(grad_output, weight),
+        "weight gradient": lambda: add_linear_weight_gradient_(total, grad_output, x),
+    }
+    return {kind: _ratio(kind, products[kind]) for kind in KINDS}
+
+
+def _ratio(kind: Kind, compute: Callable[[], object]) -> float:
+    """Of the shortest times of some rounds: what else runs disturbs both alike."""
     before = _by_onednn
     times: dict[bool, list[float]] = {False: [], True: []}
     try:
         for _ in range(1 + _ROUNDS):
             for by_onednn, taken in times.items():
-                _by_onednn = frozenset({product}) if by_onednn else frozenset()
+                take((kind,) if by_onednn else ())
                 started = time.perf_counter()
                 compute()
                 taken.append(time.perf_counter() - started)
     finally:
-        _by_onednn = before
+        take(before)
     blas, onednn = (min(taken[1:]) for taken in times.values())
-    return blas > _GAIN * onednn
+    return blas / onednn

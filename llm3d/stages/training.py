@@ -350,7 +350,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
         )
     report.say(f"kernels: {backend.describe(mesh.device)}; attention: {attention.describe(mesh.device)}")
     if by_onednn := linear.describe():
-        report.say(f"oneDNN computes, as it is faster than BLAS here: {by_onednn}")
+        report.say(f"matrix products by oneDNN, which is faster than BLAS here: {by_onednn}")
     if peak:
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
     for line in (*trainer.introduction(), *data.introduction(mesh)):
