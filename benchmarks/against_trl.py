@@ -66,10 +66,10 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def llm3d_step(arguments: argparse.Namespace) -> Step:
+    from llm3d.checkpoint.starting import load_first_weights
     from llm3d.config import STAGES, make_config
     from llm3d.parallel.mesh import Mesh, start_process_group
     from llm3d.stages import dpo, sft
-    from llm3d.stages.training import load_first_weights
     from llm3d.train.trainer import Trainer
 
     keep_freed_memory()  # as the commands do

@@ -61,12 +61,12 @@ def never_ends(tokens: Sequence[int]) -> bool:
 
 
 def llm3d_step(arguments: argparse.Namespace, batch: int) -> Step:
+    from llm3d.checkpoint.starting import load_first_weights
     from llm3d.config import PretrainConfig, make_config
     from llm3d.generate.engine import Generator
     from llm3d.generate.sampling import Sampling
     from llm3d.generate.scheduler import Request
     from llm3d.parallel.mesh import Mesh, start_process_group
-    from llm3d.stages.training import load_first_weights
     from llm3d.train.trainer import Evaluator
 
     keep_freed_memory()  # as the command does

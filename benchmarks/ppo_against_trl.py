@@ -57,10 +57,10 @@ def prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def llm3d_step(arguments: argparse.Namespace) -> Step:
+    from llm3d.checkpoint.starting import load_first_weights
     from llm3d.config import STAGES, make_config
     from llm3d.parallel.mesh import Mesh, start_process_group
-    from llm3d.stages import ppo
-    from llm3d.stages.training import load_first_weights
+    from llm3d.rl import ppo
 
     keep_freed_memory()  # as the command does
     directory = Path(tempfile.mkdtemp())

@@ -61,7 +61,7 @@ def library(tokenizer: Path, texts: list[str]) -> Callable[[], object]:
 
 
 def llm3d(arguments: argparse.Namespace, output: Path) -> None:
-    from llm3d.data.corpus import tokenize_corpus
+    from llm3d.corpus.build import tokenize_corpus
 
     tokenize_corpus(
         [arguments.corpus], output, arguments.tokenizer, workers=1, overwrite=True, progress=False

@@ -1,9 +1,18 @@
 """What all tests share: properties are tried without a deadline, for a machine may be busy."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+from tests.corpora import documents, write_jsonl
+
+if TYPE_CHECKING:
+    from llm3d.text.tokenizer import Tokenizer
 
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
@@ -19,3 +28,36 @@ def world_of_one() -> Iterator[None]:
     start_process_group()
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run as a world of one, whatever started the tests."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+# ---- tokenizers of either kind, trained once ----
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("text") / "text.jsonl", documents(200))
+
+
+@pytest.fixture(scope="session", params=["sentencepiece", "byte-level"])
+def tokenizer_directory(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus_file: Path
+) -> Path:
+    from llm3d.corpus.tokenizer_training import train_tokenizer
+
+    output = tmp_path_factory.mktemp("tokenizer") / request.param
+    train_tokenizer([corpus_file], output, request.param, vocab_size=400)
+    return output
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_directory: Path) -> Tokenizer:
+    from llm3d.text.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer_directory)

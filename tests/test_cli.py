@@ -55,11 +55,11 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
             raise seen[0]  # type: ignore[misc]
         seen.append(config)
 
-    module, training = ModuleType("llm3d.stages.pretrain"), ModuleType("llm3d.stages.training")
+    module, training = ModuleType("llm3d.stages.pretrain"), ModuleType("llm3d.stages.run")
     module.open_stage = run  # type: ignore[attr-defined]
     training.run_stage = training.check_stage = lambda config, open_stage: open_stage(config)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llm3d.stages.pretrain", module)
-    monkeypatch.setitem(sys.modules, "llm3d.stages.training", training)
+    monkeypatch.setitem(sys.modules, "llm3d.stages.run", training)
     return seen
 
 

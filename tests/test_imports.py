@@ -12,21 +12,25 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llm3d"
 
-# cli -> stages -> {train, generate, data}; {train, generate} -> models -> parallel -> kernels;
-# plan and scaling -> anything below stages; everyone may read the settings.
 NEXT_BELOW = {
     "kernels": set[str](),
     "parallel": {"kernels"},
     "models": {"parallel"},
-    "data": set[str](),
-    "train": {"models"},
-    "generate": {"models"},
-    "plan": {"train", "generate"},
-    "scaling": {"train", "generate", "plan"},
-    "stages": {"train", "generate", "data"},
-    "cli": {"stages", "plan", "scaling"},
+    "text": set[str](),
+    "corpus": {"text"},
+    "data": {"corpus", "parallel"},
+    "train": {"models", "data"},
+    "generate": {"models", "text"},
+    "checkpoint": {"train"},
+    "rl": {"checkpoint", "generate"},
+    "stages": {"rl"},
+    "commands": {"stages"},
+    "plan": {"stages"},
+    "scaling": {"stages"},
+    "bench": {"kernels"},
+    "cli": {"commands", "plan", "scaling", "bench"},
 }
-FOR_ALL = {"config", "errors", "wording"}
+FOR_ALL = {"config", "errors", "files", "permutation", "wording"}
 
 
 def below(room: str) -> set[str]:

@@ -65,7 +65,7 @@ def tokenizer_train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a tokenizer on text."""
-    from llm3d.data.tokenizer import train_tokenizer
+    from llm3d.corpus.tokenizer_training import train_tokenizer
 
     trained = train_tokenizer(
         files,
@@ -111,7 +111,7 @@ def data_tokenize(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn text into the .bin and .idx files that training reads."""
-    from llm3d.data.corpus import tokenize_corpus
+    from llm3d.corpus.build import tokenize_corpus
 
     corpus = tokenize_corpus(
         files,
@@ -161,7 +161,7 @@ def data_show(
     data_size = settings.data_parallel_size(world_size) if world_size else 1
     from rich.console import Console
 
-    from llm3d.stages.show import show
+    from llm3d.commands.show import show
 
     show(settings, samples, split.value, data_size, Console())
 

@@ -27,7 +27,7 @@ def kernels(
     device: Device = None,
 ) -> None:
     """List the operations and what computes each on this machine."""
-    from llm3d.kernels.check import print_kernels
+    from llm3d.bench.accuracy import print_kernels
 
     if not print_kernels(device_to_use(device), check):
         raise typer.Exit(1)
@@ -56,8 +56,8 @@ def bench_kernels(
     """Time, traffic and bandwidth of each operation, beside PyTorch, torch.compile and Liger-Kernel."""
     import torch
 
-    from llm3d.kernels.bench import bandwidth, measure_kernels, print_measured
-    from llm3d.kernels.cases import Sizes
+    from llm3d.bench.cases import Sizes
+    from llm3d.bench.kernels import bandwidth, measure_kernels, print_measured
     from llm3d.train.host_memory import keep_freed_memory
 
     if hidden_size % 32 or (hidden_size // 32) % 2:

@@ -40,7 +40,7 @@ def evaluate(
 
     settings, remarks = config_for_evaluation(config, overrides or [], world_size_here(), name_of(stage))
     say(remarks)
-    from llm3d.stages.evaluate import check, run
+    from llm3d.commands.evaluate import check, run
 
     if check_only:
         check(settings)
@@ -82,7 +82,7 @@ def generate(
 
     settings, remarks = config_for_generation(config, overrides or [], world_size_here(), name_of(stage))
     say(remarks)
-    from llm3d.stages.generate import Wanted, check, run
+    from llm3d.commands.generate import Wanted, check, run
 
     wanted = Wanted(prompt, prompts, chat, raw, output, overwrite)
     if check_only:
@@ -119,6 +119,6 @@ def export(
     from llm3d.config.uses import checkpoint_at
 
     checkpoint = checkpoint_at(checkpoint)
-    from llm3d.stages.export import export
+    from llm3d.commands.export import export
 
     print(export(checkpoint, output, base, overwrite, average))

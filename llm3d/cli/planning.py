@@ -44,7 +44,7 @@ def memory(
     world_size = 1 if asked is None else asked
     settings, _ = config_for_plan(config, others, world_size, name_of(stage))
     if settings.model.vocab_size is None:
-        from llm3d.stages.tokenizer import open_tokenizer
+        from llm3d.data.run_tokenizer import open_tokenizer
 
         settings, _ = open_tokenizer(settings)
     if isinstance(settings, PPOConfig):
@@ -60,7 +60,7 @@ def memory(
 
 def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
     from llm3d.plan.phases import phases_of_stages, table
-    from llm3d.stages.ppo_roles import bytes_of_writing, planned_models, roles_of
+    from llm3d.rl.roles import bytes_of_writing, planned_models, roles_of
 
     models, remarks = planned_models(settings)
     phases = phases_of_stages(roles_of(models), bytes_of_writing(settings), world_size, device)

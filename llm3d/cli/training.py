@@ -96,10 +96,10 @@ def train(stage: str, config: Path, overrides: list[str] | None, check_only: boo
         say_memory(settings)
     open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
     if check_only:
-        from llm3d.stages.training import check_stage, summary
+        from llm3d.stages.run import check_stage, summary
 
         say_once(summary(check_stage(settings, open_stage)))
     else:
-        from llm3d.stages.training import run_stage
+        from llm3d.stages.run import run_stage
 
         run_stage(settings, open_stage)

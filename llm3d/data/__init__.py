@@ -1,1 +1,1 @@
-"""Corpora, tokenizers and the order of samples. Import the module that you need: nothing is imported here."""
+"""What training reads: formats of post-training data, packing, the order of samples, and the data sets."""

@@ -11,22 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm3d.config import ChatDataConfig
-from llm3d.data.documents import BadRecord
-from llm3d.data.formats import (
-    PROMPT_FIELDS,
-    Comparison,
-    Conversation,
-    Item,
-    Kind,
-    Prompt,
-    Reader,
-    reader_for,
-)
-from llm3d.data.messages import Fields, Message
+from llm3d.corpus.documents import BadRecord
+from llm3d.data.formats import PROMPT_FIELDS, Kind, Reader, reader_for
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted, why_useless
-from llm3d.data.templates import Template, Turns, sides, turns
 from llm3d.errors import InputError
+from llm3d.text.conversations import Comparison, Conversation, Fields, Item, Message, Prompt
+from llm3d.text.templates import Template, Turns, sides, turns
 from llm3d.wording import counted
 
 _AT_ONCE = 1024  # records that go through the tokenizer together
@@ -104,7 +95,7 @@ def read_samples(
 
 
 class PlacedPrompt(NamedTuple):
-    """row: all columns of its record.  template_kwargs: see `llm3d.data.formats.Prompt`."""
+    """row: all columns of its record.  template_kwargs: see `llm3d.text.conversations.Prompt`."""
 
     where: str
     messages: tuple[Message, ...]

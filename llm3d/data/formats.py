@@ -18,16 +18,12 @@ prompt itself, as messages or as hh-rlhf's dialogues, or lie beside it as conver
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from llm3d.data.columns import Form, Kind, Values, choose_form, listed, place_of
-from llm3d.data.documents import json_kind
 from llm3d.data.messages import (
-    Fields,
-    Message,
-    Role,
     checked_turns,
     is_dialogue,
     read_dialogue,
@@ -37,43 +33,8 @@ from llm3d.data.messages import (
     read_tools,
 )
 from llm3d.errors import InputError
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages of which the last is a reply; which roles follow each other is for the chat template to say.
-
-    template_kwargs: what the chat template reads beside messages: tools, documents, enable_thinking, ...
-    """
-
-    messages: tuple[Message, ...]
-    template_kwargs: Fields = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Replies to one prompt and how good each is.
-
-    prompt: as a conversation's messages, up to a user's or a tool's.  replies: each ends with the assistant.
-    ranks: one a reply, lower is better, not all equal.  margin: by how much the better one of two is better.
-    """
-
-    prompt: tuple[Message, ...]
-    replies: tuple[tuple[Message, ...], ...]
-    ranks: tuple[float, ...]
-    margin: float | None = None
-    template_kwargs: Fields = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What is to be replied to: as a conversation's messages, up to a user's or a tool's."""
-
-    messages: tuple[Message, ...]
-    template_kwargs: Fields = field(default_factory=dict)
-
-
-Item = Conversation | Comparison | Prompt
+from llm3d.text.conversations import Comparison, Conversation, Fields, Item, Message, Prompt, Role
+from llm3d.wording import json_kind
 
 INPUT_HEADING = "\n\n### Input:\n"  # between an instruction and its input: Taori et al. 2023, Stanford Alpaca
 REPLY: tuple[Role, ...] = ("assistant",)

@@ -5,27 +5,12 @@ What OpenAI, ShareGPT, LLaMA-Factory, axolotl and TRL write becomes what transfo
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from llm3d.data.documents import HALF_A_PAIR, has_half_a_pair, json_kind
-
-Role = Literal["system", "user", "assistant", "tool"]
-
-Fields = Mapping[str, Any]  # JSON values by name
-
-
-class Message(NamedTuple):
-    """is_learned: False for a reply that is context alone.
-
-    extra: what else of the message a chat template may read: tool_calls, reasoning_content, name, ...
-    """
-
-    role: Role
-    content: str
-    is_learned: bool = True
-    extra: Fields = {}  # noqa: RUF012 (nothing writes to it)
-
+from llm3d.text.conversations import Message, Role
+from llm3d.text.unicode import HALF_A_PAIR, has_half_a_pair
+from llm3d.wording import json_kind
 
 ROLES: dict[str, Role] = {
     "system": "system",

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.data.indexed import IndexedReader, check_token_range
+from llm3d.corpus.indexed import IndexedReader, check_token_range
 from llm3d.data.order import Blend, order_digest, sample_window
 from llm3d.errors import InputError
 from llm3d.wording import counted

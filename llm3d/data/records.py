@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm3d.data.documents import (
+from llm3d.corpus.documents import (
     KINDS,
     BadRecord,
     Format,
@@ -21,10 +21,10 @@ from llm3d.data.documents import (
     file_kind,
     find_files,
     item_lines,
-    json_kind,
     open_parquet,
     parse_json,
 )
+from llm3d.wording import json_kind
 
 RECORD_KINDS = {suffix: kind for suffix, kind in KINDS.items() if kind != "text"}
 

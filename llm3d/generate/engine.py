@@ -24,7 +24,7 @@ from llm3d.generate.cache import BLOCK_SIZE, Cache, Inputs, inputs_of
 from llm3d.generate.replay import Recorder, Replayed
 from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
-from llm3d.kernels.noise import uniform_number
+from llm3d.kernels.counter_rng import uniform_number
 from llm3d.kernels.rope import rope_tables
 from llm3d.models.heads import LanguageModelHead, OfLogits
 from llm3d.models.llama import Context, LlamaStage

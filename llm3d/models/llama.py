@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from llm3d.config import LoRASettings, ModelConfig
 from llm3d.kernels.attention import attention
-from llm3d.kernels.noise import symmetric_noise
+from llm3d.kernels.counter_rng import symmetric_noise
 from llm3d.kernels.rope import RopeTables, inverse_frequencies, rope
 from llm3d.kernels.swiglu import swiglu, swiglu_forward
 from llm3d.models.adapters import column_adapters, is_adapter, row_adapters
+from llm3d.models.batch import Batch
 from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
 from llm3d.parallel.layers import (
@@ -38,24 +39,6 @@ from llm3d.parallel.mesh import Mesh
 T = TypeVar("T")
 
 _NOISE_STREAM = zlib.crc32(b"NEFTune")
-
-
-class Batch(Protocol):
-    """What the model reads of a microbatch; `llm3d.data.pretraining.Microbatch` is one."""
-
-    @property
-    def tokens(self) -> Tensor: ...  # int64 [tokens]
-    @property
-    def targets(self) -> Tensor: ...  # int64 [tokens], -100 where there is none
-    @property
-    def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
-    @property
-    def max_seqlen(self) -> int: ...
-    @property
-    def keys(self) -> Tensor | None: ...  # int64 [tokens], a number for each token; None: nothing is random
-    @property
-    def noise(self) -> Tensor | None: ...  # fp32 [tokens], how much noise is added to the embedding
-    def to(self, device: torch.device | str) -> Batch: ...
 
 
 class Attend(Protocol):

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from llm3d.kernels.accumulate import accumulate_
+from llm3d.kernels.counter_rng import keep_mask
 from llm3d.kernels.function import Operation
 from llm3d.kernels.linear import add_linear_weight_gradient_, linear, linear_input_gradient
-from llm3d.kernels.noise import keep_mask
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter
 from llm3d.parallel.collectives import (

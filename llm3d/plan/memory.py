@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm3d.config import Config
 from llm3d.kernels.paper import is_cuda, standing_for
-from llm3d.models.llama import Batch
+from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Communicators, Mesh
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.objective import Objective

@@ -12,7 +12,7 @@ from llm3d.train.objective import Objective
 
 
 class Role(Protocol):
-    """`llm3d.stages.ppo_roles.Role` is one."""
+    """`llm3d.rl.roles.Role` is one."""
 
     @property
     def name(self) -> str: ...

@@ -12,7 +12,7 @@ from llm3d.data.packed import PackedBatch, collate, with_noise
 from llm3d.data.samples import Sample, Tokens
 from llm3d.errors import InputError
 from llm3d.stages import dpo, reward, sft
-from llm3d.stages.chat_data import OpenedChat
+from llm3d.stages.chat import OpenedChat
 from llm3d.train.objective import Objective
 from llm3d.train.trainer import next_token
 

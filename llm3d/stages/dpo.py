@@ -21,18 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from llm3d.checkpoint.box_files import BoxReader
+from llm3d.checkpoint.starting import load_first_adapters, load_first_weights, seen_by_first_rank
 from llm3d.config import Config, DPOConfig, DPOSettings
 from llm3d.config.hugging_face import hugging_face_directory
 from llm3d.config.peft import adapter_directory
+from llm3d.data.conversations import ChatData, open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError
 from llm3d.models.heads import HeadName
 from llm3d.parallel.agreement import input_errors_on_all
-from llm3d.parallel.box_files import BoxReader
 from llm3d.parallel.cross_entropy import TokenTerms
-from llm3d.stages.chat_data import ChatData, OpenedChat, open_chat
-from llm3d.stages.training import load_first_adapters, load_first_weights, seen_by_first_rank
+from llm3d.stages.chat import OpenedChat
 from llm3d.train.starting_model import StartingModel
 from llm3d.train.trainer import Evaluator
 

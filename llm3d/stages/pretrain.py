@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llm3d.config import PretrainConfig
-from llm3d.data.tokenizer import Tokenizer
+from llm3d.data.language import LanguageData
+from llm3d.data.run_tokenizer import open_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.language_data import LanguageData
-from llm3d.stages.tokenizer import open_tokenizer
+from llm3d.text.tokenizer import Tokenizer
 from llm3d.train.objective import NextToken, names_of
 from llm3d.train.trainer import Evaluator, Trainer, next_token
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from llm3d.config import ModelConfig, RewardConfig, RewardSettings
+from llm3d.data.conversations import open_chat
 from llm3d.data.packed import PackedBatch
-from llm3d.data.tokenizer import Tokenizer
 from llm3d.models.heads import HeadName
-from llm3d.stages.chat_data import ChatTokenizer, OpenedChat, open_chat
+from llm3d.stages.chat import OpenedChat
+from llm3d.text.chat_tokenizer import ChatTokenizer
+from llm3d.text.tokenizer import Tokenizer
 
 
 def reward_loss(better: Tensor, worse: Tensor, margins: Tensor, center: float) -> Tensor:

@@ -8,12 +8,14 @@ from functools import partial
 import numpy as np
 
 from llm3d.config import SFTConfig
+from llm3d.data.conversations import ChatData, open_chat
+from llm3d.data.run_tokenizer import end_ids
 from llm3d.generate.engine import Generator
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
-from llm3d.generate.text import Replies
-from llm3d.stages.chat_data import ChatData, ChatTokenizer, OpenedChat, open_chat
-from llm3d.stages.tokenizer import end_ids
+from llm3d.stages.chat import OpenedChat
+from llm3d.text.chat_tokenizer import ChatTokenizer
+from llm3d.text.streaming import Replies
 from llm3d.train.trainer import Evaluator, next_token
 
 

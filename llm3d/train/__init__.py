@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: optimiser, learning-rate schedules, checkpoints, metrics."""
+"""The training loop and what it stands on: trainer, optimiser, learning-rate schedules, reports."""

@@ -10,29 +10,22 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
 from llm3d.config import Config
+from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
-from llm3d.models.llama import Batch
+from llm3d.models.batch import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.best import Best
 from llm3d.train.learning_rate import learning_rate
 from llm3d.train.report import Report, memory_gib, rounded
 from llm3d.train.signals import StopSignals
-from llm3d.train.steps import Steps
 from llm3d.train.throughput import peak_flops
 from llm3d.train.trainer import Notice, StepResult, Trainer
-
-
-class Consumed(NamedTuple):
-    """What a run has read."""
-
-    samples: int
-    tokens: int
 
 
 class EvaluationData(Protocol):

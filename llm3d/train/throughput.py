@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from llm3d.config import ModelConfig
+from llm3d.models.batch import Batch
 from llm3d.models.heads import HeadName
-from llm3d.models.llama import Batch
 
 FORMULA = (
     "6 N + 6 x layers x heads x head_dim x sequence length (causal) FLOPs a token, recomputation not counted"

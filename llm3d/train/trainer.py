@@ -16,8 +16,8 @@ from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.kernels.settings import use_settings
 from llm3d.models import heads
+from llm3d.models.batch import Batch
 from llm3d.models.build import DTYPES, build_stages, initialise
-from llm3d.models.llama import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.boxes import Piece
 from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum

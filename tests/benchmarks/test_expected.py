@@ -12,8 +12,8 @@ import torch
 from expected import Counted, Operations, counted
 from throughput import parse, random_batches, settings
 
+from llm3d.bench.cases import Sizes, make_cases
 from llm3d.config import PretrainConfig
-from llm3d.kernels.cases import Sizes, make_cases
 from llm3d.train.throughput import step_flops
 from tests.kernels.backends import WHY_NOT
 

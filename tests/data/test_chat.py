@@ -15,11 +15,11 @@ import pytest
 from llm3d.config import ChatDataConfig
 from llm3d.data import chat
 from llm3d.data.chat import read_samples
-from llm3d.data.formats import Message
 from llm3d.data.samples import Sample, SampleSet
-from llm3d.data.templates import Template, load_template
-from llm3d.data.tokenizer import Tokenizer
 from llm3d.errors import InputError
+from llm3d.text.conversations import Message
+from llm3d.text.templates import Template, load_template
+from llm3d.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]
 TURNS = [("What is that?", "A bird."), ("Which one?", "A wren."), ("Sure?", "Yes, it sang.")]

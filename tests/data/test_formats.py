@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llm3d.data.formats import Comparison, Conversation, Message, reader_for
+from llm3d.data.formats import reader_for
 from llm3d.errors import InputError
+from llm3d.text.conversations import Comparison, Conversation, Message
 
 U, A, S = "user", "assistant", "system"
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3d.data.order import CYCLE, Blend, derive_key, held_out, order_digest, permute, sample_window
+from llm3d.data.order import CYCLE, Blend, held_out, order_digest, sample_window
+from llm3d.permutation import derive_key, permute
 
 ORDER = [(0, 0, 1), (0, 0, 2), (0, 0, 8), (1, 0, 6), (0, 6999, 9), (1, 9999847, 17)]
 DIGEST = "811fd12579c7ddff"

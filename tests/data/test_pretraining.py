@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm3d.data.indexed import IndexedWriter
+from llm3d.corpus.indexed import IndexedWriter
 from llm3d.data.pretraining import IGNORED, PretrainingData, Sample, collate
 from llm3d.errors import InputError
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from llm3d.data import documents
-from llm3d.data.documents import BadRecord
+from llm3d.corpus import documents
+from llm3d.corpus.documents import BadRecord
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.errors import InputError
 

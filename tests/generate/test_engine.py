@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from llm3d.checkpoint.starting import load_first_weights
 from llm3d.data.pretraining import Sample, collate
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.engine import Generator, Reply
@@ -17,7 +18,6 @@ from llm3d.generate.replay import Play
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.training import load_first_weights
 from llm3d.train.objective import NextToken
 from llm3d.train.trainer import Evaluator
 from tests import pool

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from llm3d.generate.sampling import Choice, Sampling, choose
-from llm3d.kernels.noise import uniform_number
+from llm3d.kernels.counter_rng import uniform_number
 from llm3d.parallel.layers import vocabulary_range
 from llm3d.parallel.mesh import Mesh
 from tests import pool

@@ -104,7 +104,7 @@ def test_the_command_lists_and_checks_every_operation() -> None:
 
 
 def test_a_wrong_result_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm3d.kernels import cases
+    from llm3d.bench import cases
 
     monkeypatch.setattr(cases, "swiglu_forward", lambda gate_up: gate_up[:, ::2])
     checked = CliRunner().invoke(app, ["kernels", "--device", "cpu", "--check"])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm3d.bench.accuracy import check_kernels
+from llm3d.bench.cases import Sizes, make_cases
 from llm3d.kernels.accumulate import accumulate_
 from llm3d.kernels.backend import using
-from llm3d.kernels.cases import Sizes, make_cases
-from llm3d.kernels.check import check_kernels
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
 from llm3d.kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from llm3d.kernels.rope import inverse_frequencies, rope, rope_tables

@@ -180,7 +180,7 @@ def test_swiglu_is_ours(adapter: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PACKAGES)
 def test_the_packages_themselves_are_as_exact(name: str) -> None:
-    from llm3d.kernels.check import check_kernels
+    from llm3d.bench.accuracy import check_kernels
 
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm3d.checkpoint.save import save_checkpoint
+from llm3d.checkpoint.starting import load_first_weights
 from llm3d.config import STAGES, make_config
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.samples import Sample, Tokens
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.by_settings import objective_of
-from llm3d.stages.training import load_first_weights
-from llm3d.train.checkpoint import save_checkpoint
 from llm3d.train.trainer import Evaluator, Trainer
 from tests.stages.common import Settings
 from tests.stages.post_training import opened_stage

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm3d.data.formats import Message
-from llm3d.data.templates import load_template
-from llm3d.data.tokenizer import load_tokenizer
+from llm3d.text.conversations import Message
+from llm3d.text.templates import load_template
+from llm3d.text.tokenizer import load_tokenizer
 from tests import pool
 from tests.models.adapted import trained_and_said_on_rank
 from tests.stages.post_training import answer, comparisons, question, settings, write_model, write_rows

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llm3d.checkpoint.starting import load_first_weights
 from llm3d.parallel import reshard
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.reshard import HandOver, Transfer, _encoded, in_buckets, plan_transfers
-from llm3d.stages.training import load_first_weights
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
 from tests.models.layouts import Layout, config_for

@@ -17,7 +17,7 @@ from llm3d.parallel.schedules import (
     receive_for,
     with_communication,
 )
-from llm3d.parallel.simulate import DeadlockError, ScheduleError, simulate
+from llm3d.plan.simulate import DeadlockError, ScheduleError, simulate
 
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
 SENDS = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)

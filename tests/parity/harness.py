@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch, Sample, collate
-from llm3d.models.llama import Batch
+from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Trainer
 from tests import pool

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from llm3d.config import STAGES, Config, DPOConfig, RewardConfig
+from llm3d.data.conversations import ChatData
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.models.build import initial_value
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.chat_data import ChatData
 from llm3d.stages.dpo import PreferenceObjective
 from llm3d.stages.reward import RewardObjective
 from llm3d.train.objective import Objective

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llm3d.checkpoint.load import load_pretrained
 from llm3d.config import STAGES, ChatDataConfig, make_config
 from llm3d.data.chat import read_samples
+from llm3d.data.conversations import ChatData
 from llm3d.data.packed import chosen_targets, collate
 from llm3d.data.samples import Sample, SampleSet, Tokens
-from llm3d.data.templates import BUILT_IN, load_template
-from llm3d.data.tokenizer import load_tokenizer
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.by_settings import objective_of
-from llm3d.stages.chat_data import ChatData
-from llm3d.train.checkpoint import load_pretrained
+from llm3d.text.templates import BUILT_IN, load_template
+from llm3d.text.tokenizer import load_tokenizer
 from llm3d.train.trainer import StepResult, Trainer
 from tests import pool
 from tests.closeness import assert_same_numbers

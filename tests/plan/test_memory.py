@@ -17,15 +17,15 @@ from typer.testing import CliRunner
 
 from llm3d.cli import app
 from llm3d.config import STAGES, Config, PretrainConfig, make_config
+from llm3d.data.conversations import ChatData
 from llm3d.data.pretraining import Sample, collate
 from llm3d.data.samples import Sample as PackedSample
 from llm3d.data.samples import SampleSet, Tokens
-from llm3d.models.llama import Batch
+from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
 from llm3d.plan.memory import Memory, Work, memory_of_stages
 from llm3d.stages.by_settings import largest_microbatch, objective_of
-from llm3d.stages.chat_data import ChatData
 from llm3d.stages.dpo import needs_second_model
 from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer

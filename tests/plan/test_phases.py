@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 
+from llm3d.checkpoint.starting import load_first_weights
 from llm3d.config import PPOConfig, make_config
 from llm3d.config.uses import config_for_plan
 from llm3d.errors import InputError
 from llm3d.generate import engine
 from llm3d.parallel.mesh import Mesh
 from llm3d.plan.phases import Phases, phases_of_stages
-from llm3d.stages.ppo import open_stage
-from llm3d.stages.ppo_roles import bytes_of_writing, planned_models, roles_of
-from llm3d.stages.training import load_first_weights
+from llm3d.rl.ppo import open_stage
+from llm3d.rl.roles import bytes_of_writing, planned_models, roles_of
 from llm3d.train.trainer import Evaluator, Trainer
 from tests import pool
 from tests.plan.test_memory import live_bytes

@@ -15,14 +15,14 @@ import torch.distributed as dist
 import yaml
 from typer.testing import CliRunner
 
+from llm3d.checkpoint.load import load_pretrained
 from llm3d.cli import app
 from llm3d.config import make_config
-from llm3d.data.indexed import IndexedWriter
+from llm3d.corpus.indexed import IndexedWriter
+from llm3d.data.language import ValidationData
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages import pretrain
-from llm3d.stages.language_data import ValidationData
-from llm3d.stages.training import check_stage, train_stage
-from llm3d.train.checkpoint import load_pretrained
+from llm3d.stages.run import check_stage, train_stage
 from llm3d.train.objective import Tally
 from llm3d.train.trainer import Evaluator
 

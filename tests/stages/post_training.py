@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 
 from llm3d.config import STAGES, make_config
-from llm3d.data.templates import BUILT_IN
-from llm3d.data.tokenizer import load_tokenizer, train_tokenizer
+from llm3d.corpus.tokenizer_training import train_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages import dpo, ppo, reward, sft
-from llm3d.stages.training import Opened, check_stage, train_stage
+from llm3d.rl import ppo
+from llm3d.stages import dpo, reward, sft
+from llm3d.stages.run import Opened, check_stage, train_stage
+from llm3d.text.templates import BUILT_IN
+from llm3d.text.tokenizer import load_tokenizer
 from tests.stages.common import Settings, silent
 
 SEQUENCE_LENGTH = 96

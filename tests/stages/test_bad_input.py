@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from llm3d.data.tokenizer import train_tokenizer
+from llm3d.corpus.tokenizer_training import train_tokenizer
 from llm3d.errors import InputError
 from tests import pool
 from tests.stages.common import (

@@ -12,8 +12,8 @@ from torch import Tensor
 from llm3d.config import PPOConfig, make_config
 from llm3d.kernels import backend
 from llm3d.parallel.mesh import Mesh
+from llm3d.rl.roles import planned_models, roles_of
 from llm3d.stages.by_settings import largest_microbatch, objective_of
-from llm3d.stages.ppo_roles import planned_models, roles_of
 from tests.generate.test_sampling import CASES, drawn
 from tests.paper import NEEDS_KERNELS, step_on_paper
 from tests.parity.harness import Layout

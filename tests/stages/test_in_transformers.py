@@ -17,15 +17,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llm3d.commands.export import export
+from llm3d.commands.generate import PromptEncoder, Writer
 from llm3d.config.hugging_face import token_ids
 from llm3d.config.uses import config_for_generation
-from llm3d.data.corpus import tokenize_corpus
-from llm3d.data.formats import Message
-from llm3d.data.templates import BUILT_IN
-from llm3d.data.tokenizer import HARD_TEXTS, META_SPACE, load_tokenizer, train_tokenizer
+from llm3d.corpus.build import tokenize_corpus
+from llm3d.corpus.tokenizer_training import train_tokenizer
 from llm3d.parallel.mesh import Mesh, process_group
-from llm3d.stages.export import export
-from llm3d.stages.generate import PromptEncoder, Writer
+from llm3d.text.conversations import Message
+from llm3d.text.templates import BUILT_IN
+from llm3d.text.tokenizer import HARD_TEXTS, META_SPACE, load_tokenizer
 from tests.stages.common import command, silent
 from tests.stages.post_training import SHAPE, Row, comparisons, conversations, question, settings, write_rows
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.training import train_stage
+from llm3d.stages.run import train_stage
 from tests.gpu import RUNS_ON_GPU
+from tests.rl.test_ppo import examples
 from tests.stages.common import Settings, metrics, silent
 from tests.stages.post_training import (
     answer,
@@ -21,7 +22,6 @@ from tests.stages.post_training import (
     write_reward_model,
     write_rows,
 )
-from tests.stages.test_ppo import examples
 
 pytestmark = RUNS_ON_GPU
 

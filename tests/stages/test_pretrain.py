@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.config import make_config
 from llm3d.config.places import latest_checkpoint
+from llm3d.data.language import LanguageData
 from llm3d.data.pretraining import PretrainingData
+from llm3d.data.steps import Consumed
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.language_data import LanguageData
-from llm3d.train.loop import Consumed
 from tests import pool
 from tests.closeness import assert_same_numbers
 from tests.stages.common import (

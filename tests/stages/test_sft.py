@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests import pool
+from tests.commands.test_generate import generate
 from tests.stages.common import Settings
 from tests.stages.post_training import conversations, settings, train_on_rank, write_model, write_rows
-from tests.stages.test_generate import generate
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),

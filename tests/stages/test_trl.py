@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from llm3d.checkpoint.load import load_pretrained
 from llm3d.config import STAGES, make_config
+from llm3d.data.conversations import ChatData
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.chat_data import ChatData
 from llm3d.stages.dpo import PreferenceObjective, reference_log_probabilities
 from llm3d.stages.reward import RewardObjective
-from llm3d.train.checkpoint import load_pretrained
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.closeness import assert_same_numbers

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.config import PretrainConfig
 from llm3d.config.uses import config_for_evaluation, config_for_generation, config_for_plan
-from llm3d.data.templates import BUILT_IN
 from llm3d.errors import InputError
+from llm3d.text.templates import BUILT_IN
 from tests import pool
+from tests.commands.test_generate import by_transformers, user
 from tests.stages.common import Ended
 from tests.stages.post_training import conversations, settings, train_on_rank, write_model, write_rows
-from tests.stages.test_generate import by_transformers, user
 
 QUESTION = "What comes after one?"
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
+from llm3d.data.prompts import Prompt
+from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.stages.prompt_data import Prompt
 from llm3d.train.best import Best
-from llm3d.train.loop import Consumed, in_pinned_memory, read_microbatches, train
+from llm3d.train.loop import in_pinned_memory, read_microbatches, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
-from llm3d.train.steps import Steps
 from llm3d.train.trainer import Trainer
 from tests.parity.harness import Layout, microbatches, settings
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm3d.checkpoint.load import load_checkpoint
+from llm3d.checkpoint.save import save_checkpoint
 from llm3d.config import LossScaleConfig, PretrainConfig
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.checkpoint import load_checkpoint, save_checkpoint
 from llm3d.train.loss_scale import LossScale
 from llm3d.train.trainer import StepResult, Trainer
 from tests import pool

@@ -1,0 +1,1 @@
+"""Weights on disk: checkpoints, Hugging Face and PEFT directories, under any layout."""

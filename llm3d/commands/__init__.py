@@ -1,0 +1,1 @@
+"""What a user does with a model beside training it: evaluate, generate, export, look at samples."""

@@ -1,0 +1,266 @@
+"""Conversations and comparisons as a training loop wants them: steps of whole samples, packed into microbatches.
+
+A step is batch.global samples, whatever the layout; how they are packed changes no number that is trained on. Global
+sample k is a pure function of k and run.seed: source by a blend, place by a keyed permutation of each epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import count, islice
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llm3d.config import ChatDataConfig, Config, SFTConfig
+from llm3d.data.chat import Counts, read_samples
+from llm3d.data.formats import Kind
+from llm3d.data.order import Blend, held_out, sample_window
+from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
+from llm3d.data.packing import pack
+from llm3d.data.run_tokenizer import open_tokenizer
+from llm3d.data.samples import SampleSet
+from llm3d.data.steps import Consumed, Steps
+from llm3d.errors import InputError
+from llm3d.parallel.mesh import Mesh
+from llm3d.permutation import derive_key
+from llm3d.text.chat_tokenizer import ChatTokenizer
+from llm3d.text.templates import load_template
+from llm3d.wording import counted
+
+_LOOKED_AT = 100  # steps from which the share of unused tokens is told
+
+C = TypeVar("C", bound=Config)
+
+
+def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:
+    """The run's tokenizer and its data. Raises InputError."""
+    config, tokenizer = open_tokenizer(config)
+    data = config.data
+    assert tokenizer is not None and isinstance(data, ChatDataConfig), "a model to start from has a tokenizer"
+    template = load_template(data.template, tokenizer)
+    sources = (*data.train, *data.valid_sources)
+    read = [read_samples(source.path, kind, template, data, prompt_loss) for source in sources]
+    sets, num_train = [samples for samples, _ in read], len(data.train)
+    counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
+    for source, samples in zip(sources, sets, strict=True):
+        _check_fits_a_microbatch(source.path, samples, config)
+    if isinstance(data.valid, float):
+        sets, counts = _with_held_out(sets, counts, data.valid, config.run.seed)
+    chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
+    return config, ChatTokenizer(tokenizer, template), chat
+
+
+def _with_held_out(
+    sets: Sequence[SampleSet], counts: Sequence[tuple[str, Counts]], share: float, seed: int
+) -> tuple[list[SampleSet], list[tuple[str, Counts]]]:
+    """The training sets, then of each the samples of the rows that are held out for validation; the same of counts."""
+    chosen = [held_out(samples.rows, share, seed, number) for number, samples in enumerate(sets)]
+    train = [samples.chosen(~which) for samples, which in zip(sets, chosen, strict=True)]
+    valid = [
+        (path, s.chosen(which))
+        for (path, _), s, which in zip(counts, sets, chosen, strict=True)
+        if which.any()
+    ]
+    if not valid:
+        raise InputError(f"data.valid: {share:g} of one row leaves none to train on; name other data")
+    told = [
+        (path, count.without(count.samples - len(s))) for (path, count), s in zip(counts, train, strict=True)
+    ]
+    told += [(f"{path}, held out for validation", Counts(samples=len(s))) for path, s in valid]
+    return [*train, *(samples for _, samples in valid)], told
+
+
+def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> None:
+    """Raise InputError where a prompt has more replies than go through the model at once."""
+    longest, length = int(samples.lengths.max()), config.data.sequence_length
+    if longest > config.batch.micro * length:
+        has = counted(config.batch.micro, "sequence")
+        raise InputError(
+            f"batch.micro: {has} of data.sequence_length {length} cannot hold a "
+            f"sample of {path}, {counted(longest, 'token')} with all its replies; the least is {-(-longest // length)}"
+        )
+
+
+class Place(NamedTuple):
+    """Of a sample: the number of its set, and its own in the set."""
+
+    number: int
+    sample: int
+
+
+class ChatData:
+    """`llm3d.stages.run.StageData` over sample sets.
+
+    sets: one for each of data.train (none, for evaluation alone), then one for each of data.valid.
+    counts: for each, the path, and what became of the records there.
+    reference: fp32 [sequences] for each set, which batches then bring along; None: they bring none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train: Sequence[SampleSet],
+        valid: Sequence[SampleSet],
+        counts: Sequence[tuple[str, Counts]] = (),
+    ) -> None:
+        assert isinstance(config.data, ChatDataConfig)
+        self.counts, self.settings = counts, config.data
+        self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
+        self.reference: list[Tensor] | None = None
+        alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
+        self.noise = alpha / math.sqrt(config.model.hidden_size)
+        self.is_random = bool(alpha or config.lora.dropout)
+        self.sizes = [len(samples) for samples in train]
+        self.weights = [source.weight for source in config.data.train]
+        self.lengths = [samples.lengths for samples in self.sets]
+        self.capacity = config.batch.micro * config.data.sequence_length
+        self.steps = Steps.of(config, self.samples_a_pass)
+        self.resume(0, Consumed(0, 0))
+
+    # ---- what the loop asks ----
+
+    def resume(self, step: int, consumed: Consumed) -> None:
+        """Go on after `step`, by which the run had read `consumed`."""
+        self.steps = self.steps.after(step, consumed.samples)
+        self._tokens = [consumed.tokens]  # after each step from that one on
+
+    def consumed(self, step: int) -> Consumed:
+        """Samples and tokens that the run has read, all ranks together, when `step` is done."""
+        while len(self._tokens) <= step - self.steps.step:
+            following = self.steps.step + len(self._tokens)
+            self._tokens.append(self._tokens[-1] + int(self._lengths(self._step(following)).sum()))
+        return Consumed(self.steps.read_by(step), self._tokens[step - self.steps.step])
+
+    def microbatches(self, step: int, mesh: Mesh) -> list[PackedBatch]:
+        """This data rank's microbatches of a step."""
+        packed = self._packed(self._step(step), mesh)
+        if not self.is_random:
+            return [batch for _, batch in packed]
+        return [with_noise(batch, self._keys(step, items), self.noise) for items, batch in packed]
+
+    def evaluation(self, mesh: Mesh) -> Iterator[list[PackedBatch]]:
+        """This rank's share of train.eval_steps batches as large as a step's, or of all validation data."""
+        for places in islice(self._stored(self._valid), self.config.train.eval_steps):
+            yield [batch for _, batch in self._packed(places, mesh)]
+
+    # ---- what the stage asks ----
+
+    @property
+    def digest(self) -> str:
+        """What the samples and their order depend on, in 16 hex digits."""
+        described: dict[str, Any] = {
+            "order": "feistel8-splitmix64/pfair65536/samples/v1",
+            "samples": [samples.digest for samples in self.sets[: self.num_train]],
+            "weights": self.blend.weights,
+            "seed": self.config.run.seed,
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    def introduction(self, mesh: Mesh) -> list[str]:
+        """What the run is going to read, for people."""
+        last = self.steps.last
+        return [
+            *(line for path, counts in self.counts for line in counts.told(path, self.settings)),
+            *([self.packing(mesh.data_size)] if last > self.steps.step else []),
+            f"by step {last} it has read the data {self.steps.epoch(last):.2f} times",
+        ]
+
+    def packing(self, data_size: int) -> str:
+        """How the first of the steps that are left are packed for so many data ranks, for people."""
+        left = range(self.steps.step + 1, self.steps.last + 1)
+        lengths = [self._lengths(self._step(step)) for step in left[:_LOOKED_AT]]
+        bins = [[int(step[items].sum()) for items in self._bins(step, data_size)] for step in lengths]
+        padded = sum(len(step) * max(step) for step in bins)
+        tokens, num_bins = sum(map(sum, bins)), sum(map(len, bins))
+        return (
+            f"{tokens / len(bins):,.0f} tokens a step in {num_bins / len(bins) / data_size:,.1f} microbatches a data "
+            f"rank, of any length; padding them to the longest would add {padded / tokens - 1:.2%}"
+        )
+
+    @property
+    def samples_a_pass(self) -> float:
+        """Samples in one pass over the data, each as often as its source's weight says."""
+        return sum(weight * size for weight, size in zip(self.weights, self.sizes, strict=True))
+
+    def in_order(self, split: Literal["train", "valid"]) -> Iterator[Place]:
+        """Samples in the order in which training reads them, pass after pass, or an evaluation."""
+        if split == "train":
+            return map(self._place, count())
+        return (place for places in self._stored(self._valid) for place in places)
+
+    def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
+        """This rank's share of a set, as many samples at a time as a step has: which are in each microbatch."""
+        for places in self._stored([number]):
+            yield [([places[i] for i in items], batch) for items, batch in self._packed(places, mesh)]
+
+    # ---- steps ----
+
+    @cached_property
+    def blend(self) -> Blend:
+        return Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
+
+    def _step(self, step: int) -> list[Place]:
+        return [self._place(k) for k in self.steps.numbers(step)]
+
+    def _place(self, k: int) -> Place:
+        source, _, index = sample_window(k, self.blend, self.sizes, self.config.run.seed)
+        return Place(source, index)
+
+    @property
+    def _valid(self) -> range:
+        return range(self.num_train, len(self.sets))
+
+    def _stored(self, numbers: Sequence[int]) -> Iterator[list[Place]]:
+        """All samples of some sets, as stored, as many at a time as a step has."""
+        places = (Place(number, i) for number in numbers for i in range(len(self.sets[number])))
+        while some := list(islice(places, self.config.batch.global_size)):
+            yield some
+
+    def _lengths(self, places: Sequence[Place]) -> np.ndarray:
+        return np.array([self.lengths[place.number][place.sample] for place in places], dtype=np.int64)
+
+    def _bins(self, lengths: np.ndarray, data_size: int) -> list[np.ndarray]:
+        """Which samples go together: as few microbatches as there can be, as many on each data rank, as even."""
+        layout = self.config.parallel
+        return pack(
+            lengths, self.capacity, data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
+        )
+
+    def _keys(self, step: int, items: np.ndarray) -> list[int]:
+        """Of the random numbers of each sequence of some of a step's samples."""
+        first, places, seed = self.steps.numbers(step).start, self._step(step), self.config.run.seed
+        counts = [(first + int(i), self.sequences(places[i])) for i in items]
+        return [
+            derive_key(seed, k, number) >> 1 for k, span in counts for number in range(span.stop - span.start)
+        ]
+
+    def _packed(self, places: Sequence[Place], mesh: Mesh) -> list[tuple[np.ndarray, PackedBatch]]:
+        """This data rank's microbatches of the samples, and which of them are in each."""
+        bins = self._bins(self._lengths(places), mesh.data_size)[mesh.data_rank :: mesh.data_size]
+        total = chosen_targets([self.sets[place.number][place.sample] for place in places])
+        batches = (self._collated([places[i] for i in items], mesh) for items in bins)
+        return [
+            (items, replace(batch, step_samples=len(places), step_chosen_targets=total))
+            for items, batch in zip(bins, batches, strict=True)
+        ]
+
+    def _collated(self, places: Sequence[Place], mesh: Mesh) -> PackedBatch:
+        reference = None
+        if self.reference is not None:
+            parts = [self.reference[place.number][self.sequences(place)] for place in places]
+            reference = torch.cat([torch.empty(0), *parts])
+        samples = [self.sets[place.number][place.sample] for place in places]
+        return collate(samples, mesh.tensor_size if self.config.parallel.sequence else 1, reference)
+
+    def sequences(self, place: Place) -> slice:
+        """Which of its set's sequences a sample has."""
+        first, last = self.sets[place.number].sample_starts[place.sample : place.sample + 2]
+        return slice(int(first), int(last))

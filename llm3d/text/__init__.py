@@ -1,0 +1,1 @@
+"""Tokenizers and chat templates: from conversations to tokens, and from tokens to text as they come."""
