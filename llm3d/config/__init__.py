@@ -18,37 +18,41 @@ from llm3d.config.peft import peft_settings
 from llm3d.config.presets import PRESETS
 from llm3d.config.schema import json_schema
 from llm3d.config.sections import (
-    STAGES,
     ChatDataConfig,
     ChatSource,
-    Config,
     DataSource,
-    DPOConfig,
     DPOSettings,
-    EpochsConfig,
     GenerateSettings,
     LoRASettings,
     LossConfig,
     LossScaleConfig,
     ModelConfig,
-    OptimConfig,
     ParallelConfig,
-    PPOConfig,
     PPOSettings,
-    PretrainConfig,
-    RewardConfig,
     RewardSettings,
     RewardSource,
-    SFTConfig,
     ZeroConfig,
 )
 from llm3d.config.settings_file import read_settings, settings_to_yaml
+from llm3d.config.stages import (
+    STAGES,
+    ComparisonConfig,
+    Config,
+    DPOConfig,
+    PostTrainingConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from llm3d.config.training import EpochsConfig, OptimConfig
 from llm3d.errors import InputError
 
 __all__ = [
     "STAGES",
     "ChatDataConfig",
     "ChatSource",
+    "ComparisonConfig",
     "Config",
     "DPOConfig",
     "DPOSettings",
@@ -63,6 +67,7 @@ __all__ = [
     "PPOConfig",
     "PPOSettings",
     "ParallelConfig",
+    "PostTrainingConfig",
     "PretrainConfig",
     "RewardConfig",
     "RewardSettings",

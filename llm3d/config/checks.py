@@ -6,17 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm3d.config.explain import nearest
-from llm3d.config.sections import (
-    ChatDataConfig,
-    Config,
-    DPOConfig,
-    EpochsConfig,
-    LoRASettings,
-    LossScaleConfig,
-    PPOConfig,
-    PPOSettings,
-    RewardConfig,
-)
+from llm3d.config.sections import LoRASettings, LossScaleConfig
+from llm3d.config.stages import Config
 from llm3d.errors import InputError
 
 
@@ -51,7 +42,9 @@ def _training_problems(config: Config) -> Iterator[str]:
     yield from _length_problems(config)
     yield from _stage_problems(config)
     yield from _step_problems(config)
-    yield from _stage_settings_problems(config)
+    if not config.lora.rank and config.lora != LoRASettings():
+        yield "lora: set, but lora.rank is 0, which means no adapters"
+    yield from config.problems()
 
 
 def _model_problems(config: Config) -> Iterator[str]:
@@ -84,7 +77,7 @@ def _length_problems(config: Config) -> Iterator[str]:
             f"model.max_position_embeddings {model.max_position_embeddings}"
         )
     tokens = config.batch.micro * config.data.sequence_length
-    fixed = not isinstance(config.data, ChatDataConfig)  # else a microbatch is as long as what it holds
+    fixed = config.reads == "tokens"  # else a microbatch is as long as what it holds
     if fixed and config.parallel.sequence and tokens % tensor:
         yield (
             f"parallel.sequence: parallel.tensor {tensor} does not divide the {tokens} tokens "
@@ -120,7 +113,7 @@ def _stage_problems(config: Config) -> Iterator[str]:
 
 
 def _step_problems(config: Config) -> Iterator[str]:
-    optim, steps, precision = config.optim, config.train.steps, config.precision
+    optim, precision = config.optim, config.precision
     if precision.gradients == "bf16" and precision.compute != "bf16":
         yield f"precision.gradients: bf16 needs precision.compute bf16, not {precision.compute}"
     scale = precision.loss_scale
@@ -144,8 +137,6 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"optim.decay_ratio: in place of optim.decay_steps, which is {optim.decay_steps}; set one to null"
     if (optim.warmup_ratio or 0) + (optim.decay_ratio or 0) > 1:
         yield f"optim.warmup_ratio: {optim.warmup_ratio} + optim.decay_ratio {optim.decay_ratio} is above 1"
-    if isinstance(config.train, EpochsConfig) and not (steps or config.train.epochs):
-        yield "train.steps: missing; give it, or train.epochs"
     yield from _interval_problems(config)
 
 
@@ -165,84 +156,11 @@ def _interval_problems(config: Config) -> Iterator[str]:
         yield f"train.patience: {config.train.patience} needs checkpoint.best, such as valid_loss"
 
 
-def _stage_settings_problems(config: Config) -> Iterator[str]:
-    if not config.lora.rank and config.lora != LoRASettings():
-        yield "lora: set, but lora.rank is 0, which means no adapters"
-    if config.lora.dropout and not isinstance(config.data, ChatDataConfig):
-        yield f"lora.dropout: {config.lora.dropout} is for the stages after pretraining; leave it out"
-    if isinstance(config, RewardConfig | DPOConfig) and config.batch.micro < 2:
-        yield f"batch.micro: {config.batch.micro} holds no two replies to compare; the least is 2"
-    if isinstance(config, DPOConfig):
-        dpo = config.dpo
-        if dpo.label_smoothing and dpo.loss not in ("sigmoid", "robust"):
-            yield f"dpo.label_smoothing: {dpo.label_smoothing} needs dpo.loss sigmoid or robust, not {dpo.loss}"
-        if dpo.length_normalized and dpo.loss == "ipo":
-            yield "dpo.length_normalized: dpo.loss ipo always is; leave it out"
-        if dpo.rpo_mean != "sequence" and not dpo.rpo_alpha:
-            yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
-    if isinstance(config, PPOConfig):
-        yield from _ppo_problems(config)
-
-
 def _start_problems(config: Config) -> Iterator[str]:
     if config.lora.rank and config.model.path is None:
         yield "lora.rank: adapters need a model to adapt; set model.path"
-    if isinstance(config.data, ChatDataConfig) and config.model.path is None:
+    if config.reads != "tokens" and config.model.path is None:
         yield "model.path: missing; name the model to start from"
-
-
-def _ppo_problems(config: PPOConfig) -> Iterator[str]:
-    ppo, writes, parallel = config.ppo, config.generate, config.parallel
-    for i, source in enumerate(ppo.rewards):
-        if (source.model is None) == (source.function is None):
-            yield f"ppo.rewards[{i}]: give one of model and function"
-        elif source.centered_on is not None and source.model is None:
-            yield f"ppo.rewards[{i}].centered_on: is for a model's scores, not a function's"
-    if ppo.advantages == "gae":
-        if ppo.whiten_rewards and ppo.kl_in_loss:
-            yield "ppo.whiten_rewards: with ppo.kl_in_loss, rewards are scores alone; leave it out"
-    else:
-        if writes.num_replies < 2:
-            yield (
-                f"generate.num_replies: {writes.num_replies} leaves ppo.advantages {ppo.advantages} no other reply to "
-                "compare with; the least is 2"
-            )
-        for name in ("critic", "critic_lr", "value_clip", "gamma", "lam", "whiten_rewards"):
-            if getattr(ppo, name) != PPOSettings.model_fields[name].default:
-                yield f"ppo.{name}: ppo.advantages {ppo.advantages} scores whole replies, with no critic; leave it out"
-    if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
-        yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
-    if ppo.kl_in_loss and ppo.kl_target is not None:
-        yield "ppo.kl_target: adapts what is subtracted from rewards; with ppo.kl_in_loss, leave it out"
-    if ppo.kl_target is None and ppo.kl_horizon != PPOSettings.model_fields["kl_horizon"].default:
-        yield "ppo.kl_horizon: needs ppo.kl_target"
-    for name in ("format", "turns"):
-        if getattr(config.data, name) != ChatDataConfig.model_fields[name].default:
-            yield f"data.{name}: prompts have one format, and no replies; leave it out"
-    if ppo.missing_end_score is not None and ppo.missing_end_penalty:
-        yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
-    if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):
-        yield "ppo.ptx_coefficient: it and ppo.ptx_data need each other"
-    replies = config.batch.global_size * writes.num_replies
-    if ppo.minibatches > replies:
-        yield f"ppo.minibatches: {ppo.minibatches} are more than a step's {replies} replies"
-    if not writes.temperature:
-        yield "generate.temperature: 0 draws nothing; the policy learns from what it tries"
-    if config.lora.dropout:
-        yield f"lora.dropout: {config.lora.dropout} would change what replies were written with; leave it out"
-    if writes.repetition_penalty != 1:
-        yield "generate.repetition_penalty: replies would not be drawn as the policy would; leave it out"
-    if writes.max_new_tokens >= config.data.sequence_length:
-        yield (
-            f"generate.max_new_tokens: {writes.max_new_tokens} leaves no room for a prompt within data.sequence_length "
-            f"{config.data.sequence_length}"
-        )
-    if config.data.truncation == "right":
-        yield "data.truncation: right would cut off what a prompt asks for; drop or left"
-    for name in ("tensor", "pipeline"):
-        asked, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
-        if asked is not None and there % asked:
-            yield f"ppo.rollout_{name}: {asked} does not divide parallel.{name} {there}"
 
 
 def _path_problems(config: Config) -> Iterator[str]:
@@ -268,7 +186,7 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
     parallel, batch = config.parallel, config.batch
     if problems:
         return
-    if isinstance(config.data, ChatDataConfig):
+    if config.reads != "tokens":
         return
     data = config.data_parallel_size(world_size)
     if batch.global_size % (batch.micro * data):

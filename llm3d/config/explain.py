@@ -12,7 +12,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from llm3d.config.aliases import setting_called, value_called
-from llm3d.config.sections import Config, DataSource, ModelConfig, RewardSource, Section
+from llm3d.config.sections import DataSource, ModelConfig, RewardSource, Section
+from llm3d.config.stages import Config
 from llm3d.errors import InputError
 
 S = TypeVar("S", bound=Section)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm3d.config.presets import PRESETS
-from llm3d.config.sections import STAGES, Config
+from llm3d.config.stages import STAGES, Config
 
 
 def json_schema(kind: type[Config] | None = None) -> dict[str, Any]:

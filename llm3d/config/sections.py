@@ -11,13 +11,6 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validat
 from pydantic_core import CoreSchema
 
 from llm3d.config.base import Fraction, Name, OneOrMore, Positive, Section, Whole, whole
-from llm3d.config.training import (
-    CheckpointConfig,
-    EpochsCheckpointConfig,
-    EpochsConfig,
-    OptimConfig,
-    TrainConfig,
-)
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -458,85 +451,3 @@ class GenerateSettings(Section):
     @property
     def cache_bytes(self) -> int | None:
         return None if self.cache_gib is None else int(self.cache_gib * 2**30)
-
-
-class Config(Section):
-    """What the settings of every stage have in common."""
-
-    run: RunConfig
-    model: ModelConfig
-    parallel: ParallelConfig
-    zero: ZeroConfig
-    precision: PrecisionConfig
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in backward. selective: norms and SwiGLU, without a matrix product; full: whole layers
-    and logits."""
-    data: DataConfig
-    batch: BatchConfig
-    lora: LoRASettings
-    optim: OptimConfig
-    kernels: KernelsConfig
-    generate: GenerateSettings
-    train: TrainConfig
-    checkpoint: CheckpointConfig
-    log: LogConfig
-
-    def data_parallel_size(self, world_size: int) -> int:
-        return world_size // (self.parallel.tensor * self.parallel.pipeline)
-
-    def num_microbatches(self, world_size: int) -> int:
-        """Microbatches a step on each data-parallel rank; of samples of different lengths, at most."""
-        return -(-self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size)))
-
-
-class PretrainConfig(Config):
-    """All settings of a pretraining run."""
-
-    data: TokenDataConfig
-    loss: LossConfig
-
-
-class SFTConfig(Config):
-    """All settings of supervised fine-tuning."""
-
-    data: ChatDataConfig
-    train: EpochsConfig
-    checkpoint: EpochsCheckpointConfig
-    loss: LossConfig
-    sft: SFTSettings
-
-
-class RewardConfig(Config):
-    """All settings of a reward model's training."""
-
-    data: ChatDataConfig
-    train: EpochsConfig
-    checkpoint: EpochsCheckpointConfig
-    reward: RewardSettings
-
-
-class DPOConfig(Config):
-    """All settings of direct preference optimisation."""
-
-    data: ChatDataConfig
-    train: EpochsConfig
-    checkpoint: EpochsCheckpointConfig
-    dpo: DPOSettings
-
-
-class PPOConfig(Config):
-    """All settings of reinforcement learning. Samples of a batch are prompts, each with generate.num_replies."""
-
-    data: ChatDataConfig
-    train: EpochsConfig
-    checkpoint: EpochsCheckpointConfig
-    ppo: PPOSettings
-
-
-STAGES: dict[str, type[Config]] = {
-    "pretrain": PretrainConfig,
-    "sft": SFTConfig,
-    "reward": RewardConfig,
-    "dpo": DPOConfig,
-    "ppo": PPOConfig,
-}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llm3d.commands.evaluate import check
 from llm3d.config import DPOConfig, SFTConfig, make_config
-from llm3d.config.sections import Config
+from llm3d.config.stages import Config
 from llm3d.data.conversations import ChatData, Place, open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import Sample, SampleSet, Tokens

@@ -1,0 +1,259 @@
+"""The settings of each training stage: which sections it has, and what in them has to fit.
+
+A new stage is a class here, in `STAGES`, and a file of its name in llm3d/stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from llm3d.config.base import Section
+from llm3d.config.sections import (
+    BatchConfig,
+    ChatDataConfig,
+    DataConfig,
+    DPOSettings,
+    GenerateSettings,
+    KernelsConfig,
+    LogConfig,
+    LoRASettings,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    PPOSettings,
+    PrecisionConfig,
+    RewardSettings,
+    RunConfig,
+    SFTSettings,
+    TokenDataConfig,
+    ZeroConfig,
+)
+from llm3d.config.training import (
+    CheckpointConfig,
+    EpochsCheckpointConfig,
+    EpochsConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+class Config(Section):
+    """What the settings of every training stage have in common.
+
+    stage: its name.  reads: what its data are.  head: of its model.
+    """
+
+    stage: ClassVar[str]
+    reads: ClassVar[Literal["tokens", "conversations", "comparisons", "prompts"]] = "tokens"
+    head: ClassVar[Literal["language", "score"]] = "language"
+
+    run: RunConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    zero: ZeroConfig
+    precision: PrecisionConfig
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in backward. selective: norms and SwiGLU, without a matrix product; full: whole layers
+    and logits."""
+    data: DataConfig
+    batch: BatchConfig
+    lora: LoRASettings
+    optim: OptimConfig
+    kernels: KernelsConfig
+    generate: GenerateSettings
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+
+    def data_parallel_size(self, world_size: int) -> int:
+        return world_size // (self.parallel.tensor * self.parallel.pipeline)
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Microbatches a step on each data-parallel rank; of samples of different lengths, at most."""
+        return -(-self.batch.global_size // (self.batch.micro * self.data_parallel_size(world_size)))
+
+    @property
+    def token_loss(self) -> LossConfig:
+        """What is added to a cross-entropy over tokens, where one is trained on."""
+        return LossConfig()
+
+    @property
+    def neftune_alpha(self) -> float:
+        return 0.0
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the settings name; None: only the model's own files may have one."""
+        return None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Which column of a data file holds what its format calls otherwise."""
+        return {}
+
+    def problems(self) -> Iterator[str]:
+        """What of the stage's own settings does not fit: the setting's path, what was given, what is allowed."""
+        yield from ()
+
+
+class PretrainConfig(Config):
+    """All settings of a pretraining run."""
+
+    stage = "pretrain"
+
+    data: TokenDataConfig
+    loss: LossConfig
+
+    @property
+    def token_loss(self) -> LossConfig:
+        return self.loss
+
+    def problems(self) -> Iterator[str]:
+        if self.lora.dropout:
+            yield f"lora.dropout: {self.lora.dropout} is for the stages after pretraining; leave it out"
+
+
+class PostTrainingConfig(Config):
+    """What the settings of the stages after pretraining have in common: samples of any length, counted in epochs."""
+
+    data: ChatDataConfig
+    train: EpochsConfig
+    checkpoint: EpochsCheckpointConfig
+
+    @property
+    def template(self) -> str:
+        return self.data.template
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return self.data.columns
+
+    def problems(self) -> Iterator[str]:
+        if not (self.train.steps or self.train.epochs):
+            yield "train.steps: missing; give it, or train.epochs"
+
+
+class ComparisonConfig(PostTrainingConfig):
+    """The same of those that compare replies."""
+
+    reads = "comparisons"
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        if self.batch.micro < 2:
+            yield f"batch.micro: {self.batch.micro} holds no two replies to compare; the least is 2"
+
+
+class SFTConfig(PostTrainingConfig):
+    """All settings of supervised fine-tuning."""
+
+    stage, reads = "sft", "conversations"
+
+    loss: LossConfig
+    sft: SFTSettings
+
+    @property
+    def token_loss(self) -> LossConfig:
+        return self.loss
+
+    @property
+    def neftune_alpha(self) -> float:
+        return self.sft.neftune_alpha
+
+
+class RewardConfig(ComparisonConfig):
+    """All settings of a reward model's training."""
+
+    stage, head = "reward", "score"
+
+    reward: RewardSettings
+
+
+class DPOConfig(ComparisonConfig):
+    """All settings of direct preference optimisation."""
+
+    stage = "dpo"
+
+    dpo: DPOSettings
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        dpo = self.dpo
+        if dpo.label_smoothing and dpo.loss not in ("sigmoid", "robust"):
+            yield f"dpo.label_smoothing: {dpo.label_smoothing} needs dpo.loss sigmoid or robust, not {dpo.loss}"
+        if dpo.length_normalized and dpo.loss == "ipo":
+            yield "dpo.length_normalized: dpo.loss ipo always is; leave it out"
+        if dpo.rpo_mean != "sequence" and not dpo.rpo_alpha:
+            yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
+
+
+class PPOConfig(PostTrainingConfig):
+    """All settings of reinforcement learning. Samples of a batch are prompts, each with generate.num_replies."""
+
+    stage, reads = "ppo", "prompts"
+
+    ppo: PPOSettings
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        yield from ppo_problems(self)
+
+
+STAGES: dict[str, type[Config]] = {
+    kind.stage: kind for kind in (PretrainConfig, SFTConfig, RewardConfig, DPOConfig, PPOConfig)
+}
+
+
+def ppo_problems(config: PPOConfig) -> Iterator[str]:
+    ppo, writes, parallel = config.ppo, config.generate, config.parallel
+    for i, source in enumerate(ppo.rewards):
+        if (source.model is None) == (source.function is None):
+            yield f"ppo.rewards[{i}]: give one of model and function"
+        elif source.centered_on is not None and source.model is None:
+            yield f"ppo.rewards[{i}].centered_on: is for a model's scores, not a function's"
+    if ppo.advantages == "gae":
+        if ppo.whiten_rewards and ppo.kl_in_loss:
+            yield "ppo.whiten_rewards: with ppo.kl_in_loss, rewards are scores alone; leave it out"
+    else:
+        if writes.num_replies < 2:
+            yield (
+                f"generate.num_replies: {writes.num_replies} leaves ppo.advantages {ppo.advantages} no other reply to "
+                "compare with; the least is 2"
+            )
+        for name in ("critic", "critic_lr", "value_clip", "gamma", "lam", "whiten_rewards"):
+            if getattr(ppo, name) != PPOSettings.model_fields[name].default:
+                yield f"ppo.{name}: ppo.advantages {ppo.advantages} scores whole replies, with no critic; leave it out"
+    if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
+        yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
+    if ppo.kl_in_loss and ppo.kl_target is not None:
+        yield "ppo.kl_target: adapts what is subtracted from rewards; with ppo.kl_in_loss, leave it out"
+    if ppo.kl_target is None and ppo.kl_horizon != PPOSettings.model_fields["kl_horizon"].default:
+        yield "ppo.kl_horizon: needs ppo.kl_target"
+    for name in ("format", "turns"):
+        if getattr(config.data, name) != ChatDataConfig.model_fields[name].default:
+            yield f"data.{name}: prompts have one format, and no replies; leave it out"
+    if ppo.missing_end_score is not None and ppo.missing_end_penalty:
+        yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
+    if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):
+        yield "ppo.ptx_coefficient: it and ppo.ptx_data need each other"
+    replies = config.batch.global_size * writes.num_replies
+    if ppo.minibatches > replies:
+        yield f"ppo.minibatches: {ppo.minibatches} are more than a step's {replies} replies"
+    if not writes.temperature:
+        yield "generate.temperature: 0 draws nothing; the policy learns from what it tries"
+    if config.lora.dropout:
+        yield f"lora.dropout: {config.lora.dropout} would change what replies were written with; leave it out"
+    if writes.repetition_penalty != 1:
+        yield "generate.repetition_penalty: replies would not be drawn as the policy would; leave it out"
+    if writes.max_new_tokens >= config.data.sequence_length:
+        yield (
+            f"generate.max_new_tokens: {writes.max_new_tokens} leaves no room for a prompt within data.sequence_length "
+            f"{config.data.sequence_length}"
+        )
+    if config.data.truncation == "right":
+        yield "data.truncation: right would cut off what a prompt asks for; drop or left"
+    for name in ("tensor", "pipeline"):
+        asked, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
+        if asked is not None and there % asked:
+            yield f"ppo.rollout_{name}: {asked} does not divide parallel.{name} {there}"
