@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from contenders import Step, report, take_turns
 
+from llm3d.stages.stage import stage_of
 from llm3d.train.host_memory import keep_freed_memory
 
 
@@ -69,11 +70,8 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
     from llm3d.checkpoint.starting import load_first_weights
     from llm3d.config import STAGES, make_config
     from llm3d.parallel.mesh import Mesh, start_process_group
-    from llm3d.stages import dpo, sft
-    from llm3d.train.trainer import Trainer
 
     keep_freed_memory()  # as the commands do
-    pairs = arguments.stage == "dpo"
     directory = tempfile.mkdtemp()
     data = os.path.join(directory, "samples.jsonl")
     with open(data, "w", encoding="utf-8") as file:
@@ -93,15 +91,15 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
     }
     config = make_config(settings, 1, STAGES[arguments.stage])
     mesh = Mesh(device=start_process_group())
-    opened: Any = (dpo if pairs else sft).open_stage(config)  # type: ignore[arg-type]
-    trainer = Trainer(opened.config, mesh, opened.objective)
-    opened.prepare(trainer)
-    load_first_weights(trainer)
+    task = stage_of(config).open(config)
+    learner = task.learner(mesh)
+    learner.prepare()
+    load_first_weights(learner.model)
     steps = itertools.count(1)
 
     def step() -> int:
-        batches = opened.data.microbatches(next(steps), mesh)
-        trainer.step(batches, lr=1e-6)
+        batches = task.data.microbatches(next(steps), mesh)
+        learner.step(batches, lr=1e-6)
         return sum(len(batch.tokens) for batch in batches)
 
     return step

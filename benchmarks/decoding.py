@@ -24,12 +24,12 @@ import torch.distributed as dist
 from throughput import draw_weights, synchronise
 
 from llm3d.config import make_config
+from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator
-from llm3d.generate.replay import recorder_for
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.train.trainer import Evaluator
+from llm3d.train.trainer import ShardedModel
 
 FIRST = 4  # tokens, after which all is as it stays
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     mesh = Mesh(device=start_process_group())
     bandwidth = copy_bandwidth(mesh.device)
     print(f"torch {torch.__version__}, {mesh.device.type}, a copy moves {bandwidth / 1e9:,.0f} GB/s")
-    model = Evaluator(settings(arguments), mesh)
+    model = ShardedModel(settings(arguments), mesh)
     draw_weights(model)
     weights = sum(unit.whole.nbytes for unit in model.flat.units)
     for graphs, batch in product(arguments.graphs, arguments.batches):
@@ -84,17 +84,17 @@ def settings(arguments: argparse.Namespace) -> Any:
     return make_config(given, 1)
 
 
-def bytes_a_token(model: Evaluator) -> int:
+def bytes_a_token(model: ShardedModel) -> int:
     """Of keys and values."""
     shape = model.config.model
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * model.dtype.itemsize
 
 
-def decode_rate(model: Evaluator, arguments: argparse.Namespace, batch: int, graphs: bool) -> float:
+def decode_rate(model: ShardedModel, arguments: argparse.Namespace, batch: int, graphs: bool) -> float:
     """Tokens a second, the median of some rounds."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, arguments.vocab_size, (batch, arguments.context), generator=generator).tolist()
-    recorder = recorder_for(model.mesh.device, graphs)
+    recorder = graphs_for(model.mesh.device, graphs)
     writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, recorder)
 
     def write(num_tokens: int) -> None:

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig, make_config
 from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator
-from llm3d.generate.replay import recorder_for
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.kernels import backend
 from llm3d.parallel.collectives import SumInFlight, all_reduce_sum, gather_rows
 from llm3d.parallel.mesh import Mesh, start_process_group
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.trainer import ShardedModel, Trainer
 
 LENGTH, VOCABULARY = 64, 2000
 Path = Callable[[torch.device], object]  # what it gives is shown
@@ -186,16 +186,16 @@ def trained_weights(device: torch.device) -> list[Tensor]:
 
 
 def evaluate(device: torch.device) -> object:
-    model = Evaluator(config_with({}), Mesh(device=device))
+    model = ShardedModel(config_with({}), Mesh(device=device))
     draw_weights(model)
     return model.evaluate(batches(model))
 
 
 def generate(sampling: Sampling, graphs: bool, device: torch.device) -> str:
     """Replies of several lengths, so that sequences come and go, and steps are recorded."""
-    model = Evaluator(config_with({}), Mesh(device=device))
+    model = ShardedModel(config_with({}), Mesh(device=device))
     model.initialise()
-    recorder = recorder_for(device, graphs)
+    recorder = graphs_for(device, graphs)
     writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, recorder)
     requests = [
         Request(list(range(3, 3 + length)), 8, lambda _: False, sampling, num_replies=2)
@@ -235,7 +235,7 @@ def config_with(changes: dict[str, Any]) -> PretrainConfig:
     return make_config(given, 1)
 
 
-def batches(model: Evaluator) -> list[Microbatch]:
+def batches(model: ShardedModel) -> list[Microbatch]:
     """One of sequences of one length, one of documents of several."""
     tokens = torch.randint(3, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     starts = [[0], [0], [0, 10, 31], [0]]

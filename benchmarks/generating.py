@@ -67,7 +67,7 @@ def llm3d_step(arguments: argparse.Namespace, batch: int) -> Step:
     from llm3d.generate.sampling import Sampling
     from llm3d.generate.scheduler import Request
     from llm3d.parallel.mesh import Mesh, start_process_group
-    from llm3d.train.trainer import Evaluator
+    from llm3d.train.trainer import ShardedModel
 
     keep_freed_memory()  # as the command does
     settings: dict[str, Any] = {
@@ -80,7 +80,7 @@ def llm3d_step(arguments: argparse.Namespace, batch: int) -> Step:
         "train": {"steps": 1},
     }
     config = make_config(settings, 1, PretrainConfig)
-    model = Evaluator(config, Mesh(device=start_process_group()))
+    model = ShardedModel(config, Mesh(device=start_process_group()))
     load_first_weights(model)
     writer = Generator(config.model, model.stages, model.mesh, model.dtype)
     assert config.model.vocab_size is not None

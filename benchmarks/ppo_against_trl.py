@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from contenders import Step, report, take_turns
 
+from llm3d.stages.stage import stage_of
 from llm3d.train.host_memory import keep_freed_memory
 
 MICRO = 8
@@ -60,7 +61,6 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
     from llm3d.checkpoint.starting import load_first_weights
     from llm3d.config import STAGES, make_config
     from llm3d.parallel.mesh import Mesh, start_process_group
-    from llm3d.rl import ppo
 
     keep_freed_memory()  # as the command does
     directory = Path(tempfile.mkdtemp())
@@ -81,15 +81,16 @@ def llm3d_step(arguments: argparse.Namespace) -> Step:
         "train": {"steps": 1000},
         "ppo": {"rewards": [{"model": arguments.reward_model}], "epochs": arguments.epochs},
     }
-    opened = ppo.open_stage(make_config(settings, 1, STAGES["ppo"]))  # type: ignore[arg-type]
-    trainer = opened.trainer(Mesh(device=start_process_group()))
-    opened.prepare(trainer)
-    load_first_weights(trainer)
+    config = make_config(settings, 1, STAGES["ppo"])
+    task = stage_of(config).open(config)
+    learner = task.learner(Mesh(device=start_process_group()))
+    learner.prepare()
+    load_first_weights(learner.model)
     steps, seconds = itertools.count(1), defaultdict[str, float](float)
 
     def step() -> int:
         number = next(steps)
-        result = trainer.step(opened.data.microbatches(number, trainer.mesh), lr=3e-6)
+        result = learner.step(task.data.microbatches(number, learner.model.mesh), lr=3e-6)
         for name, value in result.metrics.items():
             if name.startswith("timing_s/"):
                 seconds[name.removeprefix("timing_s/")] += value

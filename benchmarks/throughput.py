@@ -36,7 +36,7 @@ from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.report import memory_gib
 from llm3d.train.throughput import FORMULA, peak_flops, step_flops
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.trainer import ShardedModel, Trainer
 
 WARM_UP_STEPS = 2
 
@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
     trainer.flat.settle()
 
 
-def draw_weights(model: Evaluator) -> None:
+def draw_weights(model: ShardedModel) -> None:
     """Drawn on the device: the real first weights of a large model, the same on every machine, take minutes."""
     for _, weights in model.weights():
         weights.copy_(torch.empty(weights.shape, device=model.mesh.device).normal_(std=0.02))

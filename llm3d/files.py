@@ -1,4 +1,4 @@
-"""Output directories that are complete or absent."""
+"""Files and directories that are complete or absent, and JSON."""
 
 import json
 import os
@@ -9,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from llm3d.errors import InputError
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write a file to; the file has its name, on disk, when the block ends well, and is gone otherwise."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

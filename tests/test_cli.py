@@ -47,7 +47,7 @@ def llm3d_command(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[BaseException]]:
-    """Stands in for llm3d.stages.pretrain: raises what is in the list, or puts its settings there."""
+    """Stands in for llm3d.stages.run: raises what is in the list, or puts its settings there."""
     seen: list[Config | Exception | type[BaseException]] = []
 
     def run(config: Config) -> None:
@@ -55,11 +55,10 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
             raise seen[0]  # type: ignore[misc]
         seen.append(config)
 
-    module, training = ModuleType("llm3d.stages.pretrain"), ModuleType("llm3d.stages.run")
-    module.open_stage = run  # type: ignore[attr-defined]
-    training.run_stage = training.check_stage = lambda config, open_stage: open_stage(config)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llm3d.stages.pretrain", module)
-    monkeypatch.setitem(sys.modules, "llm3d.stages.run", training)
+    module = ModuleType("llm3d.stages.run")
+    module.run_stage = module.open_task = run  # type: ignore[attr-defined]
+    module.summary = str  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llm3d.stages.run", module)
     return seen
 
 

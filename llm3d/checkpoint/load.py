@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from llm3d.checkpoint.box_files import BoxReader, StoredBox
 from llm3d.checkpoint.hugging_face import all_names, read_weights
 from llm3d.checkpoint.manifest import Manifest, read_manifest
 from llm3d.checkpoint.peft import read_adapter
+from llm3d.checkpoint.save import ALONE
 from llm3d.errors import InputError
+from llm3d.files import read_json
 from llm3d.models.build import initialise
 from llm3d.models.heads import SCORE
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.train import meaning
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.trainer import ShardedModel, Trainer
 
 _INSTEAD = {
     "model": "holds adapters and no whole model; set lora as it was, or let `llm3d export` merge them",
@@ -29,35 +30,35 @@ _INSTEAD = {
 _OTHER_MODEL = "set model as it was when this was saved, or name another run.dir"
 
 
-def step_of_checkpoint(path: Path, trainer: Trainer) -> int:
+def step_of_checkpoint(path: Path, trainer: Trainer, others: Mapping[str, Trainer] = ALONE) -> int:
     """After which step it was saved. Called on all ranks; its weights are not read.
 
     Raises InputError, the same on every rank, for a checkpoint that the trainer cannot go on from: of another model,
     or with settings without which it means something else.
     """
-    for folder, other in trainer.companions.items():
-        _check_companion(path, folder, other)
+    for folder, other in others.items():
+        _check_other(path, folder, other)
     return _fitting_manifest(path, trainer).step
 
 
-def _check_companion(path: Path, folder: str, trainer: Trainer) -> None:
+def _check_other(path: Path, folder: str, trainer: Trainer) -> None:
     try:
         _fitting_manifest(path / folder, trainer)
     except InputError as error:
         raise InputError(f"of the {folder}, {error}") from None
 
 
-def check_model(path: Path, model: Evaluator) -> None:
+def check_model(path: Path, model: ShardedModel) -> None:
     """Raise InputError, the same on every rank, where a checkpoint was made with other settings. Called on all ranks.
 
-    Of an Evaluator only what the model computes counts; of a Trainer all that it goes on with.
+    Of a ShardedModel only what the model computes counts; of a Trainer all that it goes on with.
     """
     with input_errors_on_all(model.mesh.everyone):
         if model.mesh.rank == 0:
             meaning.check_meaning(path, model.config, model.meaning if isinstance(model, Trainer) else None)
 
 
-def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
+def load_checkpoint(path: Path, trainer: Trainer, others: Mapping[str, Trainer] = ALONE) -> dict[str, Any]:
     """Continue from a checkpoint, whatever layout and precision saved it: fill weights and moments; -> its state.
 
     Called on all ranks. Each rank first checks its share of the checksums, then reads the boxes it holds.
@@ -71,16 +72,24 @@ def load_checkpoint(path: Path, trainer: Trainer) -> dict[str, Any]:
         for name, values in {**optimizer.state, "master": optimizer.master}.items():
             for piece, view in flat.pieces(values):
                 reader.read(*_source(found, name, piece), view)
-        state = json.loads((path / "state.json").read_bytes())
+        state = read_state(path)
     optimizer.publish()
     optimizer.set_steps_taken(found.optimizer_steps)
     trainer.restore(state)
-    for folder, other in trainer.companions.items():
+    for folder, other in others.items():
         load_checkpoint(path / folder, other)
     return state
 
 
-def load_weights(path: Path, model: Evaluator) -> None:
+def read_state(path: Path) -> dict[str, Any]:
+    """What training changes beside weights and optimizer state. Raises InputError for a damaged checkpoint."""
+    file = path / "state.json"
+    if not file.is_file():
+        raise InputError(f"{file}: missing; this is not a whole checkpoint")
+    return read_json(file)
+
+
+def load_weights(path: Path, model: ShardedModel) -> None:
     """Take the weights of a checkpoint of this very model, all of whose weights were trained.
 
     Called on all ranks. Raises InputError, the same on every rank, for one that is damaged or of another model.
@@ -92,7 +101,7 @@ def load_weights(path: Path, model: Evaluator) -> None:
     model.publish()
 
 
-def load_pretrained(directory: Path, model: Evaluator, adapters: Path | None = None) -> None:
+def load_pretrained(directory: Path, model: ShardedModel, adapters: Path | None = None) -> None:
     """Start from the weights in a Hugging Face directory, or from those in a checkpoint's model/.
 
     adapters: from these, as `load_adapters` takes them. New adapters, and the new score head of a model that is going
@@ -117,7 +126,7 @@ def load_pretrained(directory: Path, model: Evaluator, adapters: Path | None = N
     model.publish()
 
 
-def load_adapters(directory: Path, model: Evaluator) -> set[str]:
+def load_adapters(directory: Path, model: ShardedModel) -> set[str]:
     """Take adapters, and a score head beside them, from a PEFT directory or a checkpoint's adapter/; -> their names.
 
     Called on all ranks. Raises InputError on every rank for adapters that are not those of the model's settings.
@@ -162,7 +171,7 @@ def _checked_manifest(path: Path, trainer: Trainer) -> Manifest:
     return found
 
 
-def _fitting_manifest(path: Path, model: Evaluator) -> Manifest:
+def _fitting_manifest(path: Path, model: ShardedModel) -> Manifest:
     """The manifest of a checkpoint that has all that the model, or its trainer, has, in the same shapes."""
     mesh, flat = model.mesh, model.flat
     names = all_names(flat.pieces(flat.parameters), mesh.everyone)
@@ -176,7 +185,7 @@ def _fitting_manifest(path: Path, model: Evaluator) -> Manifest:
 
 
 def _check_shapes(
-    path: Path, found: Manifest, model: Evaluator, names: set[str], states: Sequence[str]
+    path: Path, found: Manifest, model: ShardedModel, names: set[str], states: Sequence[str]
 ) -> None:
     """Compare names and shapes with the model's."""
     stored = {name for name in found.tensors if "/" not in name}

@@ -15,9 +15,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +39,7 @@ from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train import meaning
 from llm3d.train.trainer import Trainer
 
+ALONE: Mapping[str, Trainer] = MappingProxyType({})
 BEST = "best"  # beside the checkpoints, a link to one
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
 
@@ -65,12 +68,14 @@ def save_checkpoint(
     tokenizer: Tokenizer | None = None,
     keep: int | None = None,
     best: int | None = None,
+    others: Mapping[str, Trainer] = ALONE,
 ) -> Path:
     """Write run_dir/checkpoints/step-<step>, called on all ranks; -> its path.
 
     state: JSON.  keep: older checkpoints beyond this number are deleted once the new one is complete (those of
     later steps, left by a run that was continued from an earlier one, are not touched).  best: the step of the best
-    one, which stays, and which the link run_dir/checkpoints/best leads to from then on.
+    one, which stays, and which the link run_dir/checkpoints/best leads to from then on.  others: models that are
+    trained along, by the folder that each gets.
     A checkpoint of the same step is replaced. Where any rank cannot write, every rank raises TrainingAborted
     with that rank's reason; what was there before is still there, and nothing else.
     """
@@ -82,10 +87,10 @@ def save_checkpoint(
             final.parent.mkdir(parents=True, exist_ok=True)
             sync(final.parent.parent)
             _tidy(final.parent)
-            for folder in ("", *trainer.companions):
+            for folder in ("", *others):
                 (partial / folder).mkdir()
     _agree(writer, trainer, partial)
-    for folder, other in trainer.companions.items():
+    for folder, other in others.items():
         _write(BoxWriter(partial / folder), partial, step, other, {"step": step}, tokenizer)
     _write(writer, partial, step, trainer, state, tokenizer)
     if trainer.mesh.rank == 0:

@@ -13,32 +13,38 @@ from llm3d.checkpoint.load import (
     load_checkpoint,
     load_pretrained,
     load_weights,
+    read_state,
 )
 from llm3d.config import Config
 from llm3d.config.explain import show
 from llm3d.config.places import latest_checkpoint
 from llm3d.errors import InputError
+from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.objective import Objective
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.learner import Learner
+from llm3d.train.trainer import ShardedModel
 
 
-def first_state(trainer: Trainer, checkpoint: Path | None) -> tuple[dict[str, Any], str]:
-    """Give the model its first weights; -> the checkpoint's state ({} without one) and where they came from."""
+def start(learner: Learner, checkpoint: Path | None) -> tuple[dict[str, Any], str]:
+    """Give what is trained its first weights, or a checkpoint's; -> the latter's state, else {}, and where they came
+    from.
+    """
     if checkpoint is None:
-        return {}, load_first_weights(trainer)
-    if trainer.flat.frozen:
-        load_first_weights(trainer)
-    return load_checkpoint(checkpoint, trainer), str(checkpoint)
+        return {}, load_first_weights(learner.model)
+    if learner.trainer.flat.frozen:
+        load_first_weights(learner.model)
+    state = load_checkpoint(checkpoint, learner.trainer, learner.others)
+    learner.restore(state)
+    return state, str(checkpoint)
 
 
-def load_first_weights(model: Evaluator) -> str:
+def load_first_weights(model: ShardedModel) -> str:
     """Those that the settings name, or random ones; -> where they came from."""
     return load_model(model, model.config.lora.path)
 
 
-def load_model(model: Evaluator, adapters: str | None) -> str:
+def load_model(model: ShardedModel, adapters: str | None) -> str:
     """The weights that the settings name, with these adapters, PEFT's or a checkpoint's; -> where they came from."""
     config = model.config
     if config.model.path is None:
@@ -48,21 +54,16 @@ def load_model(model: Evaluator, adapters: str | None) -> str:
     return config.model.path + (f" and {adapters}" if adapters else "")
 
 
-def load_first_adapters(model: Evaluator) -> None:
+def load_first_adapters(model: ShardedModel) -> None:
     """The adapters alone that training goes on from, if there are any; new ones start as nothing."""
     if model.config.lora.path:
         load_adapters(Path(model.config.lora.path), model)
 
 
-def latest_model(
-    config: Config,
-    mesh: Mesh,
-    objective: Objective,
-    prepare: Callable[[Evaluator], None] = lambda model: None,
-) -> tuple[Evaluator, str]:
-    """A run's model with the weights of its latest checkpoint, else those it starts from; and where they came from.
+def latest_checkpoint_or_start(config: Config, mesh: Mesh) -> Path | None:
+    """What a run's model is used from: its latest checkpoint; None: what model.path names, where there is none.
 
-    prepare: called before they are loaded.
+    Raises InputError where there is neither.
     """
     checkpoint = checkpoint_to_resume(config, Path(config.run.dir), mesh)
     if checkpoint is None and config.model.path is None:
@@ -70,14 +71,28 @@ def latest_model(
             f"run.dir: {config.run.dir} has no checkpoint; train first, or name one with "
             "checkpoint.resume=PATH or model.path=PATH"
         )
-    model = Evaluator(config, mesh, objective)
-    if checkpoint is not None:
-        check_model(checkpoint, model)
-    prepare(model)
-    if checkpoint is None or config.lora.rank:
-        return model, load_model(model, str(checkpoint) if checkpoint else config.lora.path)
+    return checkpoint
+
+
+def load_latest(
+    model: ShardedModel, checkpoint: Path | None, prepare: Callable[[], None] = lambda: None
+) -> tuple[str, dict[str, Any]]:
+    """Load the weights of a model that is used and not trained; -> where they came from, and the checkpoint's state.
+
+    checkpoint: see `latest_checkpoint_or_start`; without one the state is {}.  prepare: called when it has proved to be
+    of this model.
+    """
+    if checkpoint is None:
+        prepare()
+        return load_first_weights(model), {}
+    check_model(checkpoint, model)
+    prepare()
+    with input_errors_on_all(model.mesh.everyone):
+        state = read_state(checkpoint)
+    if model.config.lora.rank:
+        return load_model(model, str(checkpoint)), state
     load_weights(checkpoint, model)
-    return model, str(checkpoint)
+    return str(checkpoint), state
 
 
 def checkpoint_to_resume(config: Config, run_dir: Path, mesh: Mesh) -> Path | None:

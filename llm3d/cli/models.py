@@ -82,14 +82,14 @@ def generate(
 
     settings, remarks = config_for_generation(config, overrides or [], world_size_here(), name_of(stage))
     say(remarks)
-    from llm3d.commands.generate import Wanted, check, run
+    from llm3d.commands.generate import GenerateOptions, check, run
 
-    wanted = Wanted(prompt, prompts, chat, raw, output, overwrite)
+    options = GenerateOptions(prompt, prompts, chat, raw, output, overwrite)
     if check_only:
-        check(settings, wanted)
+        check(settings, options)
         say_once("nothing is wrong: the settings and the prompts can be used; nothing was written")
     else:
-        run(settings, wanted)
+        run(settings, options)
 
 
 @ends_as_promised

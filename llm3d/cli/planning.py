@@ -21,7 +21,7 @@ from llm3d.cli.common import (
 from llm3d.errors import InputError
 
 if TYPE_CHECKING:
-    from llm3d.config import PPOConfig
+    from llm3d.config import Config
 
 
 class Where(str, Enum):
@@ -37,7 +37,6 @@ def memory(
     stage: StageOption = None,
 ) -> None:
     """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
-    from llm3d.config import PPOConfig
     from llm3d.config.uses import config_for_plan
 
     asked, others = world_size_among(overrides)
@@ -47,31 +46,17 @@ def memory(
         from llm3d.data.run_tokenizer import open_tokenizer
 
         settings, _ = open_tokenizer(settings)
-    if isinstance(settings, PPOConfig):
-        print(memory_of_phases(settings, world_size, device.value))
-        return
-    from llm3d.plan.memory import Work, memory_of_stages, table
-    from llm3d.stages.by_settings import largest_microbatch, objective_of
-    from llm3d.stages.dpo import needs_second_model
+    from llm3d.plan.report import memory_report
 
-    work = Work(objective_of(settings), largest_microbatch(settings), needs_second_model(settings))
-    print(table(settings, work, world_size, memory_of_stages(settings, work, world_size, device.value)))
+    print(memory_report(settings, world_size, device.value))
 
 
-def memory_of_phases(settings: PPOConfig, world_size: int, device: str) -> str:
-    from llm3d.plan.phases import phases_of_stages, table
-    from llm3d.rl.roles import bytes_of_writing, planned_models, roles_of
-
-    models, remarks = planned_models(settings)
-    phases = phases_of_stages(roles_of(models), bytes_of_writing(settings), world_size, device)
-    return "\n".join([*remarks, table(phases)])
-
-
-def say_memory(settings: PPOConfig) -> None:
+def say_memory(settings: Config) -> None:
     """What a run will need, said by rank 0 before it starts; what is wrong with the settings is said by the run."""
     from llm3d.parallel.mesh import device_of_this_process
+    from llm3d.plan.report import memory_report
 
     if os.environ.get("RANK", "0") == "0":
         with suppress(InputError):
             device = device_of_this_process(settings.run.device)
-            print(memory_of_phases(settings, world_size_here(), device.type), flush=True)
+            print(memory_report(settings, world_size_here(), device.type), flush=True)

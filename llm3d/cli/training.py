@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Annotated
 
@@ -89,17 +88,14 @@ def ppo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly =
 
 def train(stage: str, config: Path, overrides: list[str] | None, check_only: bool) -> None:
     """Run a stage of training, or only open what its settings name."""
-    from llm3d.config import STAGES, PPOConfig
+    from llm3d.config import STAGES
 
     settings = load_for_this_world(config, overrides, STAGES[stage])
-    if isinstance(settings, PPOConfig) and not check_only:
+    if settings.reads == "prompts" and not check_only:  # several models stand beside each other
         say_memory(settings)
-    open_stage = importlib.import_module(f"llm3d.stages.{stage}").open_stage
+    from llm3d.stages.run import open_task, run_stage, summary
+
     if check_only:
-        from llm3d.stages.run import check_stage, summary
-
-        say_once(summary(check_stage(settings, open_stage)))
+        say_once(summary(open_task(settings)))
     else:
-        from llm3d.stages.run import run_stage
-
-        run_stage(settings, open_stage)
+        run_stage(settings)

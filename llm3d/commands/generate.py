@@ -12,33 +12,34 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from llm3d.checkpoint.starting import latest_model
-from llm3d.config import ChatDataConfig, Config, RewardConfig
+from llm3d.checkpoint.starting import latest_checkpoint_or_start, load_latest
+from llm3d.config import Config
 from llm3d.config.uses import generation_layout, has_template
 from llm3d.data.chat import PlacedPrompt, read_prompts
 from llm3d.data.run_tokenizer import end_ids, open_tokenizer, with_saved_bos
 from llm3d.errors import InputError
+from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder_for
 from llm3d.generate.scheduler import Request, request_for
 from llm3d.kernels.settings import use_settings
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.text.conversations import Fields, Message
-from llm3d.text.streaming import Replies, Shown
+from llm3d.text.streaming import Replies, StreamPrinter
 from llm3d.text.templates import Template, load_template
 from llm3d.text.tokenizer import Tokenizer
 from llm3d.text.unicode import has_half_a_pair
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.objective import NextToken
+from llm3d.train.trainer import ShardedModel
 from llm3d.wording import counted
 
 _PORTION = 16  # times generate.max_sequences: prompts between two times that replies are written to a file
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GenerateOptions:
     """What the command was asked for, one of the first three.
 
     prompt: a text.  prompts: a file of them.  chat: a conversation on the terminal.
@@ -60,7 +61,7 @@ class PromptEncoder:
 
     def __init__(self, config: Config, raw: bool) -> None:
         """Raises InputError where something cannot be used."""
-        if isinstance(config, RewardConfig):
+        if config.head == "score":
             raise InputError("a reward model scores replies and writes none; name another stage's settings")
         use_settings(config, device_of_this_process(config.run.device))
         self.config, tokenizer = open_tokenizer(generation_layout(config))
@@ -112,13 +113,13 @@ class PromptEncoder:
 
 def template_of(config: Config, tokenizer: Tokenizer) -> Template | None:
     """What prompts are put into: as the settings say, and for those of pretraining as the model's own files do."""
-    if isinstance(config.data, ChatDataConfig):
-        return load_template(config.data.template, tokenizer)
+    if config.template is not None:
+        return load_template(config.template, tokenizer)
     has_own = tokenizer.directory is not None and has_template(tokenizer.directory)
     return load_template("auto", tokenizer) if has_own else None
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """A reply to a prompt, of several."""
 
     prompt: int
@@ -128,7 +129,7 @@ class Written(NamedTuple):
     log_probability: float  # of all its tokens
 
 
-class Writer:
+class TextGenerator:
     """A run's model, which writes. Every rank holds one and calls it at the same time.
 
     source: where the weights came from.
@@ -138,16 +139,18 @@ class Writer:
         self.encoder, self.config, self.mesh = encoder, encoder.config, mesh
         vocab_size = self.config.model.vocab_size
         assert vocab_size is not None, "the tokenizer has told it"
-        model, self.source = latest_model(self.config, mesh, NextToken(vocab_size))
-        recorder = recorder_for(mesh.device, self.config.generate.cuda_graphs)
-        self.generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)
+        checkpoint = latest_checkpoint_or_start(self.config, mesh)
+        model = ShardedModel(self.config, mesh, NextToken(vocab_size))
+        self.source, _ = load_latest(model, checkpoint)
+        graphs = graphs_for(mesh.device, self.config.generate.cuda_graphs)
+        self.generator = Generator(model.config.model, model.stages, mesh, model.dtype, graphs)
 
     def write(
         self,
         prompts: Sequence[Sequence[int]],
         first: int = 0,
         told: Callable[[Sequence[int]], None] | None = None,
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """Replies to prompts, in order, on every rank; each data rank writes its share.
 
         first: the number of the first prompt.  told: of the tokens so far, on the ranks that write, for one prompt.
@@ -174,11 +177,13 @@ class Writer:
             self._written(i, reply) for i, replies in zip(mine, found, strict=True) for reply in replies
         ]
         everyones = gather_bytes(json.dumps(written).encode(), mesh.data)
-        return sorted((Written(*w) for part in everyones for w in json.loads(part)), key=lambda w: w.prompt)
+        return sorted(
+            (Completion(*w) for part in everyones for w in json.loads(part)), key=lambda w: w.prompt
+        )
 
-    def _written(self, prompt: int, reply: Reply) -> Written:
+    def _written(self, prompt: int, reply: Reply) -> Completion:
         text = self.encoder.replies.text(reply.tokens)
-        return Written(prompt, text, reply.reason, len(reply.tokens), sum(reply.log_probabilities))
+        return Completion(prompt, text, reply.reason, len(reply.tokens), sum(reply.log_probabilities))
 
 
 # ---- the command ----
@@ -192,58 +197,57 @@ class Opened(NamedTuple):
     shown: list[Any]
 
 
-def check(config: Config, wanted: Wanted) -> Opened:
+def check(config: Config, options: GenerateOptions) -> Opened:
     """Open what the settings name, and read the prompts. Raises InputError where something cannot be used."""
-    if sum([wanted.prompt is not None, wanted.prompts is not None, wanted.chat]) != 1:
+    if sum([options.prompt is not None, options.prompts is not None, options.chat]) != 1:
         raise InputError("give one of --prompt, --prompts and --chat")
-    if wanted.output is not None:
-        _check_output(wanted)
-    encoder = PromptEncoder(config, wanted.raw)
-    if wanted.chat and encoder.template is None:
+    if options.output is not None:
+        _check_output(options)
+    encoder = PromptEncoder(config, options.raw)
+    if options.chat and encoder.template is None:
         raise InputError(
             "--chat needs a chat template, which this model has not; name one with --stage sft data.template=NAME, or "
             "let --prompt continue a text"
         )
-    if wanted.prompt is not None:
-        return Opened(encoder, [encoder.tokens([Message("user", wanted.prompt)])], [wanted.prompt])
-    if wanted.prompts is None:
+    if options.prompt is not None:
+        return Opened(encoder, [encoder.tokens([Message("user", options.prompt)])], [options.prompt])
+    if options.prompts is None:
         return Opened(encoder, [], [])
-    columns = config.data.columns if isinstance(config.data, ChatDataConfig) else {}
-    found, _ = read_prompts(wanted.prompts, columns)
+    found, _ = read_prompts(options.prompts, config.columns)
     return Opened(encoder, [encoder.tokens_of(prompt) for prompt in found], [p.shown for p in found])
 
 
-def _check_output(wanted: Wanted) -> None:
-    output = wanted.output
+def _check_output(options: GenerateOptions) -> None:
+    output = options.output
     assert output is not None
-    if wanted.prompts is None:
+    if options.prompts is None:
         raise InputError("--output is for the replies to --prompts")
     if output.is_dir() or not output.parent.is_dir():
         raise InputError(f"--output: {output}: name a file in a directory that exists")
-    if output.exists() and not wanted.overwrite:
+    if output.exists() and not options.overwrite:
         raise InputError(f"--output: {output} exists; name another one, or allow --overwrite")
 
 
-def run(config: Config, wanted: Wanted) -> None:
-    """Write what is wanted, from the run's latest checkpoint or the model that the settings name."""
+def run(config: Config, options: GenerateOptions) -> None:
+    """Write what is options, from the run's latest checkpoint or the model that the settings name."""
     with process_group(config.run.device) as device:
         if device.type == "cpu":
             keep_freed_memory()
         with input_errors_on_all(whole_world()):
-            opened = check(config, wanted)
-        writer = Writer(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
+            opened = check(config, options)
+        writer = TextGenerator(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
         if writer.mesh.rank == 0:
             template = opened.encoder.template
             print(writer.source, *(template.remarks if template else ()), sep="\n", file=sys.stderr)
-        if wanted.chat:
+        if options.chat:
             converse(writer)
-        elif wanted.prompt is not None:
+        elif options.prompt is not None:
             reply_to_one(writer, opened.prompts)
         else:
-            reply_to_many(writer, opened, wanted.output)
+            reply_to_many(writer, opened, options.output)
 
 
-def reply_to_one(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
+def reply_to_one(writer: TextGenerator, prompts: Sequence[Sequence[int]]) -> None:
     """As it is written, if it is one; else each with its number."""
     if writer.config.generate.num_replies == 1:
         show_as_written(writer, prompts)
@@ -253,9 +257,9 @@ def reply_to_one(writer: Writer, prompts: Sequence[Sequence[int]]) -> None:
             print(f"--- reply {number} ---\n{written.text}")
 
 
-def show_as_written(writer: Writer, prompts: Sequence[Sequence[int]], number: int = 0) -> str:
+def show_as_written(writer: TextGenerator, prompts: Sequence[Sequence[int]], number: int = 0) -> str:
     """The reply, on every rank; rank 0 has shown it."""
-    shown, speaks = Shown(writer.encoder.replies), writer.mesh.rank == 0
+    shown, speaks = StreamPrinter(writer.encoder.replies), writer.mesh.rank == 0
 
     def told(tokens: Sequence[int]) -> None:
         if speaks:
@@ -267,7 +271,7 @@ def show_as_written(writer: Writer, prompts: Sequence[Sequence[int]], number: in
     return written.text
 
 
-def reply_to_many(writer: Writer, opened: Opened, output: Path | None) -> None:
+def reply_to_many(writer: TextGenerator, opened: Opened, output: Path | None) -> None:
     """A line of JSON for each reply: its prompt, its text, why it ended, how long and how likely it is."""
     prompts, mesh = opened.prompts, writer.mesh
     portion = _PORTION * writer.config.generate.max_sequences * mesh.data_size
@@ -286,7 +290,7 @@ def reply_to_many(writer: Writer, opened: Opened, output: Path | None) -> None:
         print(f"{said}, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
-def _fields(written: Written) -> dict[str, Any]:
+def _fields(written: Completion) -> dict[str, Any]:
     return {
         "reply": written.text,
         "reason": written.reason,
@@ -331,7 +335,7 @@ _COMMANDS = {
 _ENDS = ("/exit", "/quit", "exit", "quit")
 
 
-def converse(writer: Writer) -> None:
+def converse(writer: TextGenerator) -> None:
     """Until the user ends it; the model reads all that was said before."""
     messages: list[Message] = []
     replies = count()
@@ -344,7 +348,7 @@ def converse(writer: Writer) -> None:
                 messages = _reply(writer, [*messages, Message("user", said)], replies)
 
 
-def _obey(writer: Writer, command: str, messages: list[Message]) -> list[Message]:
+def _obey(writer: TextGenerator, command: str, messages: list[Message]) -> list[Message]:
     """-> what is still known of the conversation."""
     if command == "/clear":
         _say(writer, "what was said before is forgotten")
@@ -355,7 +359,7 @@ def _obey(writer: Writer, command: str, messages: list[Message]) -> list[Message
     return messages
 
 
-def _reply(writer: Writer, messages: list[Message], replies: Iterator[int]) -> list[Message]:
+def _reply(writer: TextGenerator, messages: list[Message], replies: Iterator[int]) -> list[Message]:
     """-> the conversation with the reply, or without what could not be read."""
     try:
         tokens = writer.encoder.tokens(messages)
@@ -365,7 +369,7 @@ def _reply(writer: Writer, messages: list[Message], replies: Iterator[int]) -> l
     return [*messages, Message("assistant", show_as_written(writer, [tokens], next(replies)))]
 
 
-def _say(writer: Writer, text: str) -> None:
+def _say(writer: TextGenerator, text: str) -> None:
     if writer.mesh.rank == 0:
         print(text, file=sys.stderr)
 

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from llm3d.config import Config
+from llm3d.data.conversations import ChatData
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.errors import InputError
-from llm3d.stages.by_settings import open_chat_stage
+from llm3d.stages.stage import stage_of
+from llm3d.text.chat_tokenizer import ChatTokenizer
 from llm3d.text.tokenizer import Tokenizer
 from llm3d.wording import counted
 
@@ -32,12 +34,18 @@ def show(
     """
     if split == "valid" and not config.data.valid:
         raise InputError("data.valid: empty; name the data, or show --split train")
-    opened = open_chat_stage(config)
-    data, tokenizer = opened.data, opened.tokenizer.tokenizer
+    if config.reads not in ("conversations", "comparisons"):
+        raise InputError(
+            f"these settings are for {config.stage}, which reads {config.reads}; --stage names another stage"
+        )
+    opened = stage_of(config).open(config)
+    data, chat = opened.data, opened.tokenizer
+    assert isinstance(data, ChatData) and isinstance(chat, ChatTokenizer)
+    tokenizer = chat.tokenizer
     part = slice(data.num_train) if split == "train" else slice(data.num_train, None)
     sets, counts = data.sets[part], data.counts[part]
     coloured = console.color_system is not None and not console.no_color
-    told = (f"template: {opened.tokenizer.template.name}", *opened.tokenizer.remarks)
+    told = (f"template: {chat.template.name}", *chat.remarks)
     lines = [*map(Text, told), _legend(coloured)]
     for place in islice(data.in_order(split), min(num_samples, sum(map(len, sets)))):
         path, _ = data.counts[place.number]

@@ -124,6 +124,11 @@ class ParallelConfig(Section):
     layers_per_stage: tuple[Positive, ...] | None = None
     """Layers of each of the pipeline x chunks stages, in model order. Default: as even as possible."""
 
+    @property
+    def token_multiple(self) -> int:
+        """Tokens of a microbatch come in multiples of it: sequence parallelism divides them over tensor ranks."""
+        return self.tensor if self.sequence else 1
+
 
 class ZeroConfig(Section):
     """What data ranks share out instead of each holding a copy. Rajbhandari et al. 2020."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.config import ChatDataConfig, Config, SFTConfig
+from llm3d.config import PostTrainingConfig
 from llm3d.data.chat import Counts, read_samples
 from llm3d.data.formats import Kind
 from llm3d.data.order import Blend, held_out, sample_window
@@ -37,18 +37,23 @@ from llm3d.wording import counted
 
 _LOOKED_AT = 100  # steps from which the share of unused tokens is told
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=PostTrainingConfig)
 
 
-def open_chat(config: C, kind: Kind, prompt_loss: bool = False) -> tuple[C, ChatTokenizer, ChatData]:
-    """The run's tokenizer and its data. Raises InputError."""
+def open_chat(
+    config: C, kind: Kind, training: bool = True, prompt_loss: bool = False
+) -> tuple[C, ChatTokenizer, ChatData]:
+    """The run's tokenizer and its data; training: False: validation data alone. Raises InputError."""
     config, tokenizer = open_tokenizer(config)
     data = config.data
-    assert tokenizer is not None and isinstance(data, ChatDataConfig), "a model to start from has a tokenizer"
+    assert tokenizer is not None, "a model to start from has a tokenizer"
     template = load_template(data.template, tokenizer)
-    sources = (*data.train, *data.valid_sources)
+    train = (
+        data.train if training or isinstance(data.valid, float) else ()
+    )  # of which a share may be held out
+    sources = (*train, *data.valid_sources)
     read = [read_samples(source.path, kind, template, data, prompt_loss) for source in sources]
-    sets, num_train = [samples for samples, _ in read], len(data.train)
+    sets, num_train = [samples for samples, _ in read], len(train)
     counts = [(source.path, counts) for source, (_, counts) in zip(sources, read, strict=True)]
     for source, samples in zip(sources, sets, strict=True):
         _check_fits_a_microbatch(source.path, samples, config)
@@ -78,7 +83,7 @@ def _with_held_out(
     return [*train, *(samples for _, samples in valid)], told
 
 
-def _check_fits_a_microbatch(path: str, samples: SampleSet, config: Config) -> None:
+def _check_fits_a_microbatch(path: str, samples: SampleSet, config: PostTrainingConfig) -> None:
     """Raise InputError where a prompt has more replies than go through the model at once."""
     longest, length = int(samples.lengths.max()), config.data.sequence_length
     if longest > config.batch.micro * length:
@@ -97,7 +102,7 @@ class Place(NamedTuple):
 
 
 class ChatData:
-    """`llm3d.stages.run.StageData` over sample sets.
+    """`llm3d.stages.stage.StageData` over sample sets.
 
     sets: one for each of data.train (none, for evaluation alone), then one for each of data.valid.
     counts: for each, the path, and what became of the records there.
@@ -106,20 +111,18 @@ class ChatData:
 
     def __init__(
         self,
-        config: Config,
+        config: PostTrainingConfig,
         train: Sequence[SampleSet],
         valid: Sequence[SampleSet],
         counts: Sequence[tuple[str, Counts]] = (),
     ) -> None:
-        assert isinstance(config.data, ChatDataConfig)
         self.counts, self.settings = counts, config.data
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
-        alpha = config.sft.neftune_alpha if isinstance(config, SFTConfig) else 0.0
-        self.noise = alpha / math.sqrt(config.model.hidden_size)
-        self.is_random = bool(alpha or config.lora.dropout)
+        self.noise = config.neftune_alpha / math.sqrt(config.model.hidden_size)
+        self.is_random = bool(config.neftune_alpha or config.lora.dropout)
         self.sizes = [len(samples) for samples in train]
-        self.weights = [source.weight for source in config.data.train]
+        self.weights = [source.weight for source in config.data.train[: len(train)]]
         self.lengths = [samples.lengths for samples in self.sets]
         self.capacity = config.batch.micro * config.data.sequence_length
         self.steps = Steps.of(config, self.samples_a_pass)
@@ -258,7 +261,7 @@ class ChatData:
             parts = [self.reference[place.number][self.sequences(place)] for place in places]
             reference = torch.cat([torch.empty(0), *parts])
         samples = [self.sets[place.number][place.sample] for place in places]
-        return collate(samples, mesh.tensor_size if self.config.parallel.sequence else 1, reference)
+        return collate(samples, self.config.parallel.token_multiple, reference)
 
     def sequences(self, place: Place) -> slice:
         """Which of its set's sequences a sample has."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llm3d.config import ChatDataConfig, PPOConfig
+from llm3d.config import PPOConfig
 from llm3d.corpus.documents import BadRecord
 from llm3d.data.chat import Counts, read_prompts
 from llm3d.data.order import Blend, held_out, sample_window
@@ -58,10 +58,16 @@ class PromptSet:
         return PromptSet(self.path, left, counts), PromptSet(path, held, Counts(samples=len(held)))
 
 
-def read_prompt_sets(template: Template, config: PPOConfig) -> tuple[list[PromptSet], list[PromptSet]]:
-    """The prompts of data.train and of data.valid. Raises InputError where they cannot be used."""
+def read_prompt_sets(
+    template: Template, config: PPOConfig, training: bool = True
+) -> tuple[list[PromptSet], list[PromptSet]]:
+    """The prompts of data.train and of data.valid. Raises InputError where they cannot be used.
+
+    training: False: those of data.valid alone.
+    """
     data = config.data
-    train = [read_prompt_set(source.path, template, config) for source in data.train]
+    sources = data.train if training or isinstance(data.valid, float) else ()
+    train = [read_prompt_set(source.path, template, config) for source in sources]
     if not isinstance(data.valid, float):
         return train, [read_prompt_set(source.path, template, config) for source in data.valid]
     parts = [found.divided(data.valid, config.run.seed, number) for number, found in enumerate(train)]
@@ -110,10 +116,9 @@ def _cut(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
 
 
 class PromptData:
-    """`llm3d.stages.run.StageData` over prompts; a step's are the same on every rank."""
+    """`llm3d.stages.stage.StageData` over prompts; a step's are the same on every rank."""
 
     def __init__(self, config: PPOConfig, train: Sequence[PromptSet], valid: Sequence[PromptSet]) -> None:
-        assert isinstance(config.data, ChatDataConfig)
         self.config, self.train, self.valid = config, list(train), list(valid)
         self.sizes = [len(found) for found in train]
         self.steps = Steps.of(config, self.prompts_a_pass)
@@ -153,7 +158,7 @@ class PromptData:
 
     @property
     def _weighted_sizes(self) -> list[float]:
-        sources = self.config.data.train
+        sources = self.config.data.train[: len(self.sizes)]
         return [source.weight * size for source, size in zip(sources, self.sizes, strict=True)]
 
     @cached_property

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from llm3d.config import ChatDataConfig, Config, DataSource, PretrainConfig, with_vocab_size
+from llm3d.config import Config, DataSource, with_vocab_size
 from llm3d.config.hugging_face import generation_settings, hugging_face_directory, token_ids
 from llm3d.config.peft import adapter_directory
 from llm3d.config.places import latest_checkpoint
@@ -31,7 +31,7 @@ def open_tokenizer(config: C) -> tuple[C, Tokenizer | None]:
     Raises InputError where the two disagree, or ids mean something else to what a model starts from or reads.
     """
     path = config.data.tokenizer
-    if path is None and isinstance(config.data, ChatDataConfig) and config.model.path is not None:
+    if path is None and config.reads != "tokens" and config.model.path is not None:
         path = str(hugging_face_directory(config.model.path))
     tokenizer = None if path is None else load_tokenizer(path)
     check_token_ids(tokenizer, _handed_on(config))
@@ -105,8 +105,10 @@ def check_token_ids(tokenizer: Tokenizer | None, named: Iterable[Beside]) -> Non
 
 def _handed_on(config: Config) -> Iterator[Beside]:
     """What the settings of any stage name: the weights to start from, and tokens that are read as they stand."""
-    named, is_chat = config.data.tokenizer, isinstance(config.data, ChatDataConfig)
-    if config.model.path is not None and not (is_chat and named is None):  # whose tokenizer is the run's
+    named, reads_tokens = config.data.tokenizer, config.reads == "tokens"
+    if config.model.path is not None and (
+        reads_tokens or named is not None
+    ):  # else its tokenizer is the run's
         setting = "model.path" if named is None else "data.tokenizer"
         remedy = (
             "a model keeps the tokenizer that it was trained with: name that, or leave data.tokenizer out"
@@ -115,8 +117,9 @@ def _handed_on(config: Config) -> Iterator[Beside]:
     if config.lora.path is not None:
         remedy = "name adapters that were trained on this model, with its tokenizer"
         yield Beside("lora.path", adapter_directory(config.lora.path), remedy)
-    if isinstance(config, PretrainConfig):
+    if reads_tokens:
         yield from corpora(config.data.train, "data.train", "train")
+        assert not isinstance(config.data.valid, float), "a share is of conversations"
         yield from corpora(config.data.valid, "data.valid", "valid")
 
 

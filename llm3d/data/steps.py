@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from llm3d.config import Config, EpochsConfig
+from llm3d.config import PostTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Steps:
     a_pass: float | None = None
 
     @classmethod
-    def of(cls, config: Config, samples_a_pass: float) -> Steps:
+    def of(cls, config: PostTrainingConfig, samples_a_pass: float) -> Steps:
         """From the first sample to train.steps, or to the end of train.epochs over the data."""
         train, size = config.train, config.batch.global_size
         if train.steps:
             return cls(size, last_given=train.steps, a_pass=samples_a_pass)
-        assert isinstance(train, EpochsConfig) and train.epochs, "checked with the settings"
+        assert train.epochs, "checked with the settings"
         samples = round(train.epochs * samples_a_pass, 9)  # 1.1 x 100 is a little above 110
         return cls(size, end=max(1, math.ceil(samples)), a_pass=samples_a_pass)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm3d.generate.replay import padded_count
+from llm3d.generate.cuda_graphs import padded_count
 from llm3d.generate.scheduler import Decode, Prefill, Running, Work
 from llm3d.kernels.attention import attention, parts
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from llm3d.config import ModelConfig
 from llm3d.errors import InputError
 from llm3d.generate.cache import BLOCK_SIZE, Cache, Inputs, inputs_of
-from llm3d.generate.replay import Recorder, Replayed
+from llm3d.generate.cuda_graphs import GraphRunner, Graphs
 from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
 from llm3d.kernels.counter_rng import uniform_number
@@ -58,15 +58,15 @@ class Generator:
         stages: Sequence[LlamaStage],
         mesh: Mesh,
         dtype: torch.dtype,
-        recorder: Recorder | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         """stages: this rank's, as training has them; where they are several, only one group is under way.
 
-        recorder: with it, what gives each running reply a token more is recorded and played again; not under ZeRO
+        graphs: with it, what gives each running reply a token more is recorded and played again; not under ZeRO
             stage 3, which gathers weights to where there is room.
         """
         self.config, self.stages, self.mesh, self.dtype = config, list(stages), mesh, dtype
-        self.recorder = recorder
+        self.graphs = graphs
         self.num_groups = mesh.pipeline_size if len(self.stages) == 1 else 1
         frequencies = self.stages[0].rope_frequencies
         assert isinstance(frequencies, Tensor)
@@ -146,8 +146,8 @@ class _Run:
         self.generator, self.scheduler, self.on_token = generator, scheduler, on_token
         self.mesh, self.tables = generator.mesh, generator.tables
         self.cache = Cache(generator.stages, scheduler.limits.num_blocks, generator.dtype, self.mesh.device)
-        self.replayed = Replayed(generator.recorder()) if generator.recorder else None
-        self.width = scheduler.limits.blocks(scheduler.longest) if generator.recorder else None
+        self.graph_runner = GraphRunner(generator.graphs()) if generator.graphs else None
+        self.width = scheduler.limits.blocks(scheduler.longest) if generator.graphs else None
         self.under_way: list[Work | None] = [None] * generator.num_groups  # of each group
         self.chosen: list[Tensor] = [torch.empty(0)] * generator.num_groups  # on the last stage
         self.sent: deque[tuple[dist.Work, Tensor]] = deque()
@@ -208,7 +208,7 @@ class _Run:
 
     def _through(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
         """hidden: None where the stage has the embedding."""
-        if self.replayed is None or inputs.block_table is None:
+        if self.graph_runner is None or inputs.block_table is None:
             return self._layers(stage, inputs, hidden)
 
         def layers(changing: dict[str, Tensor]) -> Tensor:
@@ -216,7 +216,7 @@ class _Run:
             return self._layers(stage, inputs._replace(**read), changing.get("hidden"))  # type: ignore[arg-type]
 
         changing = {name: getattr(inputs, name) for name in _READ}
-        return self.replayed(stage, layers, changing if hidden is None else changing | {"hidden": hidden})
+        return self.graph_runner(stage, layers, changing if hidden is None else changing | {"hidden": hidden})
 
     def _layers(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
         cos, sin = (table[inputs.positions] for table in self.tables)

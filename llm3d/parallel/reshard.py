@@ -31,7 +31,7 @@ class Transfer(NamedTuple):
     target: int
 
 
-class Moved(NamedTuple):
+class SyncStats(NamedTuple):
     """Of one hand-over, on this rank."""
 
     received_bytes: int
@@ -84,7 +84,7 @@ def _cut(transfer: Transfer, elements: int) -> Iterable[Transfer]:
             yield transfer._replace(box=box)
 
 
-class HandOver:
+class WeightSync:
     """From the boxes that ranks hold to those that they want, again and again; planned once, by all ranks together."""
 
     def __init__(
@@ -113,7 +113,7 @@ class HandOver:
         return _Side([(box, box.numel) for box in boxes], of_ranks, sum(of_ranks))
 
     @torch.no_grad()
-    def run(self, source: Views, target: Views) -> Moved:
+    def run(self, source: Views, target: Views) -> SyncStats:
         """Write what `source` has into `target`, of one dtype; their boxes are those that this was planned for."""
         started = time.perf_counter()
         having, wanting = _Places(source), _Places(target)
@@ -131,7 +131,7 @@ class HandOver:
         received, sent = (
             packed.itemsize * sum(bucket[side].size for bucket in self.buckets) for side in (1, 0)
         )
-        return Moved(received, sent, time.perf_counter() - started)
+        return SyncStats(received, sent, time.perf_counter() - started)
 
 
 class _Side(NamedTuple):

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from llm3d.config import Config
 from llm3d.kernels.paper import is_cuda, standing_for
-from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Communicators, Mesh
 from llm3d.parallel.zero.flat import FlatParameters
-from llm3d.train.objective import Objective
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.stages.stage import ModelRole
+from llm3d.train.trainer import ShardedModel, Trainer
 
 META = torch.device("meta")
 
@@ -54,41 +53,31 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self)) - self.on_host
 
 
-class SampleBatch(Batch, Protocol):
-    """A microbatch that says how many samples it has."""
+def memory_of_stages(
+    trained: ModelRole, world_size: int, device_type: str = "cuda", frozen: Sequence[ModelRole] = ()
+) -> list[Memory]:
+    """For each pipeline stage what its first rank holds, of those the one with most. device_type: cuda or cpu.
 
-    @property
-    def num_samples(self) -> int: ...
-
-
-class Work(NamedTuple):
-    """What is done in a step."""
-
-    objective: Objective
-    microbatch: SampleBatch  # the largest that there can be; its content does not matter
-    second_model: bool = False  # one that is not trained stands beside the trained one
-    averaged: bool = False  # an average of the weights is kept
-
-
-def memory_of_stages(config: Config, work: Work, world_size: int, device_type: str = "cuda") -> list[Memory]:
-    """For each pipeline stage what its first rank holds, of those the one with most. device_type: cuda or cpu."""
-    ranks_a_stage = world_size // config.parallel.pipeline
+    frozen: models that stand beside the trained one; of these, parameters are counted.
+    """
+    pipeline = trained.config.parallel.pipeline
     with standing_for(device_type):
         return [
-            _memory_of_rank(config, work, world_size, stage * ranks_a_stage)
-            for stage in range(config.parallel.pipeline)
+            _memory_of_rank(trained, world_size, stage * (world_size // pipeline), frozen)
+            for stage in range(pipeline)
         ]
 
 
-def _memory_of_rank(config: Config, work: Work, world_size: int, rank: int) -> Memory:
+def _memory_of_rank(role: ModelRole, world_size: int, rank: int, frozen: Sequence[ModelRole]) -> Memory:
+    config = role.config
     with world_on_paper(world_size, rank):
         mesh = Mesh(config.parallel.tensor, config.parallel.pipeline, META)
-        trainer = Trainer(config, mesh, work.objective)
-        if work.averaged:
+        trainer = Trainer(config, mesh, role.objective)
+        if role.averaged:
             trainer.optimizer.start_average()
-        models = [trainer, *([Evaluator(config, mesh, work.objective)] if work.second_model else [])]
-        microbatch = work.microbatch.to(META)
-        batches = [microbatch] * _enough_microbatches(config, world_size, work.microbatch.num_samples)
+        models = [trainer, *(ShardedModel(other.config, mesh, other.objective) for other in frozen)]
+        microbatch = role.microbatch.to(META)
+        batches = [microbatch] * _enough_microbatches(config, world_size, role.microbatch.num_samples)
         counter = _Counter(trainer.flat)
         with counter:
             trainer.flat.begin_step(len(batches))
@@ -203,7 +192,7 @@ def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def table(config: Config, work: Work, world_size: int, stages: Sequence[Memory]) -> str:
+def table(config: Config, world_size: int, stages: Sequence[Memory]) -> str:
     """Lines for people: a column for each pipeline stage, in GiB."""
     names = {
         "parameters": "parameters",
@@ -220,7 +209,7 @@ def table(config: Config, work: Work, world_size: int, stages: Sequence[Memory])
     layout = f"tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data}"
     adapters = f", adapters of rank {config.lora.rank}" if config.lora.rank else ""
     lines = [
-        f"{config.model.num_parameters(work.objective.head):,} parameters{adapters}, {layout}, "
+        f"{config.model.num_parameters(config.head):,} parameters{adapters}, {layout}, "
         f"zero.stage {config.zero.stage}, {config.precision.compute}; GiB a rank at the peak of a step",
         f"{'':16}" + "".join(f"{f'stage {i}':>12}" for i in range(len(stages))),
     ]

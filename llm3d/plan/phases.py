@@ -4,82 +4,82 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from llm3d.config import Config
-from llm3d.plan.memory import Memory, SampleBatch, Work, memory_of_stages
-from llm3d.train.objective import Objective
-
-
-class Role(Protocol):
-    """`llm3d.rl.roles.Role` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def config(self) -> Config: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def microbatch(self) -> SampleBatch: ...
-    @property
-    def averaged(self) -> bool: ...
+from llm3d.config.uses import generation_layout
+from llm3d.generate.cache import BLOCK_SIZE
+from llm3d.generate.engine import MAX_PREFILL_TOKENS
+from llm3d.models.build import DTYPES, spread_layers
+from llm3d.plan.memory import Memory, memory_of_stages
+from llm3d.stages.stage import ModelRole
 
 
 @dataclass(frozen=True)
 class Phases:
-    """Of a pipeline stage's first rank: what each trained model takes, the weights of each that is asked, and bytes on
+    """Of a pipeline stage's first rank: what each trained model takes, the weights of each that is frozen, and bytes on
     the device at the peak of each phase, by name.
     """
 
     trained: dict[str, Memory]
-    asked: dict[str, int]
+    frozen: dict[str, int]
     peaks: dict[str, int]
 
 
-def phases_of_stages(
-    roles: Sequence[Role], writing: int, world_size: int, device_type: str = "cuda"
-) -> list[Phases]:
-    """For each pipeline stage. Models that are only asked are parked in host memory, but on a CPU.
+def phases_of_stages(roles: Sequence[ModelRole], world_size: int, device_type: str = "cuda") -> list[Phases]:
+    """For each pipeline stage. Frozen models are offloaded to host memory, but on a CPU.
 
-    writing: bytes that writing replies takes beside weights.
+    roles: the policy first.
     """
-    plans = {
-        role.name: memory_of_stages(
-            role.config,
-            Work(role.objective, role.microbatch, averaged=role.averaged),
-            world_size,
-            device_type,
-        )
-        for role in roles
-    }
+    plans = {role.name: memory_of_stages(role, world_size, device_type) for role in roles}
+    layout = next((role.config for role in roles if role.kind == "rollout"), roles[0].config)
+    writing = bytes_of_generation(generation_layout(layout))
     # In another layout a rank may be of any of its stages.
-    handed = max([0, *(memory.parameters for r in roles if r.kind == "writing" for memory in plans[r.name])])
+    handed = max([0, *(memory.parameters for r in roles if r.kind == "rollout" for memory in plans[r.name])])
     found = []
     for i in range(len(plans["policy"])):
         trained = {role.name: plans[role.name][i] for role in roles if role.kind == "trained"}
-        asked = {role.name: plans[role.name][i].parameters for role in roles if role.kind == "asked"}
-        found.append(Phases(trained, asked, _peaks(trained, asked, handed + writing, device_type != "cpu")))
+        frozen = {role.name: plans[role.name][i].parameters for role in roles if role.kind == "frozen"}
+        found.append(Phases(trained, frozen, _peaks(trained, frozen, handed + writing, device_type != "cpu")))
     return found
 
 
-def _peaks(trained: dict[str, Memory], asked: dict[str, int], writing: int, parked: bool) -> dict[str, int]:
+def _peaks(
+    trained: dict[str, Memory], frozen: dict[str, int], writing: int, offloaded: bool
+) -> dict[str, int]:
     """writing: bytes that there are only while replies are written; gradients then take none."""
     passing = {name: memory.activations + memory.buffers for name, memory in trained.items()}
     connected = max(memory.communicators for memory in trained.values())  # all models share them
     kept = connected + sum(
         memory.on_device - memory.communicators - passing[name] for name, memory in trained.items()
     )
-    always = 0 if parked else sum(asked.values())
-    scoring = max(asked.values(), default=0) if parked else always
+    always = 0 if offloaded else sum(frozen.values())
+    scoring = max(frozen.values(), default=0) if offloaded else always
     updates = {f"update of the {name}": kept + always + size for name, size in passing.items()}
     return {
         "writing": kept + always - trained["policy"].gradients + writing,
         "scoring": kept + scoring + max(passing.values()),
         **updates,
     }
+
+
+def bytes_of_generation(layout: Config) -> int:
+    """Keys and values, and activations of prompts being read, on the rank with most layers; not the weights.
+
+    layout: the settings that replies are written with.
+    """
+    asked, model, size = layout.generate, layout.model, DTYPES[layout.precision.compute].itemsize
+    sequences, tensor = max(asked.max_sequences, asked.num_replies), layout.parallel.tensor
+    heads = max(1, model.num_key_value_heads // tensor)
+    stages = layout.parallel.layers_per_stage
+    num_layers = max(stages or spread_layers(model.num_hidden_layers, layout.parallel.pipeline))
+    block = 2 * BLOCK_SIZE * heads * model.head_dim * size * num_layers
+    cache = block * sequences * -(-layout.data.sequence_length // BLOCK_SIZE)
+    cache = cache if asked.cache_bytes is None else min(cache, asked.cache_bytes)
+    longest = layout.data.sequence_length - asked.max_new_tokens
+    tokens = min(sequences * longest, max(MAX_PREFILL_TOKENS, longest))
+    width = 6 * model.hidden_size + 3 * model.intermediate_size // tensor
+    logits = sequences * (model.vocab_size or 0) // tensor
+    return cache + tokens * width * size + 3 * logits * 4
 
 
 def table(stages: Sequence[Phases]) -> str:
@@ -93,7 +93,7 @@ def table(stages: Sequence[Phases]) -> str:
     rows += [
         ("NCCL (estimate)", [max(each.communicators for each in stage.trained.values()) for stage in stages])
     ]
-    rows += [(name, [stage.asked[name] for stage in stages]) for name in stages[0].asked]
+    rows += [(name, [stage.frozen[name] for stage in stages]) for name in stages[0].frozen]
     rows += [(f"peak, {name}", [stage.peaks[name] for stage in stages]) for name in stages[0].peaks]
     return "\n".join(
         [

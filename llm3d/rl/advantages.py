@@ -108,7 +108,7 @@ def adapted_coefficient(
 
 
 @dataclass
-class Spread:
+class RunningMoments:
     """Mean and variance of all scores so far. Welford 1962."""
 
     count: int = 0

@@ -57,6 +57,7 @@ class PolicyObjective:
 
     settings: PPOSettings
     head: HeadName = "language"
+    unit: str = "token"
     sums: tuple[str, ...] = (
         "policy/approxkl_avg",
         "policy/clipfrac_avg",
@@ -107,6 +108,7 @@ class ValueObjective:
 
     settings: PPOSettings
     head: HeadName = "score"
+    unit: str = "token"
     sums: tuple[str, ...] = ("val/clipfrac_avg",)
     maxima: tuple[str, ...] = ()
 

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ from llm3d.errors import InputError
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.mesh import Mesh
-from llm3d.rl.rollout import Rollouts, of_replies
+from llm3d.rl.rollout import Rollouts, score_sequences
 from llm3d.text.templates import Template
-from llm3d.train.trainer import Evaluator
+from llm3d.train.frozen import FrozenModel
+from llm3d.train.trainer import ShardedModel
 from llm3d.wording import counted
 
 _SECONDS_TO_START = 120.0
 _SECONDS_TO_END = 5.0  # for what the user's file does at exit
 _WORKER = Path(__file__).with_name("reward_worker.py")
 _EXAMPLE_PROMPTS, _EXAMPLE_REPLIES = 4, 2  # of a step; replies to each of the prompts
-Awake = Callable[[Evaluator], AbstractContextManager[None]]
 _TAKEN = {"prompts", "replies"}
 
 
@@ -157,17 +157,18 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+Scorer = FrozenModel | RewardFunction
+
+
 class Rewards:
     """All of ppo.rewards, on a mesh. Every rank holds one and calls it at the same time.
 
-    givers: of each source, its reward model or its function.
+    scorers: of each source, its reward model or its function.
     """
 
-    def __init__(
-        self, sources: Sequence[RewardSource], mesh: Mesh, givers: Sequence[Evaluator | RewardFunction]
-    ) -> None:
-        self.sources, self.mesh, self.givers = sources, mesh, list(givers)
-        self.offsets = [0.0] * len(self.givers)  # subtracted from a model's scores
+    def __init__(self, sources: Sequence[RewardSource], mesh: Mesh, scorers: Sequence[Scorer]) -> None:
+        self.sources, self.mesh, self.scorers = sources, mesh, list(scorers)
+        self.offsets = [0.0] * len(self.scorers)  # subtracted from a model's scores
 
     @property
     def names(self) -> list[str]:
@@ -175,35 +176,33 @@ class Rewards:
 
     def columns(self, row: dict[str, Any]) -> dict[str, Any]:
         """What of a prompt's row the functions take, as JSON has it."""
-        functions = [giver for giver in self.givers if isinstance(giver, RewardFunction)]
+        functions = [scorer for scorer in self.scorers if isinstance(scorer, RewardFunction)]
         found = {name: value for function in functions for name, value in function.columns(row).items()}
         return dict(json.loads(json.dumps(found, default=str)))
 
     @property
-    def models(self) -> list[Evaluator]:
-        return [giver for giver in self.givers if isinstance(giver, Evaluator)]
+    def models(self) -> list[ShardedModel]:
+        return [scorer.model for scorer in self.scorers if isinstance(scorer, FrozenModel)]
 
-    def scores(self, rollouts: Rollouts, awake: Awake) -> list[Tensor]:
-        """Of each source, fp32 [replies], on every rank; before weights. Raises InputError on all ranks.
-
-        awake: has a model's weights where they are needed, for the time of a block.
-        """
+    def scores(self, rollouts: Rollouts) -> list[Tensor]:
+        """Of each source, fp32 [replies], on every rank; before weights. Raises InputError on all ranks."""
         found = []
-        for giver, offset in zip(self.givers, self.offsets, strict=True):
-            if isinstance(giver, RewardFunction):
-                found.append(self._by_function(giver, rollouts))
+        for scorer, offset in zip(self.scorers, self.offsets, strict=True):
+            if isinstance(scorer, RewardFunction):
+                found.append(self._by_function(scorer, rollouts))
             else:
-                with awake(giver):
-                    found.append(of_replies(giver, rollouts.samples) - offset)
+                with scorer.loaded() as model:
+                    found.append(score_sequences(model, rollouts.samples) - offset)
         return found
 
     def center(self, config: PPOConfig, template: Template) -> None:
         """Have the replies of a model's `centered_on` score 0 on average from now on."""
-        for i, (source, giver) in enumerate(zip(self.sources, self.givers, strict=True)):
-            if source.centered_on is not None and isinstance(giver, Evaluator):
+        for i, (source, scorer) in enumerate(zip(self.sources, self.scorers, strict=True)):
+            if source.centered_on is not None and isinstance(scorer, FrozenModel):
                 with input_errors_on_all(self.mesh.everyone):
                     found, _ = read_samples(source.centered_on, "conversation", template, config.data)
-                self.offsets[i] = of_replies(giver, [found[j] for j in range(len(found))]).mean().item()
+                samples = [found[j] for j in range(len(found))]
+                self.offsets[i] = score_sequences(scorer.model, samples).mean().item()
 
     def total(self, found: Sequence[Tensor]) -> Tensor:
         return torch.stack([s.weight * x for s, x in zip(self.sources, found, strict=True)]).sum(0)

@@ -23,30 +23,30 @@ from llm3d.data.packing import pack
 from llm3d.data.pretraining import Sample as Window
 from llm3d.data.prompts import Prompt
 from llm3d.data.samples import Sample, Tokens
+from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder_for
 from llm3d.generate.scheduler import request_for
 from llm3d.models.heads import Objective
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.reshard import HandOver, Moved
+from llm3d.parallel.reshard import SyncStats, WeightSync
 from llm3d.text.streaming import Replies
-from llm3d.train.parking import without_memory
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.frozen import released_storage
+from llm3d.train.trainer import ShardedModel
 
 
 @dataclass(frozen=True)
 class Rollouts:
     """prompts: of each reply.  tokens: int32 [length], its own, the end token among them.  texts: without it.
-    ended: whether the model ended it.  written_log_probabilities: fp32 [replies, tokens], as it was written.
+    ended: whether the model ended it.  rollout_log_probs: fp32 [replies, tokens], as it was written.
     """
 
     prompts: list[Prompt]
     tokens: list[np.ndarray]
     texts: list[str]
     ended: list[bool]
-    written_log_probabilities: Tensor
+    rollout_log_probs: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,7 +74,7 @@ class Rollouts:
         return sum(len(prompt.tokens) + len(tokens) for prompt, tokens in pairs)
 
 
-def gathered(
+def all_gather_rollouts(
     prompts: Sequence[Prompt],
     mine: Sequence[int],
     replies: Sequence[Sequence[Reply]],
@@ -102,7 +102,7 @@ def gathered(
         tokens=[row[2] for row in rows],
         texts=[text_of(row[2].tolist()) for row in rows],
         ended=[row[1] for row in rows],
-        written_log_probabilities=table,
+        rollout_log_probs=table,
     )
 
 
@@ -120,58 +120,59 @@ def _rows(payload: bytes) -> list[tuple[int, bool, np.ndarray, np.ndarray]]:
     return [(int(place), ended, tokens[part].copy(), log_p[part].copy()) for place, ended, part in parts]
 
 
-class RolloutWriter:
-    """A policy under training, which replies to prompts. Every rank holds one and calls it at the same time.
+class RolloutGenerator:
+    """Has a policy under training reply to prompts. Every rank holds one and calls it at the same time.
 
     It writes where it is trained, or, where another layout is asked for or weights are spread over data ranks, in a
     layout of its own: whose weights are there, handed over, for the time of the writing. Gradients then take no memory.
     """
 
-    def __init__(self, trainer: Trainer, replies: Replies) -> None:
-        self.trainer, self.replies, config = trainer, replies, trainer.config
+    def __init__(self, policy: ShardedModel, replies: Replies) -> None:
+        self.policy, self.replies, config = policy, replies, policy.config
         assert isinstance(config, PPOConfig)
-        self.config, self.layout = config, writing_layout(config)
+        self.config, self.layout = config, generation_config(config)
         degrees = (self.layout.parallel.tensor, self.layout.parallel.pipeline)
         there = (config.parallel.tensor, config.parallel.pipeline)
-        self.mesh = trainer.mesh.narrowed(*degrees) if degrees != there else trainer.mesh
-        self.in_place = writes_in_place(config)
-        self.hand_over: HandOver | None = None
-        self.moved: Moved | None = None  # by the last hand-over
+        self.mesh = policy.mesh.narrowed(*degrees) if degrees != there else policy.mesh
+        self.shares_layout = shares_layout(config)
+        self.weight_sync: WeightSync | None = None
+        self.synced: SyncStats | None = None  # by the last hand-over
 
-    def write(self, prompts: Sequence[Prompt]) -> Rollouts:
+    def generate(self, prompts: Sequence[Prompt]) -> Rollouts:
         """generate.num_replies to each prompt, which alone, with its number and run.seed, says what is drawn."""
-        asked, mine = self.config.generate, range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
+        settings, mine = self.config.generate, range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
         requests = [
             request_for(self.config, self.replies, prompts[i].tokens.tolist(), prompts[i].number)
             for i in mine
         ]
-        idle = without_memory(self.trainer.flat.kept_gradients)
+        idle = released_storage(self.policy.flat.kept_gradients)
         with idle, self._generator() as generator, input_errors_on_all(self.mesh.everyone):
-            found = generator.generate(requests, asked.max_sequences, asked.cache_bytes)
-        return gathered(prompts, mine, found, self.replies.text, self.mesh)
+            found = generator.generate(requests, settings.max_sequences, settings.cache_bytes)
+        return all_gather_rollouts(prompts, mine, found, self.replies.text, self.mesh)
 
     @contextmanager
     def _generator(self) -> Iterator[Generator]:
-        trainer = self.trainer
-        recorder = recorder_for(self.mesh.device, self.config.generate.cuda_graphs)
-        if self.in_place:
-            yield Generator(self.config.model, trainer.stages, trainer.mesh, trainer.dtype, recorder)
+        policy = self.policy
+        graphs = graphs_for(self.mesh.device, self.config.generate.cuda_graphs)
+        if self.shares_layout:
+            yield Generator(self.config.model, policy.stages, policy.mesh, policy.dtype, graphs)
             return
-        model = Evaluator(self.layout, self.mesh, trainer.objective)
-        if self.hand_over is None:
-            held = [piece.box for piece, _ in trainer.flat.held()]
-            self.hand_over = HandOver(held, [piece.box for piece, _ in model.weights()], self.mesh.everyone)
-        self.moved = self.hand_over.run(trainer.flat.held(), model.weights())
-        yield Generator(self.config.model, model.stages, self.mesh, model.dtype, recorder)
+        model = ShardedModel(self.layout, self.mesh, policy.objective)
+        if self.weight_sync is None:
+            there = [piece.box for piece, _ in policy.flat.held()]
+            here = [piece.box for piece, _ in model.weights()]
+            self.weight_sync = WeightSync(there, here, self.mesh.everyone)
+        self.synced = self.weight_sync.run(policy.flat.held(), model.weights())
+        yield Generator(self.config.model, model.stages, self.mesh, model.dtype, graphs)
 
 
-def writes_in_place(config: PPOConfig) -> bool:
+def shares_layout(config: PPOConfig) -> bool:
     """Whether replies are written with the weights where they are trained."""
-    layout, there = writing_layout(config).parallel, config.parallel
+    layout, there = generation_config(config).parallel, config.parallel
     return (layout.tensor, layout.pipeline) == (there.tensor, there.pipeline) and config.zero.stage != 3
 
 
-def writing_layout(config: PPOConfig) -> PPOConfig:
+def generation_config(config: PPOConfig) -> PPOConfig:
     """The settings as replies are written: in the tensor and pipeline ranks that ppo.rollout_... ask for."""
     layout, settings = generation_layout(config), config.ppo
     tensor, pipeline = settings.rollout_tensor, settings.rollout_pipeline
@@ -184,7 +185,7 @@ def writing_layout(config: PPOConfig) -> PPOConfig:
 # ---- what models make of replies ----
 
 
-def of_tokens(model: Evaluator, rollouts: Rollouts, function: Objective) -> Tensor:
+def token_values(model: ShardedModel, rollouts: Rollouts, function: Objective) -> Tensor:
     """A table of a number for each token of each reply, on every rank.
 
     function: what is wanted of the head's output, fp32 [tokens of the microbatch]; read where the token is predicted.
@@ -201,7 +202,7 @@ def of_tokens(model: Evaluator, rollouts: Rollouts, function: Objective) -> Tens
     return all_reduce_sum(table, model.mesh.everyone)
 
 
-def of_replies(model: Evaluator, samples: Sequence[Sample]) -> Tensor:
+def score_sequences(model: ShardedModel, samples: Sequence[Sample]) -> Tensor:
     """The score head's number at the last token of each sample's one sequence: fp32 [samples], on every rank."""
     scores = torch.zeros(len(samples))
     for which, numbers in _outputs(model, samples, lambda output, batch: output[batch.last_tokens]):
@@ -210,7 +211,7 @@ def of_replies(model: Evaluator, samples: Sequence[Sample]) -> Tensor:
 
 
 def _outputs(
-    model: Evaluator, samples: Sequence[Sample], function: Objective
+    model: ShardedModel, samples: Sequence[Sample], function: Objective
 ) -> list[tuple[list[int], Tensor]]:
     """Of this rank's microbatches: which samples are in each, and the numbers; on the ranks that tell the others."""
     mesh = model.mesh
@@ -221,15 +222,14 @@ def _outputs(
     return [(which, output.cpu()) for (which, _), output in zip(packed, outputs, strict=True)]
 
 
-def packed_samples(samples: Sequence[Sample], model: Evaluator) -> list[tuple[list[int], PackedBatch]]:
+def packed_samples(samples: Sequence[Sample], model: ShardedModel) -> list[tuple[list[int], PackedBatch]]:
     """This data rank's microbatches, and which samples are in each, in rising order."""
     config, mesh = model.config, model.mesh
     layout, capacity = config.parallel, config.batch.micro * config.data.sequence_length
     ranks = mesh.data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
     lengths = [sum(len(sequence.ids) for sequence in sample.sequences) for sample in samples]
     bins = pack(np.array(lengths, dtype=np.int64), capacity, ranks)[mesh.data_rank :: mesh.data_size]
-    multiple_of = mesh.tensor_size if layout.sequence else 1
-    return [(items.tolist(), collate([samples[i] for i in items], multiple_of)) for items in bins]
+    return [(items.tolist(), collate([samples[i] for i in items], layout.token_multiple)) for items in bins]
 
 
 # ---- what models are trained on ----
@@ -254,7 +254,7 @@ class RolloutBatch(PackedBatch):
     num_terms: int = 0
 
 
-class Texts(NamedTuple):
+class PtxSamples(NamedTuple):
     """To go on learning beside replies; their loss is a mean over their tokens, times a coefficient."""
 
     samples: Sequence[Sample]
@@ -265,16 +265,16 @@ class Texts(NamedTuple):
         return sum(int(seq.is_target[1:].sum()) for sample in self.samples for seq in sample.sequences)
 
 
-NO_TEXTS = Texts((), 0.0)
+NO_PTX = PtxSamples((), 0.0)
 
 
 def training_batches(
     rollouts: Rollouts,
     which: Sequence[int],
     tables: dict[str, Tensor],
-    model: Evaluator,
+    model: ShardedModel,
     by_token: bool,
-    texts: Texts = NO_TEXTS,
+    texts: PtxSamples = NO_PTX,
 ) -> list[RolloutBatch]:
     """This data rank's microbatches of some of the replies, and of texts.
 
@@ -310,3 +310,11 @@ def text_sample(sample: Window) -> Sample:
     ids = sample.tokens[:-1].numpy().astype(np.int32)
     parts = np.split(ids, sample.document_starts[1:])
     return Sample(tuple(Tokens(part, np.ones(len(part), dtype=bool)) for part in parts))
+
+
+def blank_rollout_batch(batch: PackedBatch) -> RolloutBatch:
+    """A microbatch of the same size, without content."""
+    names = [name for name, kind in RolloutBatch.__annotations__.items() if kind == "Tensor"]
+    tables = {name: torch.zeros(len(batch.tokens)) for name in names}
+    values: dict[str, Any] = {**vars(batch), **tables, "num_terms": batch.num_targets}
+    return RolloutBatch(**values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,12 +29,14 @@ from llm3d.data.conversations import ChatData, open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError
+from llm3d.files import atomic_file
 from llm3d.models.heads import HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.cross_entropy import TokenTerms
-from llm3d.stages.chat import OpenedChat
-from llm3d.train.starting_model import StartingModel
-from llm3d.train.trainer import Evaluator
+from llm3d.stages.stage import ModelRole, Models, ModelTask, Stage, largest_microbatch
+from llm3d.train.frozen import FrozenModel
+from llm3d.train.learner import Reference
+from llm3d.train.trainer import ShardedModel
 
 _STORED = "log_probabilities"
 
@@ -73,6 +74,7 @@ class PreferenceObjective:
 
     settings: DPOSettings
     head: HeadName = "language"
+    unit: str = "sample"
     sums: tuple[str, ...] = (
         "rewards/chosen",
         "rewards/rejected",
@@ -130,74 +132,96 @@ def target_counts(batch: PackedBatch) -> Tensor:
     return learned.new_zeros(batch.num_sequences).index_add(0, batch.sequence_of, learned)
 
 
-def open_stage(config: DPOConfig) -> OpenedChat:
-    """Open what the settings name: tokenizer, template, data. Raises InputError where it cannot be used."""
-    config, tokenizer, data = open_chat(config, "comparison")
-    opened = OpenedChat(config, tokenizer, data, PreferenceObjective(config.dpo))
-    if config.dpo.reference == "none":
-        return opened
-    live = config.dpo.reference == "live"
-    return opened._replace(prepare=ask_reference if live else partial(know_reference, data=data))
+def open_stage(config: DPOConfig, training: bool = True) -> ModelTask:
+    """Open tokenizer, template and data. Raises InputError where they cannot be used."""
+    config, tokenizer, data = open_chat(config, "comparison", training)
+    references: dict[str, Callable[[ShardedModel], Reference] | None] = {
+        "cached": partial(CachedReference, data=data),
+        "live": LiveReference,
+        "none": None,
+    }
+    objective = PreferenceObjective(config.dpo)
+    return ModelTask(config, tokenizer, data, objective, references[config.dpo.reference])
+
+
+def models(config: DPOConfig) -> Models:
+    """The model, and the reference where it is a model of its own."""
+    objective, microbatch = PreferenceObjective(config.dpo), largest_microbatch(config)
+    roles = [ModelRole("model", "trained", config, objective, microbatch)]
+    if config.dpo.reference == "live" and not config.lora.rank:
+        roles.append(ModelRole("reference", "frozen", config, objective, microbatch))
+    return Models(roles)
+
+
+STAGE = Stage(DPOConfig, open_stage, models)
 
 
 # ---- the reference, asked at each step ----
 
 
-def needs_second_model(config: Config) -> bool:
-    """Whether the reference is a model of its own, beside the one that is trained."""
-    return isinstance(config, DPOConfig) and config.dpo.reference == "live" and not config.lora.rank
+class LiveReference:
+    """The starting model, which completes microbatches with its log-probabilities.
 
-
-def ask_reference(model: Evaluator) -> None:
-    """Have the starting model complete the microbatches that the model is going to see."""
-    if needs_second_model(model.config):
-        reference = Evaluator(model.config, model.mesh, model.objective)
-        load_first_weights(reference)
-        model.completed = partial(with_reference, reference, nullcontext)
-    else:
-        load_first_adapters(model)
-        model.completed = partial(with_reference, model, StartingModel(model).restored)
-
-
-def with_reference(
-    reference: Evaluator,
-    awake: Callable[[], AbstractContextManager[None]],
-    microbatches: Sequence[PackedBatch],
-) -> Sequence[PackedBatch]:
-    """With the log-probabilities, on the last pipeline stage, where they are needed; others' stay as they are.
-
-    awake: the model is the reference for the time of a block. Nothing is random in it.
+    It is a model of its own, or, where the model has adapters, that model without them.
     """
-    asked = [replace(batch, keys=None, noise=None) for batch in microbatches]
-    with awake():
-        found = reference.outputs(asked, sequence_log_probabilities)
-    if found is None:
-        return microbatches
-    return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
+
+    def __init__(self, model: ShardedModel) -> None:
+        self.model = model
+        self.frozen = (
+            FrozenModel(model, "in_trained_model")
+            if model.config.lora.rank
+            else FrozenModel(ShardedModel(model.config, model.mesh, model.objective), "on_device")
+        )
+
+    def prepare(self) -> None:
+        load = load_first_adapters if self.frozen.model is self.model else load_first_weights
+        load(self.frozen.model)
+        self.frozen.freeze()
+
+    def complete(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """Nothing is random in the reference. Its log-probabilities are known on the last pipeline stage alone."""
+        without_noise = [replace(batch, keys=None, noise=None) for batch in microbatches]
+        with self.frozen.loaded() as reference:
+            found = reference.outputs(without_noise, sequence_log_probabilities)
+        if found is None:
+            return microbatches
+        return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
 
 
 # ---- the reference, known beforehand ----
 
 
-def know_reference(model: Evaluator, data: ChatData) -> None:
-    """Give the data the log-probabilities of the starting model: from the run directory, or computed and kept there."""
-    config, mesh = model.config, model.mesh
-    keys = [reference_key(config, samples) for samples in data.sets]
-    paths = [Path(config.run.dir) / f"reference-{key}.safetensors" for key in keys]
-    missing = [number for number, path in enumerate(paths) if not seen_by_first_rank(path, mesh)]
-    if missing:
-        load_first_weights(model)
-    for number in missing:
-        found = reference_log_probabilities(model, data, number)
+class CachedReference:
+    """The starting model's log-probabilities, computed before training and kept in the run directory.
+
+    Microbatches bring them along, for the data know them.
+    """
+
+    def __init__(self, model: ShardedModel, data: ChatData) -> None:
+        self.model, self.data = model, data
+
+    def prepare(self) -> None:
+        model, data = self.model, self.data
+        config, mesh = model.config, model.mesh
+        keys = [reference_key(config, samples) for samples in data.sets]
+        paths = [Path(config.run.dir) / f"reference-{key}.safetensors" for key in keys]
+        missing = [number for number, path in enumerate(paths) if not seen_by_first_rank(path, mesh)]
+        if missing:
+            load_first_weights(model)
+        for number in missing:
+            found = reference_log_probabilities(model, data, number)
+            with input_errors_on_all(mesh.everyone):
+                if mesh.rank == 0:
+                    _write(paths[number], found)
         with input_errors_on_all(mesh.everyone):
-            if mesh.rank == 0:
-                _write(paths[number], found)
-    with input_errors_on_all(mesh.everyone):
-        data.reference = [_read(path) for path in paths]
+            data.reference = [_read(path) for path in paths]
+
+    def complete(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        return microbatches
 
 
 @torch.no_grad()
-def reference_log_probabilities(model: Evaluator, data: ChatData, number: int) -> Tensor:
+def reference_log_probabilities(model: ShardedModel, data: ChatData, number: int) -> Tensor:
     """Of all sequences of a set, by the weights as they are: fp32 [sequences], on every rank."""
     mesh, found = model.mesh, torch.zeros(data.sets[number].num_sequences)
     for packed in data.everything(number, mesh):
@@ -238,10 +262,9 @@ def _read(path: Path) -> Tensor:
 
 
 def _write(path: Path, found: Tensor) -> None:
-    partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({_STORED: found}, partial)
-        partial.replace(path)
+        with atomic_file(path) as partial:
+            save_file({_STORED: found}, partial)
     except OSError as error:
         raise InputError(f"run.dir: {path}: {error.strerror}; name a directory that can be written") from None

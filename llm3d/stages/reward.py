@@ -17,7 +17,7 @@ from llm3d.config import ModelConfig, RewardConfig, RewardSettings
 from llm3d.data.conversations import open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
-from llm3d.stages.chat import OpenedChat
+from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.text.chat_tokenizer import ChatTokenizer
 from llm3d.text.tokenizer import Tokenizer
 
@@ -34,6 +34,7 @@ class RewardObjective:
 
     settings: RewardSettings
     head: HeadName = "score"
+    unit: str = "sample"
     sums: tuple[str, ...] = ("accuracy", "margin", "mean_reward")
     maxima: tuple[str, ...] = ("max_reward", "min_reward")
 
@@ -58,15 +59,15 @@ class RewardObjective:
         return means | {"min_reward": -means["min_reward"]}
 
 
-def open_stage(config: RewardConfig) -> OpenedChat:
-    """Open what the settings name: tokenizer, template, data. Raises InputError where it cannot be used."""
-    config, tokenizer, data = open_chat(config, "comparison")
+def open_stage(config: RewardConfig, training: bool = True) -> ModelTask:
+    """Open tokenizer, template and data. Raises InputError where they cannot be used."""
+    config, tokenizer, data = open_chat(config, "comparison", training)
     pad_id = padding_token(config.model, tokenizer.tokenizer)
     model = config.model.model_copy(update={"pad_token_id": pad_id})
     # transformers tells padding by the model's token, so the tokenizer's must be the same.
     tokenizer = ChatTokenizer(tokenizer.tokenizer, tokenizer.template, pad_id)
     config = config.model_copy(update={"model": model})
-    return OpenedChat(config, tokenizer, data, RewardObjective(config.reward))
+    return ModelTask(config, tokenizer, data, RewardObjective(config.reward))
 
 
 def padding_token(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
@@ -78,3 +79,6 @@ def padding_token(model: ModelConfig, tokenizer: Tokenizer) -> int | None:
     ends = end if isinstance(end, tuple) else (end,)
     choices = (model.pad_token_id, tokenizer.special_id("<unk>"), tokenizer.bos_id)
     return next((token for token in choices if token is not None and token not in ends), None)
+
+
+STAGE = Stage(RewardConfig, open_stage, one_model(lambda config: RewardObjective(config.reward)))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,9 +14,9 @@ from llm3d.checkpoint.load import (
 from llm3d.checkpoint.save import BEST, checkpoint_of, save_checkpoint, weights_folder
 from llm3d.checkpoint.starting import (
     checkpoint_to_resume,
-    first_state,
     latest_on_first_rank,
     seen_by_first_rank,
+    start,
 )
 from llm3d.config import Config, config_to_yaml
 from llm3d.config.explain import nearest
@@ -28,65 +27,25 @@ from llm3d.kernels.settings import use_settings
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
+from llm3d.stages.stage import StageData, Task, stage_of
 from llm3d.text.chat_tokenizer import ChatTokenizer
 from llm3d.text.tokenizer import Tokenizer, load_tokenizer
 from llm3d.train.best import Best
 from llm3d.train.host_memory import keep_freed_memory
+from llm3d.train.learner import Learner
 from llm3d.train.learning_rate import shortened
-from llm3d.train.loop import TrainingData, train
+from llm3d.train.loop import train
 from llm3d.train.meaning import check_meaning
 from llm3d.train.numa import bind_to_gpu_node
-from llm3d.train.objective import Objective
 from llm3d.train.report import Report
 from llm3d.train.throughput import peak_flops
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.trainer import Trainer
 from llm3d.wording import counted
 
 C = TypeVar("C", bound=Config)
 
 
-class StageData(TrainingData, Protocol):
-    """What a stage's data does beside giving microbatches."""
-
-    @property
-    def digest(self) -> str:
-        """What the order of samples depends on."""
-
-    def resume(self, step: int, consumed: Consumed) -> None:
-        """Go on after `step`, by which the run had read `consumed`."""
-
-    def introduction(self, mesh: Mesh) -> list[str]:
-        """What the run is going to read, for people."""
-
-
-class Opened(Protocol):
-    """What a stage's settings name, opened and found usable."""
-
-    @property
-    def config(self) -> Config:
-        """The settings, with what only the opened things could tell."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | ChatTokenizer | None: ...
-    @property
-    def data(self) -> StageData: ...
-    @property
-    def objective(self) -> Objective: ...
-    @property
-    def validation_names(self) -> Sequence[str]:
-        """The numbers of an evaluation."""
-
-    def trainer(self, mesh: Mesh) -> Trainer:
-        """Of the model, without its first weights."""
-
-    def prepare(self, trainer: Trainer) -> None:
-        """Do what must be done before training; `load_first_weights` may be used for it."""
-
-    def remarks(self, model: Evaluator) -> Sequence[str]:
-        """What is to be said after an evaluation; called on all ranks."""
-
-
-def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
+def run_stage(config: Config) -> None:
     """Train to the run's last step, going on from the run directory's latest checkpoint if there is one."""
     with process_group(config.run.device) as device:
         if device.type == "cpu":
@@ -94,16 +53,16 @@ def run_stage(config: C, open_stage: Callable[[C], Opened]) -> None:
         elif config.zero.offload != "none":
             bind_to_gpu_node(device)
         with input_errors_on_all(whole_world()):
-            opened = check_stage(config, open_stage)
-        train_stage(opened, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
+            task = open_task(config)
+        train_task(task, Mesh(config.parallel.tensor, config.parallel.pipeline, device))
 
 
-def check_stage(config: C, open_stage: Callable[[C], Opened]) -> Opened:
-    """Open all that the settings name. Raises InputError where it cannot be used."""
+def open_task(config: Config) -> Task:
+    """Open all that a run's settings name. Raises InputError where it cannot be used."""
     use_settings(config, device_of_this_process(config.run.device))
-    opened = open_stage(config)
-    _check_best(config.checkpoint.best, opened.validation_names)
-    return opened
+    task: Task = stage_of(config).open(config)
+    _check_best(config.checkpoint.best, task.validation_names)
+    return task
 
 
 def _check_best(name: str | None, validation_names: Sequence[str]) -> None:
@@ -116,34 +75,45 @@ def _check_best(name: str | None, validation_names: Sequence[str]) -> None:
         )
 
 
-def summary(opened: Opened) -> str:
+def summary(task: Task) -> str:
     """One line for a user who only checks: that all can be used, and how long the run would be."""
-    config, steps = opened.config, opened.data.steps
+    config, steps = task.config, task.data.steps
     passes = steps.epoch(steps.last)
     epochs = "" if passes is None else f", {passes:.2f} passes over the data"
     return (
-        f"nothing is wrong: {counted(config.model.num_parameters(opened.objective.head), 'parameter')}, "
+        f"nothing is wrong: {counted(config.model.num_parameters(config.head), 'parameter')}, "
         f"{counted(steps.last, 'step')} of {counted(steps.size, 'sample')}{epochs}; nothing was written"
     )
 
 
-def train_stage(opened: Opened, mesh: Mesh) -> None:
-    config, data = opened.config, opened.data
+def train_task(task: Task, mesh: Mesh) -> None:
+    """Train what a task opened, from its first weights or from a checkpoint, to the run's last step."""
+    config, data = task.config, task.data
     run_dir = Path(config.run.dir)
     checkpoint = checkpoint_to_resume(config, run_dir, mesh)
-    trainer = opened.trainer(mesh)
-    start_step, changes = check_goes_on(checkpoint, trainer, opened.tokenizer) if checkpoint else (0, [])
+    learner = task.learner(mesh)
+    start_step, changes = check_goes_on(checkpoint, learner, task.tokenizer) if checkpoint else (0, [])
     check_run_directory(run_dir, start_step, mesh)  # before anything is computed or written
-    opened.prepare(trainer)
-    state, origin = first_state(trainer, checkpoint)
+    learner.prepare()
+    state, origin = start(learner, checkpoint)
     data.resume(start_step, Consumed(state.get("samples", 0), state.get("tokens", 0)))
     make_run_directory(run_dir, config, mesh)
-    speaks = mesh.rank == 0
     last_step = min(data.steps.last, config.train.stop_after or data.steps.last)
     best = best_so_far(config, run_dir, state, mesh)
-    with Report(run_dir, start_step, last_step, speaks, config.log.tensorboard) as report:
-        introduce(report, trainer, data, origin)
-        for line in (*(opened.tokenizer.remarks if opened.tokenizer else ()), *changes):
+
+    def save(step: int) -> Path:
+        consumed = data.consumed(step)._asdict()
+        state = {"step": step, **consumed, "order": data.digest, "best": best.state, **learner.state}
+        keep, best_step = config.checkpoint.keep, best.step or None
+        path = save_checkpoint(
+            run_dir, step, learner.trainer, state, task.tokenizer, keep, best_step, learner.others
+        )
+        report.say(f"step {step}: saved {path}")
+        return path
+
+    with Report(run_dir, start_step, last_step, mesh.rank == 0, config.log.tensorboard) as report:
+        introduce(report, learner, data, origin)
+        for line in (*(task.tokenizer.remarks if task.tokenizer else ()), *changes):
             report.say(line)
         if state and state["order"] != data.digest:
             report.say(
@@ -158,15 +128,7 @@ def train_stage(opened: Opened, mesh: Mesh) -> None:
         if best.has_waited_enough:
             report.say(f"nothing to do: {origin}: {best}; raise train.patience to train on")
             return
-
-        def save(step: int) -> Path:
-            state = {"step": step, **data.consumed(step)._asdict(), "order": data.digest, "best": best.state}
-            keep, best_step = config.checkpoint.keep, best.step or None
-            path = save_checkpoint(run_dir, step, trainer, state, opened.tokenizer, keep, best_step)
-            report.say(f"step {step}: saved {path}")
-            return path
-
-        train(trainer, data, report, start_step, save, partial(opened.remarks, trainer), best)
+        train(learner, data, report, start_step, save, best)
         if best.has_waited_enough:
             report.say(f"training ends early: none better in the last {counted(best.waited, 'evaluation')}")
         if best.step:
@@ -191,13 +153,14 @@ def check_run_directory(run_dir: Path, start_step: int, mesh: Mesh) -> None:
 
 
 def check_goes_on(
-    checkpoint: Path, trainer: Trainer, tokenizer: Tokenizer | ChatTokenizer | None
+    checkpoint: Path, learner: Learner, tokenizer: Tokenizer | ChatTokenizer | None
 ) -> tuple[int, list[str]]:
     """The step of a checkpoint, and on the first rank what has changed since, for people. Called on all ranks.
 
     Raises InputError where the settings, the tokenizer or the chat template give it another meaning.
     """
-    step, mesh = step_of_checkpoint(checkpoint, trainer), trainer.mesh
+    trainer = learner.trainer
+    step, mesh = step_of_checkpoint(checkpoint, trainer, learner.others), trainer.mesh
     with input_errors_on_all(mesh.everyone):
         if mesh.rank:
             return step, []
@@ -236,8 +199,9 @@ def make_run_directory(run_dir: Path, config: Config, mesh: Mesh) -> None:
                 ) from None
 
 
-def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) -> None:
+def introduce(report: Report, learner: Learner, data: StageData, origin: str) -> None:
     """Say what is trained, from where, on what, and against what MFU is taken."""
+    trainer = learner.trainer
     config, mesh = trainer.config, trainer.mesh
     device, peak = peak_flops(mesh.device, config.precision.compute)
     trained = f", of which {num_trained(trainer):,} are trained," if config.lora.rank else ""
@@ -254,7 +218,7 @@ def introduce(report: Report, trainer: Trainer, data: StageData, origin: str) ->
         report.say(f"matrix products by oneDNN, which is faster than BLAS here: {by_onednn}")
     if peak:
         report.say(f"MFU counts 6 N and causal attention, against {peak / 1e12:g} TFLOP/s a device")
-    for line in (*trainer.introduction(), *data.introduction(mesh)):
+    for line in (*learner.introduction(), *data.introduction(mesh)):
         report.say(line)
     _, scheduled = data.steps.schedule(data.steps.last)
     for remark in (data.steps.repetition(), shortened(scheduled, config.optim)):

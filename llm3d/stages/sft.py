@@ -13,21 +13,21 @@ from llm3d.data.run_tokenizer import end_ids
 from llm3d.generate.engine import Generator
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
-from llm3d.stages.chat import OpenedChat
+from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.text.chat_tokenizer import ChatTokenizer
 from llm3d.text.streaming import Replies
-from llm3d.train.trainer import Evaluator, next_token
+from llm3d.train.trainer import ShardedModel, next_token
 
 
-def open_stage(config: SFTConfig) -> OpenedChat:
-    """Open what the settings name: tokenizer, template, data. Raises InputError where it cannot be used."""
-    config, tokenizer, data = open_chat(config, "conversation", prompt_loss=config.sft.prompt_loss)
-    opened = OpenedChat(config, tokenizer, data, next_token(config))
-    return opened._replace(remarks=partial(sample_reply, config=config, tokenizer=tokenizer, data=data))
+def open_stage(config: SFTConfig, training: bool = True) -> ModelTask:
+    """Open tokenizer, template and data. Raises InputError where they cannot be used."""
+    config, tokenizer, data = open_chat(config, "conversation", training, config.sft.prompt_loss)
+    show = partial(sample_reply, config=config, tokenizer=tokenizer, data=data)
+    return ModelTask(config, tokenizer, data, next_token(config), show=show)
 
 
 def sample_reply(
-    model: Evaluator, config: SFTConfig, tokenizer: ChatTokenizer, data: ChatData
+    model: ShardedModel, config: SFTConfig, tokenizer: ChatTokenizer, data: ChatData
 ) -> Sequence[str]:
     """What the model replies to the first validation prompt: the likeliest tokens, on every rank."""
     prompt = first_prompt(data)
@@ -48,3 +48,6 @@ def first_prompt(data: ChatData) -> Sequence[int]:
         return ()
     (ids, is_target), *_ = valid[0][0].sequences
     return ids[: int(np.argmax(is_target))].tolist()
+
+
+STAGE = Stage(SFTConfig, open_stage, one_model(next_token))

@@ -74,7 +74,7 @@ class Replies:
         return min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=None)
 
 
-class Shown:
+class StreamPrinter:
     """A reply as it is written: what is new of it, and never again what was there."""
 
     def __init__(self, replies: Replies) -> None:

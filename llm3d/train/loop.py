@@ -21,11 +21,12 @@ from llm3d.models.batch import Batch
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.best import Best
+from llm3d.train.learner import Learner
 from llm3d.train.learning_rate import learning_rate
 from llm3d.train.report import Report, memory_gib, rounded
 from llm3d.train.signals import StopSignals
 from llm3d.train.throughput import peak_flops
-from llm3d.train.trainer import Notice, StepResult, Trainer
+from llm3d.train.trainer import Notice, StepResult
 
 
 class EvaluationData(Protocol):
@@ -50,12 +51,11 @@ class TrainingData(EvaluationData, Protocol):
 
 
 def train(
-    trainer: Trainer,
+    learner: Learner,
     data: TrainingData,
     report: Report,
     start_step: int,
     save: Callable[[int], Path],
-    remarks: Callable[[], Sequence[str]] = tuple,
     best: Best | None = None,
 ) -> None:
     """Train from start_step + 1 to the run's last step, to train.stop_after, or until `best` has waited enough.
@@ -63,12 +63,11 @@ def train(
     save(step): writes a checkpoint on all ranks; called as often as the settings say, after the last step, after an
     evaluation that is the best so far, when a signal asks to stop (then Interrupted is raised) and, where that loses
     steps, before TrainingAborted or InputError, which reading or a step that has changed no weight may do, is raised.
-    remarks(): what else to say after an evaluation; called on all ranks.
     best: told of each evaluation.
     """
-    config, mesh, steps = trainer.config, trainer.mesh, data.steps.last
+    config, mesh, steps = learner.model.config, learner.model.mesh, data.steps.last
     last_step = min(steps, config.train.stop_after or steps)
-    meter, best, last_saved = _Meter(trainer), best or Best(), start_step
+    meter, best, last_saved = _Meter(learner), best or Best(), start_step
     with StopSignals(report.say) as signals, ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, partial(read_microbatches, data, mesh))
         upcoming, notice = read(start_step + 1), Notice(unread=1)  # for all that is known
@@ -80,7 +79,7 @@ def train(
                 upcoming = read(step + 1)
             lr = learning_rate(*data.steps.schedule(step), config.optim)
             with _saving_first(rescue):
-                result = trainer.step(microbatches, lr, partial(_notice, upcoming, signals))
+                result = learner.step(microbatches, lr, partial(_notice, upcoming, signals))
             if result.problem:
                 _abort(step, result.problem, None if result.changed else rescue)
             if result.skipped:
@@ -90,7 +89,7 @@ def train(
             metrics |= meter.measure(microbatches, tokens, result, lr, time.perf_counter() - started)
             evaluates = _evaluates(config, data.steps, step)
             if evaluates:
-                metrics |= _evaluation(trainer, data, report, step, remarks)
+                metrics |= _evaluation(learner, data, report, step)
             is_best = evaluates and best.see(step, metrics)
             is_last = step == last_step or best.has_waited_enough
             report.step(metrics, is_last or evaluates or step % config.log.every == 0, result.examples)
@@ -120,19 +119,13 @@ def _evaluates(config: Config, steps: Steps, step: int) -> bool:
     return interval.is_given and (step == steps.last or interval.ends_at(step, steps.epoch))
 
 
-def _evaluation(
-    trainer: Trainer,
-    data: TrainingData,
-    report: Report,
-    step: int,
-    remarks: Callable[[], Sequence[str]],
-) -> dict[str, float]:
+def _evaluation(learner: Learner, data: TrainingData, report: Report, step: int) -> dict[str, float]:
     """Say what comes of the validation data; -> the numbers, by the names that metrics have."""
-    numbers = trainer.validate(data.evaluation(trainer.mesh))
+    numbers = learner.evaluate(data.evaluation(learner.model.mesh)).numbers
     said = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
     report.say(f"step {step}: validation {said}")
-    for remark in remarks():
-        report.say(f"step {step}: {remark}")
+    for example in learner.examples():
+        report.say(f"step {step}: {example}")
     return {f"valid_{name}": value for name, value in numbers.items()}
 
 
@@ -178,15 +171,15 @@ def _saving_first(rescue: Callable[[], Path] | None) -> Iterator[None]:
 class _Meter:
     """Turns a step's result into the numbers that metrics.jsonl holds."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        _, self.peak = peak_flops(trainer.mesh.device, trainer.config.precision.compute)
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+        _, self.peak = peak_flops(learner.model.mesh.device, learner.model.config.precision.compute)
 
     def measure(
         self, microbatches: Sequence[Batch], tokens: int, result: StepResult, lr: float, seconds: float
     ) -> dict[str, Any]:
         """tokens: of the step, over all ranks."""
-        mesh, flops = self.trainer.mesh, self.trainer.flops(microbatches, tokens)
+        mesh, flops = self.learner.model.mesh, self.learner.flops(microbatches, tokens)
         per_device = None if flops is None else flops / seconds / mesh.size
         return {
             "loss": result.loss,

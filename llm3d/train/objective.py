@@ -17,13 +17,15 @@ from llm3d.parallel.cross_entropy import TokenTerms, cross_entropy_sum
 class Objective(Protocol):
     """Turns what the head says of a microbatch into numbers.
 
-    head: which one the model has.
+    head: which one the model has.  unit: what a term of the loss is, for people.
     sums: names of what is reported beside the loss, each a sum that is divided as the loss is.
     maxima: names of what is reported as the largest over all microbatches.
     """
 
     @property
     def head(self) -> HeadName: ...
+    @property
+    def unit(self) -> str: ...
     @property
     def sums(self) -> tuple[str, ...]: ...
     @property
@@ -82,6 +84,7 @@ class NextToken:
     vocab_size: int
     loss: LossConfig = field(default_factory=LossConfig)
     head: HeadName = "language"
+    unit: str = "token"
     sums: tuple[str, ...] = ("token_accuracy",)
     maxima: tuple[str, ...] = ()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llm3d.config import Config, PretrainConfig, SFTConfig
+from llm3d.config import Config
 from llm3d.errors import InputError
 from llm3d.kernels import backend
 from llm3d.kernels.settings import use_settings
@@ -53,11 +53,8 @@ class StepResult(NamedTuple):
     notice: Notice = Notice()  # of all ranks
 
 
-class Evaluator:
-    """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time.
-
-    completed: adds to microbatches what only another model can tell, before they are trained or evaluated on.
-    """
+class ShardedModel:
+    """A model under one layout, for forward passes. Every rank of the mesh holds one and calls it at the same time."""
 
     def __init__(
         self, config: Config, mesh: Mesh, objective: Objective | None = None, trainable: bool = False
@@ -65,7 +62,6 @@ class Evaluator:
         """objective: None, with pretraining's settings, is theirs."""
         self.config, self.mesh = config, mesh
         self.objective = objective or next_token(config)
-        self.completed: Callable[[Sequence[Batch]], Sequence[Batch]] = lambda microbatches: microbatches
         self.dtype = DTYPES[config.precision.compute]
         use_settings(config, mesh.device)
         self.stages = build_stages(
@@ -76,8 +72,8 @@ class Evaluator:
         gradients = DTYPES[config.precision.gradients]
         reduce = DTYPES[config.precision.reduce_dtype or config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients, reduce)
-        tokens_a_row = mesh.tensor_size if config.parallel.sequence else 1
-        self.pipeline = Pipeline(mesh, self.stages, config.model.hidden_size, self.dtype, tokens_a_row)
+        hidden_size, token_multiple = config.model.hidden_size, config.parallel.token_multiple
+        self.pipeline = Pipeline(mesh, self.stages, hidden_size, self.dtype, token_multiple)
 
     def _check_host_memory(self, trainable: bool) -> None:
         """Raise InputError on all ranks where a host has too little for what its ranks will keep there."""
@@ -118,15 +114,15 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Batch]) -> Tally:
         """The objective's numbers over all ranks' microbatches, on every rank."""
-        microbatches = self._on_device(microbatches)
-        outputs = self.outputs(self.completed(microbatches), self.objective)
+        microbatches = self.on_device(microbatches)
+        outputs = self.outputs(microbatches, self.objective)
         return self._tally(torch.cat([self._count(microbatches), self._numbers(outputs)]).tolist())
 
     def evaluate_all(self, batches: Iterable[Sequence[Batch]]) -> Tally:
         """The same over several lists of microbatches, as many on every rank."""
         return functools.reduce(Tally.with_more, map(self.evaluate, batches))
 
-    def _on_device(self, microbatches: Sequence[Batch]) -> Sequence[Batch]:
+    def on_device(self, microbatches: Sequence[Batch]) -> Sequence[Batch]:
         return [batch.to(self.mesh.device) for batch in microbatches]
 
     @torch.no_grad()
@@ -180,8 +176,8 @@ def numbers_on(device: torch.device, *values: float) -> Tensor:
 
 def next_token(config: Config) -> NextToken:
     """What pretraining and supervised fine-tuning train on."""
-    assert isinstance(config, PretrainConfig | SFTConfig) and config.model.vocab_size is not None
-    return NextToken(config.model.vocab_size, config.loss)
+    assert config.model.vocab_size is not None, "the tokenizer has told it"
+    return NextToken(config.model.vocab_size, config.token_loss)
 
 
 def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) -> float:
@@ -201,10 +197,9 @@ def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) ->
     return num_trained * (parameters + gradients + state) + num_frozen * parameters
 
 
-class Trainer(Evaluator):
+class Trainer(ShardedModel):
     """A model with its gradients and its optimiser.
 
-    companions: other models that are trained along with it, by the names that they have in its checkpoints.
     meaning: what its checkpoints mean; on the first rank.
     """
 
@@ -214,7 +209,6 @@ class Trainer(Evaluator):
         self.optimizer = Optimizer(self.flat, config.optim, config.zero, moments, config.run.seed)
         fp16 = config.precision.compute == "fp16"
         self.loss_scale = LossScale(config.precision.loss_scale) if fp16 else None
-        self.companions: dict[str, Trainer] = {}
         with input_errors_on_all(mesh.everyone):
             self.meaning = meaning_of(config) if mesh.rank == 0 else {}
 
@@ -235,6 +229,8 @@ class Trainer(Evaluator):
     def publish(self) -> None:
         super().publish()
         self.optimizer.publish()
+        if self.optimizer.average is not None:
+            self.optimizer.start_average()
 
     def step(
         self, microbatches: Sequence[Batch], lr: float, tell: Callable[[], Notice] | None = None
@@ -245,7 +241,7 @@ class Trainer(Evaluator):
         same one. The host waits once, when all has been launched; what is offloaded it has waited for before.
         tell: asked then what the other ranks are to know; None, on all ranks alike: nothing.
         """
-        microbatches = self.completed(self._on_device(microbatches))
+        microbatches = self.on_device(microbatches)
         if self.pipeline.is_cold:
             self.warm_up(microbatches[0])
         loss_scale = self.loss_scale.value if self.loss_scale else None
@@ -275,14 +271,6 @@ class Trainer(Evaluator):
         self.flat.begin_step(1)
         self.pipeline.warm_up(microbatch, self.objective)
         self.flat.finish_gradients()
-
-    def validate(self, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
-        """What users are shown of validation data, by name; called on all ranks."""
-        return self.evaluate_all(batches).report(self.objective)
-
-    def introduction(self) -> list[str]:
-        """What else is to be said when training starts."""
-        return []
 
     def flops(self, microbatches: Sequence[Batch], num_tokens: float) -> float | None:
         """Of a step with so many tokens, on all devices; attention's share is taken from this rank's microbatches."""

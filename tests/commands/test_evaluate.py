@@ -14,7 +14,7 @@ from llm3d.commands.evaluate import check, evaluate_latest
 from llm3d.config import STAGES, make_config
 from llm3d.data.language import ValidationData
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.trainer import ShardedModel, Trainer
 from tests import pool
 from tests.closeness import assert_same_numbers
 from tests.stages import post_training
@@ -76,7 +76,7 @@ def window_by_window_on_rank(given: dict[str, Any], weights: Path) -> list[tuple
     """Loss and targets of each validation window alone."""
     config = make_config(given)
     data = ValidationData(config)
-    model = Evaluator(config, Mesh())
+    model = ShardedModel(config, Mesh())
     read_weights(weights, model.weights(), config.model, model.mesh.everyone)
     assert data.valid is not None
     from llm3d.data.pretraining import collate

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from llm3d.cli import app
-from llm3d.commands.generate import PromptEncoder, Wanted, Writer, Written, check
+from llm3d.commands.generate import Completion, GenerateOptions, PromptEncoder, TextGenerator, check
 from llm3d.config import STAGES, make_config
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
@@ -138,10 +138,10 @@ def test_a_conversation_can_start_anew_and_be_ended(given: Settings, model: Path
 def test_ctrl_c_ends_a_conversation_quietly(
     given: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> list[Written]:
+    def interrupted(*_: Any) -> list[Completion]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Writer, "write", interrupted)
+    monkeypatch.setattr(TextGenerator, "write", interrupted)
     ended = generate(given, tmp_path, "--chat", typed="one\ntwo\n")
     assert (ended.code, ended.stdout) == (0, "") and "interrupted" not in ended.stderr
 
@@ -174,10 +174,10 @@ def test_several_replies_are_told_apart(given: Settings, tmp_path: Path) -> None
     assert generate(given, tmp_path, *words, "run.seed=6").stdout != first.stdout
 
 
-def write_on_rank(given: Settings, wanted: Wanted) -> list[Written]:
+def write_on_rank(given: Settings, wanted: GenerateOptions) -> list[Completion]:
     config = make_config(given, dist.get_world_size(), STAGES["sft"])
     opened = check(config, wanted)
-    writer = Writer(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline))
+    writer = TextGenerator(opened.encoder, Mesh(config.parallel.tensor, config.parallel.pipeline))
     return writer.write(opened.prompts)
 
 
@@ -195,7 +195,7 @@ def test_every_layout_writes_the_same(given: Settings, tmp_path: Path) -> None:
     results = [
         result
         for world_size, changes in layouts
-        for result in pool.run(write_on_rank, world_size, given | changes, Wanted(prompts=prompts))
+        for result in pool.run(write_on_rank, world_size, given | changes, GenerateOptions(prompts=prompts))
     ]
     assert len(results[0]) == 2 * len(QUESTIONS)
     for result in results[1:]:
@@ -268,7 +268,7 @@ def test_role_marks_that_are_plain_text_are_told(given: Settings, tmp_path: Path
 def refused_on_rank(given: Settings, of_ranks: list[Settings]) -> str:
     config = make_config(given | of_ranks[dist.get_rank()], dist.get_world_size(), STAGES["sft"])
     with pytest.raises(InputError) as caught:
-        Writer(PromptEncoder(config, raw=False), Mesh())
+        TextGenerator(PromptEncoder(config, raw=False), Mesh())
     return str(caught.value)
 
 
@@ -304,15 +304,15 @@ def test_what_was_written_before_a_failure_is_kept(
     """Replies are in a file of their own until all are there."""
     given["generate"]["max_sequences"] = 1
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one"}] * 20)
-    calls, write = [], Writer.write
+    calls, write = [], TextGenerator.write
 
-    def interrupted(*arguments: Any) -> list[Written]:
+    def interrupted(*arguments: Any) -> list[Completion]:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return write(*arguments)
 
-    monkeypatch.setattr(Writer, "write", interrupted)
+    monkeypatch.setattr(TextGenerator, "write", interrupted)
     with suppress(KeyboardInterrupt):
         generate(given, tmp_path, "--prompts", prompts, "--output", str(tmp_path / "out"))
     assert len(calls) == 2

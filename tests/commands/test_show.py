@@ -17,7 +17,7 @@ from llm3d.commands.show import show, spelling
 from llm3d.config import STAGES, make_config
 from llm3d.corpus.tokenizer_training import train_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.by_settings import open_chat_stage
+from llm3d.stages.run import open_task
 from llm3d.text.tokenizer import load_tokenizer
 from tests import pool
 from tests.corpora import documents, write_jsonl
@@ -107,7 +107,7 @@ def test_replies_that_are_compared(directory: Path) -> None:
 
 
 def packed_on_rank(made: dict[str, Any]) -> list[list[int]]:
-    opened = open_chat_stage(make_config(made, None, STAGES["sft"]))
+    opened = open_task(make_config(made, None, STAGES["sft"]))
     batches = [batch for step in (1, 2) for batch in opened.data.microbatches(step, Mesh())]
     segments = [batch.tokens.tensor_split(batch.cu_seqlens[1:-1].long()) for batch in batches]
     return sorted(part.tolist() for parts in segments for part in parts)
@@ -117,7 +117,7 @@ def test_the_first_samples_are_those_of_the_first_steps(directory: Path) -> None
     made = given(directory, conversations(20), "sft")
     _, stdout, _ = shown(made, "--samples", "8")
     numbers = [int(number) - 1 for number in re.findall(r", sample (\d+)\n", stdout)]
-    samples = open_chat_stage(make_config(made, None, STAGES["sft"])).data.sets[0]
+    samples = open_task(make_config(made, None, STAGES["sft"])).data.sets[0]
     tokens = sorted(samples[number].sequences[0].ids.tolist() for number in numbers)
     assert tokens == pool.run(packed_on_rank, 1, made)[0]
 

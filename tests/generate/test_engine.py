@@ -13,13 +13,13 @@ import torch
 from llm3d.checkpoint.starting import load_first_weights
 from llm3d.data.pretraining import Sample, collate
 from llm3d.generate.cache import BLOCK_SIZE
+from llm3d.generate.cuda_graphs import Play
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import Play
 from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.objective import NextToken
-from llm3d.train.trainer import Evaluator
+from llm3d.train.trainer import ShardedModel
 from tests import pool
 from tests.models.layouts import Layout, config_for
 
@@ -88,8 +88,8 @@ def prompts(count: int = 32) -> list[list[int]]:
     return [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths[:count]]
 
 
-def evaluator(path: Path, layout: Layout) -> Evaluator:
-    model = Evaluator(config_for(path, layout), Mesh(layout.tensor, layout.pipeline))
+def evaluator(path: Path, layout: Layout) -> ShardedModel:
+    model = ShardedModel(config_for(path, layout), Mesh(layout.tensor, layout.pipeline))
     load_first_weights(model)
     return model
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator, Reply
-from llm3d.generate.replay import recorder_for
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.trainer import Evaluator
+from llm3d.train.trainer import ShardedModel
 from tests.generate.test_engine import MODELS, SHAPE, Call, drawn, told_as_written
 from tests.gpu import RUNS_ON_GPU
 from tests.models.layouts import Layout, config_for
@@ -22,11 +22,11 @@ pytestmark = RUNS_ON_GPU
 def written(path: Path, device: str, graphs: bool) -> list[Reply]:
     """Of two calls of one generator."""
     mesh = Mesh(device=device)
-    model = Evaluator(config_for(path, Layout()), mesh)
+    model = ShardedModel(config_for(path, Layout()), mesh)
     model.initialise()
-    recorder = recorder_for(mesh.device, graphs)
-    assert (recorder is not None) == graphs
-    generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)
+    graphs = graphs_for(mesh.device, graphs)
+    assert (graphs is not None) == graphs
+    generator = Generator(model.config.model, model.stages, mesh, model.dtype, graphs)
     calls = Call(drawn(), 5), Call(drawn(12)[::-1], 7)
     return [reply for call in calls for several in told_as_written(generator, call) for reply in several]
 

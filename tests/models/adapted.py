@@ -17,10 +17,9 @@ from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.samples import Sample, Tokens
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.by_settings import objective_of
-from llm3d.train.trainer import Evaluator, Trainer
-from tests.stages.common import Settings
-from tests.stages.post_training import opened_stage
+from llm3d.train.trainer import ShardedModel, Trainer
+from tests.stages.common import Settings, trained_model
+from tests.stages.post_training import opened_task
 
 Ids = Sequence[Sequence[int]]
 
@@ -28,14 +27,16 @@ Ids = Sequence[Sequence[int]]
 def said_on_rank(stage: str, given: Settings, ids: Ids) -> Tensor | None:
     """By the model that the settings name, on the last pipeline stage: see `numbers`."""
     config = make_config(given, dist.get_world_size(), STAGES[stage])
-    model = Evaluator(config, Mesh(config.parallel.tensor, config.parallel.pipeline), objective_of(config))
+    model = ShardedModel(
+        config, Mesh(config.parallel.tensor, config.parallel.pipeline), trained_model(config).objective
+    )
     load_first_weights(model)
     return said(model, ids)
 
 
 def trained_and_said_on_rank(stage: str, given: Settings, ids: Ids, steps: int = 2) -> Tensor | None:
     """The same after a few steps of training, saved in run.dir."""
-    opened = opened_stage(stage, given)
+    opened = opened_task(stage, given)
     config = opened.config
     trainer = Trainer(config, Mesh(config.parallel.tensor, config.parallel.pipeline), opened.objective)
     load_first_weights(trainer)
@@ -45,7 +46,7 @@ def trained_and_said_on_rank(stage: str, given: Settings, ids: Ids, steps: int =
     return said(trainer, ids)
 
 
-def said(model: Evaluator, ids: Ids) -> Tensor | None:
+def said(model: ShardedModel, ids: Ids) -> Tensor | None:
     sequences = [Tokens(np.array(tokens, dtype=np.int32), np.ones(len(tokens), dtype=bool)) for tokens in ids]
     multiple_of = model.mesh.tensor_size if model.config.parallel.sequence else 1
     samples = [Sample((sequence,)) for sequence in sequences]

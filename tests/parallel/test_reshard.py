@@ -21,8 +21,8 @@ from llm3d.checkpoint.starting import load_first_weights
 from llm3d.parallel import reshard
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.reshard import HandOver, Transfer, _encoded, in_buckets, plan_transfers
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.parallel.reshard import Transfer, WeightSync, _encoded, in_buckets, plan_transfers
+from llm3d.train.trainer import ShardedModel, Trainer
 from tests import pool
 from tests.models.layouts import Layout, config_for
 
@@ -173,14 +173,14 @@ def hand_over_on_rank(path: Path, layout: Layout, narrow: tuple[int, int]) -> tu
     load_first_weights(trainer)
     inside = mesh.narrowed(*narrow)
     config = config_for(path, Layout(*narrow, layout.world_size // (narrow[0] * narrow[1])))
-    generating, expected = Evaluator(config, inside), Evaluator(config, inside)
+    generating, expected = ShardedModel(config, inside), ShardedModel(config, inside)
     load_first_weights(expected)
     held = [piece.box for piece, _ in trainer.flat.held()]
     wanted = [piece.box for piece, _ in generating.weights()]
-    hand_over = HandOver(held, wanted, mesh.everyone, BUCKET)
+    weight_sync = WeightSync(held, wanted, mesh.everyone, BUCKET)
     for _, view in generating.weights():
         view.fill_(torch.nan)
-    moved = hand_over.run(trainer.flat.held(), generating.weights())
+    moved = weight_sync.run(trainer.flat.held(), generating.weights())
     for (piece, mine), (_, theirs) in zip(generating.weights(), expected.weights(), strict=True):
         assert torch.equal(mine, theirs), piece.box
     missing = 0
@@ -190,7 +190,7 @@ def hand_over_on_rank(path: Path, layout: Layout, narrow: tuple[int, int]) -> tu
             holes = [rest for hole in holes for rest in hole.without(other)]
         missing += 4 * sum(hole.numel for hole in holes)
     with PeakOfTensors() as made:
-        again = hand_over.run(trainer.flat.held(), generating.weights())
+        again = weight_sync.run(trainer.flat.held(), generating.weights())
     assert again[:2] == moved[:2]
     return moved.received_bytes, missing, made.peak
 
@@ -219,7 +219,7 @@ def calls_of_a_run(num_ranks: int) -> int:
     group = mock.Mock(rank=lambda: 0, size=lambda: num_ranks)
     encoded = [_encoded(*each) for each in boxes]
     with mock.patch.object(reshard, "gather_bytes", return_value=encoded):
-        hand_over = HandOver(*boxes[0], group, bucket_bytes=256)
+        weight_sync = WeightSync(*boxes[0], group, bucket_bytes=256)
     source = [(Piece(each), torch.zeros(each.size)) for each in boxes[0][0]]
     target = [(Piece(each), torch.zeros(each.size)) for each in boxes[0][1]]
     calls = 0
@@ -231,7 +231,7 @@ def calls_of_a_run(num_ranks: int) -> int:
     with mock.patch.object(reshard.dist, "all_to_all_single", sent_nowhere):
         sys.setprofile(count)
         try:
-            hand_over.run(source, target)
+            weight_sync.run(source, target)
         finally:
             sys.setprofile(None)
     return calls
@@ -272,7 +272,7 @@ def test_a_piece_of_memory_may_hold_several_boxes() -> None:
 
 
 def copied_on_rank(pieces: list[tuple[Piece, torch.Tensor]], wanted: Piece) -> tuple[torch.Tensor, int]:
-    hand_over = HandOver([piece.box for piece, _ in pieces], [wanted.box], Mesh().everyone)
+    weight_sync = WeightSync([piece.box for piece, _ in pieces], [wanted.box], Mesh().everyone)
     target = torch.zeros(wanted.box.size)
-    moved = hand_over.run(pieces, [(wanted, target)])
+    moved = weight_sync.run(pieces, [(wanted, target)])
     return target, moved.received_bytes

@@ -20,7 +20,6 @@ from llm3d.data.conversations import ChatData
 from llm3d.data.packed import chosen_targets, collate
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.by_settings import objective_of
 from llm3d.text.templates import BUILT_IN, load_template
 from llm3d.text.tokenizer import load_tokenizer
 from llm3d.train.trainer import StepResult, Trainer
@@ -28,6 +27,7 @@ from tests import pool
 from tests.closeness import assert_same_numbers
 from tests.parity.harness import owned_pieces
 from tests.parity.test_parity import relative_norm
+from tests.stages.common import trained_model
 from tests.stages.post_training import conversations, settings, write_model, write_rows
 
 STAGE_SETTINGS: dict[str, dict[str, Any]] = {
@@ -73,7 +73,9 @@ def random_samples(stage: str, count: int = NUM_SAMPLES) -> list[Sample]:
 def make_trainer(stage: str, model: Path, **changes: Any) -> Trainer:
     given = settings(model, "unused", Path("unused"), **STAGE_SETTINGS[stage], **changes)
     config = make_config(given, dist.get_world_size(), STAGES[stage.partition("-")[0]])
-    trainer = Trainer(config, Mesh(config.parallel.tensor, config.parallel.pipeline), objective_of(config))
+    trainer = Trainer(
+        config, Mesh(config.parallel.tensor, config.parallel.pipeline), trained_model(config).objective
+    )
     load_pretrained(model, trainer)
     return trainer
 

@@ -24,15 +24,15 @@ from llm3d.data.samples import SampleSet, Tokens
 from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
-from llm3d.plan.memory import Memory, Work, memory_of_stages
-from llm3d.stages.by_settings import largest_microbatch, objective_of
-from llm3d.stages.dpo import needs_second_model
+from llm3d.plan.memory import Memory, memory_of_stages
+from llm3d.stages.stage import stage_of
 from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.parity.harness import GLOBAL_BATCH, LEARNING_RATE, Layout, settings
 from tests.parity.test_post_training import settings as stage_settings
 from tests.stages import post_training
+from tests.stages.common import trained_model
 from tests.stages.post_training import write_model
 
 LENGTH, VOCABULARY = 96, 1000
@@ -70,8 +70,8 @@ def as_planned(config: C, layout: Layout) -> C:
 
 
 def plan(config: Config, world_size: int, device_type: str) -> list[Memory]:
-    work = Work(objective_of(config), largest_microbatch(config), needs_second_model(config))
-    return memory_of_stages(config, work, world_size, device_type)
+    trained, *frozen = stage_of(config).models(config).roles
+    return memory_of_stages(trained, world_size, device_type, frozen)
 
 
 def live_bytes() -> int:
@@ -106,7 +106,7 @@ def measure_on_rank(stage: str, layout: Layout, num_peaks: int = 3) -> tuple[int
     """Bytes that live between steps, of the model and its optimiser, and at the peak of one, the least of some."""
     before = live_bytes()
     mesh, config = Mesh(layout.tensor, layout.pipeline), config_of_stage(stage, layout)
-    trainer = Trainer(config, mesh, objective_of(config))
+    trainer = Trainer(config, mesh, trained_model(config).objective)
     trainer.initialise()
     batches = batches_of_stage(stage, layout, mesh)
     data = sum(

@@ -15,9 +15,10 @@ from llm3d.errors import InputError
 from llm3d.generate import engine
 from llm3d.parallel.mesh import Mesh
 from llm3d.plan.phases import Phases, phases_of_stages
-from llm3d.rl.ppo import open_stage
-from llm3d.rl.roles import bytes_of_writing, planned_models, roles_of
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.rl.models import planned_settings
+from llm3d.stages.ppo import open_stage
+from llm3d.stages.stage import stage_of
+from llm3d.train.trainer import ShardedModel, Trainer
 from tests import pool
 from tests.plan.test_memory import live_bytes
 from tests.stages.common import Settings
@@ -51,13 +52,13 @@ def given_settings(files: Path, **changes: Any) -> Settings:
 def measured_on_rank(given: Settings, world_size: int) -> tuple[Kept, int]:
     """Bytes that each model keeps, by kind; and what all tensors take while replies are written, at most."""
     config = make_config(given, world_size, PPOConfig)
-    opened = open_stage(config)
+    task = open_stage(config)
     before = live_bytes()
-    trainer = opened.trainer(Mesh(config.parallel.tensor, config.parallel.pipeline))
-    opened.prepare(trainer)
-    load_first_weights(trainer)
-    prompts = opened.data.microbatches(1, trainer.mesh)
-    trainer.step(prompts, 1e-4)
+    learner = task.learner(Mesh(config.parallel.tensor, config.parallel.pipeline))
+    learner.prepare()
+    load_first_weights(learner.policy)
+    prompts = task.data.microbatches(1, learner.mesh)
+    learner.step(prompts, 1e-4)
     peaks = []
     choose = engine.choose
 
@@ -68,13 +69,13 @@ def measured_on_rank(given: Settings, world_size: int) -> tuple[Kept, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "choose", seen)
-        trainer.writer.write(prompts)
-    models = {"policy": trainer, "critic": trainer.critic, "reference": trainer.reference}
-    models |= {"reward model 0": trainer.rewards.models[0]}
+        learner.rollout.generate(prompts)
+    models = {"policy": learner.policy, "critic": learner.critic, "reference": learner.reference.model}
+    models |= {"reward model 0": learner.rewards.models[0]}
     return {name: kept(model) for name, model in models.items() if model is not None}, max(peaks)
 
 
-def kept(model: Evaluator) -> dict[str, int]:
+def kept(model: ShardedModel) -> dict[str, int]:
     units = (*model.flat.units, *model.flat.frozen)
     found = {"parameters": sum((unit.parameters if unit.frees else unit.whole).nbytes for unit in units)}
     if isinstance(model, Trainer):
@@ -84,8 +85,8 @@ def kept(model: Evaluator) -> dict[str, int]:
 
 
 def planned(given: Settings, world_size: int) -> list[Phases]:
-    models, _ = planned_models(make_config(given, world_size, PPOConfig))
-    return phases_of_stages(roles_of(models), bytes_of_writing(models.config), world_size, "cpu")
+    config = make_config(given, world_size, PPOConfig)
+    return phases_of_stages(stage_of(config).models(config).roles, world_size, "cpu")
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -105,7 +106,7 @@ def test_what_is_there_is_what_was_planned(name: str, files: Path) -> None:
     for models, writing in pool.run(measured_on_rank, world_size, given, world_size):
         for role, memory in stage.trained.items():
             assert all(nearly(size, getattr(memory, part)) for part, size in models[role].items())
-        assert all(nearly(models[role]["parameters"], size) for role, size in stage.asked.items())
+        assert all(nearly(models[role]["parameters"], size) for role, size in stage.frozen.items())
         limit = stage.peaks["writing"]
         assert 0.5 * limit < writing < limit + SLACK  # no reply is as long as it may be
 
@@ -135,7 +136,7 @@ def test_models_that_are_not_there_are_planned_by_their_shape(
     path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"ppo": others}))
     settings, _ = config_for_plan(path, ["model.preset=llama-3.1-8b", "parallel.tensor=8"], 8)
     assert isinstance(settings, PPOConfig)
-    models, remarks = planned_models(settings)
+    models, remarks = planned_settings(settings)
     assert models.critic is not None
     assert models.critic.model.hidden_size == (2048 if "critic" in others else 4096)
     assert [model and model.model.hidden_size for model in models.rewards] == [
@@ -147,4 +148,4 @@ def test_models_that_are_not_there_are_planned_by_their_shape(
 def test_weights_that_should_be_there_are_missed(files: Path) -> None:
     given = given_settings(files, ppo={"rewards": [{"model": "nowhere"}]})
     with pytest.raises(InputError, match=r"ppo\.rewards\[0\]\.model: no directory 'nowhere'"):
-        planned_models(make_config(given, 1, PPOConfig))
+        planned_settings(make_config(given, 1, PPOConfig))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llm3d.config import PPOSettings
 from llm3d.rl.advantages import (
-    Spread,
+    RunningMoments,
     adapted_coefficient,
     generalised_advantages,
     group_advantages,
@@ -119,7 +119,7 @@ def test_groups_are_compared_within_themselves() -> None:
 
 
 def test_the_spread_of_scores_is_that_of_all_of_them() -> None:
-    spread, values = Spread(), [3.0, -1.0, 4.0, 1.5, 9.0]
+    spread, values = RunningMoments(), [3.0, -1.0, 4.0, 1.5, 9.0]
     for part in (values[:2], values[2:]):
         spread.add(part)
     assert spread.mean == pytest.approx(sum(values) / 5)

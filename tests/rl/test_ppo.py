@@ -17,15 +17,14 @@ from llm3d.corpus.build import tokenize_corpus
 from llm3d.data.chat import read_samples
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
-from llm3d.rl.ppo import OpenedPPO
-from llm3d.rl.rollout import of_replies
+from llm3d.rl.rollout import score_sequences
 from tests import pool
 from tests.closeness import ROUNDING, assert_same_numbers
 from tests.stages.common import Settings, command, evaluated, metrics, silent
 from tests.stages.post_training import (
     answer,
     conversations,
-    opened_stage,
+    opened_task,
     question,
     settings,
     train_on_rank,
@@ -293,15 +292,14 @@ def test_a_critic_with_adapters_is_asked_for_the_reward_model_it_started_from(
 
 
 def validation_names_on_rank(given: Settings) -> list[str]:
-    return sorted(opened_stage("ppo", given).validation_names)
+    return sorted(opened_task("ppo", given).validation_names)
 
 
 def models_on_rank(given: Settings) -> int:
     """That a run has in memory."""
-    opened = opened_stage("ppo", given)
-    assert isinstance(opened, OpenedPPO)
-    trainer = opened.trainer(Mesh(pipeline=opened.config.parallel.pipeline))
-    return len({trainer, trainer.critic, trainer.reference, *trainer.rewards.models})
+    task = opened_task("ppo", given)
+    learner = task.learner(Mesh(pipeline=task.config.parallel.pipeline))
+    return len({learner.policy, learner.critic, learner.reference.model, *learner.rewards.models})
 
 
 def test_adapters_that_go_on_leave_what_they_were(files: Path, tmp_path: Path) -> None:
@@ -375,13 +373,12 @@ def test_updates_stop_where_the_policy_has_gone_far_enough(files: Path, tmp_path
 
 def centered_on_rank(given: Settings, path: str) -> tuple[float, float]:
     """The mean score of a file's replies, and of what was subtracted from each."""
-    opened = opened_stage("ppo", given)
-    assert isinstance(opened, OpenedPPO)
-    trainer = opened.trainer(Mesh(opened.config.parallel.tensor))
-    opened.prepare(trainer)
-    samples, _ = read_samples(path, "conversation", opened.tokenizer.template, opened.config.data)
-    (offset,), (model,) = trainer.rewards.offsets, trainer.rewards.models
-    scores = of_replies(model, [samples[i] for i in range(len(samples))]) - offset
+    task = opened_task("ppo", given)
+    learner = task.learner(Mesh(task.config.parallel.tensor))
+    learner.prepare()
+    samples, _ = read_samples(path, "conversation", task.tokenizer.template, task.config.data)
+    (offset,), (model,) = learner.rewards.offsets, learner.rewards.models
+    scores = score_sequences(model, [samples[i] for i in range(len(samples))]) - offset
     return scores.mean().item(), offset
 
 

@@ -17,14 +17,14 @@ from typer.testing import CliRunner
 
 from llm3d.checkpoint.load import load_pretrained
 from llm3d.cli import app
-from llm3d.config import make_config
+from llm3d.config import Config, make_config
 from llm3d.corpus.indexed import IndexedWriter
 from llm3d.data.language import ValidationData
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages import pretrain
-from llm3d.stages.run import check_stage, train_stage
+from llm3d.stages.run import open_task, train_task
+from llm3d.stages.stage import ModelRole, stage_of
 from llm3d.train.objective import Tally
-from llm3d.train.trainer import Evaluator
+from llm3d.train.trainer import ShardedModel
 
 VOCAB_SIZE = 61
 SEQUENCE_LENGTH = 16
@@ -117,6 +117,11 @@ def metrics(given: Settings) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def trained_model(config: Config) -> ModelRole:
+    """The model that a run of these settings is about."""
+    return stage_of(config).models(config).roles[0]
+
+
 # ---- on each rank of the pool ----
 
 
@@ -129,16 +134,16 @@ def silent() -> Iterator[io.StringIO]:
 
 def pretrain_on_rank(given: Settings) -> str:
     """What `llm3d pretrain` does under torchrun, in a world that is there already; -> what the rank said."""
-    opened = check_stage(make_config(given, dist.get_world_size()), pretrain.open_stage)
-    parallel = opened.config.parallel
+    task = open_task(make_config(given, dist.get_world_size()))
+    parallel = task.config.parallel
     with silent() as said:
-        train_stage(opened, Mesh(parallel.tensor, parallel.pipeline))
+        train_task(task, Mesh(parallel.tensor, parallel.pipeline))
     return said.getvalue()
 
 
 def evaluate_on_rank(given: Settings, checkpoint: Path) -> Tally:
     """What `llm3d eval` does under torchrun, in a world that is there already."""
     config = make_config(given, dist.get_world_size())
-    model = Evaluator(config, Mesh(config.parallel.tensor, config.parallel.pipeline))
+    model = ShardedModel(config, Mesh(config.parallel.tensor, config.parallel.pipeline))
     load_pretrained(checkpoint, model)
     return model.evaluate_all(ValidationData(config).evaluation(model.mesh))

@@ -16,9 +16,7 @@ import torch.distributed as dist
 from llm3d.config import STAGES, make_config
 from llm3d.corpus.tokenizer_training import train_tokenizer
 from llm3d.parallel.mesh import Mesh
-from llm3d.rl import ppo
-from llm3d.stages import dpo, reward, sft
-from llm3d.stages.run import Opened, check_stage, train_stage
+from llm3d.stages.run import open_task, train_task
 from llm3d.text.templates import BUILT_IN
 from llm3d.text.tokenizer import load_tokenizer
 from tests.stages.common import Settings, silent
@@ -153,22 +151,15 @@ def settings(model: Path, train: str, run_dir: Path, /, **changes: Any) -> Setti
 
 # ---- on each rank of the pool ----
 
-OPEN: dict[str, Any] = {
-    "sft": sft.open_stage,
-    "reward": reward.open_stage,
-    "dpo": dpo.open_stage,
-    "ppo": ppo.open_stage,
-}
 
-
-def opened_stage(stage: str, given: Settings) -> Opened:
-    return check_stage(make_config(given, dist.get_world_size(), STAGES[stage]), OPEN[stage])
+def opened_task(stage: str, given: Settings) -> Any:
+    return open_task(make_config(given, dist.get_world_size(), STAGES[stage]))
 
 
 def train_on_rank(stage: str, given: Settings) -> str:
     """What `llm3d STAGE` does under torchrun, in a world that is there already; -> what the rank said."""
-    opened = opened_stage(stage, given)
-    parallel = opened.config.parallel
+    task = opened_task(stage, given)
+    parallel = task.config.parallel
     with silent() as said:
-        train_stage(opened, Mesh(parallel.tensor, parallel.pipeline))
+        train_task(task, Mesh(parallel.tensor, parallel.pipeline))
     return said.getvalue()

@@ -12,8 +12,7 @@ from torch import Tensor
 from llm3d.config import PPOConfig, make_config
 from llm3d.kernels import backend
 from llm3d.parallel.mesh import Mesh
-from llm3d.rl.roles import planned_models, roles_of
-from llm3d.stages.by_settings import largest_microbatch, objective_of
+from llm3d.stages.stage import stage_of
 from tests.generate.test_sampling import CASES, drawn
 from tests.paper import NEEDS_KERNELS, step_on_paper
 from tests.parity.harness import Layout
@@ -21,7 +20,7 @@ from tests.parity.harness import settings as settings_of_pretraining
 from tests.parity.test_post_training import STAGE_SETTINGS
 from tests.parity.test_post_training import settings as settings_of_stage
 from tests.stages import common
-from tests.stages.common import Settings, write_corpus
+from tests.stages.common import Settings, trained_model, write_corpus
 from tests.stages.post_training import (
     comparisons,
     conversations,
@@ -120,14 +119,14 @@ def test_a_run_uses_nothing_that_raises(stage: str, tmp_path: Path) -> None:
 def test_a_step_as_a_gpu_takes_it_uses_nothing_that_raises(stage: str) -> None:
     for layout in (Layout(micro=2, compute="bf16", recompute="selective"), Layout(tensor=2, data=2, zero=3)):
         config = settings_of_pretraining(layout) if stage == "pretrain" else settings_of_stage(stage, layout)
-        batch = largest_microbatch(config)
-        step_on_paper(config, objective_of(config), batch, layout.world_size, watched=Deterministic())
+        role = trained_model(config)
+        step_on_paper(config, role.objective, role.microbatch, layout.world_size, watched=Deterministic())
 
 
 @NEEDS_KERNELS
 def test_a_step_of_ppo_as_a_gpu_takes_it_uses_nothing_that_raises(tmp_path: Path) -> None:
-    models, _ = planned_models(make_config(given_settings("ppo", tmp_path), 1, PPOConfig))
-    trained = [role for role in roles_of(models) if role.kind == "trained"]
+    config = make_config(given_settings("ppo", tmp_path), 1, PPOConfig)
+    trained = [role for role in stage_of(config).models(config).roles if role.kind == "trained"]
     assert len(trained) == 2
     for role in trained:
         step_on_paper(role.config, role.objective, role.microbatch, watched=Deterministic())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llm3d.commands.export import export
-from llm3d.commands.generate import PromptEncoder, Writer
+from llm3d.commands.generate import PromptEncoder, TextGenerator
 from llm3d.config.hugging_face import token_ids
 from llm3d.config.uses import config_for_generation
 from llm3d.corpus.build import tokenize_corpus
@@ -284,7 +284,7 @@ def test_it_stops_where_it_stops_in_transformers(case: tuple[Case, Path]) -> Non
         written = network.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
         theirs = written[0, len(prompt) :].tolist()
         with process_group() as device:
-            writer = Writer(encoder, Mesh(1, 1, device))
+            writer = TextGenerator(encoder, Mesh(1, 1, device))
             ((reply,),) = writer.generator.generate([encoder.request(prompt, 0)], 1, None, None)
         assert reply.tokens == theirs and theirs[BEFORE] == token
         if len(theirs) <= BEFORE + 1:

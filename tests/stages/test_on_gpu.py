@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.run import train_stage
+from llm3d.stages.run import train_task
 from tests.gpu import RUNS_ON_GPU
 from tests.rl.test_ppo import examples
 from tests.stages.common import Settings, metrics, silent
 from tests.stages.post_training import (
     answer,
-    opened_stage,
+    opened_task,
     question,
     settings,
     write_model,
@@ -27,14 +27,14 @@ pytestmark = RUNS_ON_GPU
 
 
 def trained(directory: Path, device: str, **changes: Any) -> Settings:
-    """Two steps of PPO, whose reference and reward model are parked on a GPU."""
+    """Two steps of PPO, whose reference and reward model are offloaded."""
     given = settings(directory / "model", str(directory / "prompts.jsonl"), directory / device, **changes)
     given["optim"] = {"lr": 1e-3}
     given["train"] = {"steps": 2}
     given["generate"] = {"max_new_tokens": 12}
     given["ppo"] = {"rewards": [{"model": str(directory / "reward")}], "epochs": 2, **changes.get("ppo", {})}
     with silent():
-        train_stage(opened_stage("ppo", given), Mesh(device=device))
+        train_task(opened_task("ppo", given), Mesh(device=device))
     return given
 
 

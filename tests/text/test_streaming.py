@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm3d.text.streaming import Replies, Shown
+from llm3d.text.streaming import Replies, StreamPrinter
 from llm3d.text.tokenizer import Tokenizer, load_tokenizer
 from tests.stages.post_training import write_tokenizer
 
@@ -48,7 +48,7 @@ def byte_fallback(directory: Path) -> Tokenizer:
 @given(text=TEXT, stop=STOPS)
 def test_what_is_shown_grows_into_the_text(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
     replies = Replies(tokenizer, [], stop)
-    shown, printed = Shown(replies), ""
+    shown, printed = StreamPrinter(replies), ""
     tokens = tokenizer.encode_next(text).tolist()
     for i in range(1, len(tokens) + 1):
         printed += shown.more(tokens[:i])

@@ -15,6 +15,7 @@ from llm3d.data.pretraining import Microbatch
 from llm3d.errors import InputError, Interrupted
 from llm3d.parallel import agreement
 from llm3d.parallel.mesh import Mesh
+from llm3d.train.learner import ModelLearner
 from llm3d.train.loop import train
 from llm3d.train.report import Report
 from llm3d.train.trainer import Trainer
@@ -71,7 +72,7 @@ def run(
         patch.setattr(agreement, "gather_bytes", counted)
         with Report(Path(directory), 0, 5, speaks=False, tensorboard=False) as report:
             try:
-                train(trainer, OfRank(), report, 0, save)
+                train(ModelLearner(trainer), OfRank(), report, 0, save)
             except (InputError, Interrupted) as raised:
                 error = raised
     return Ended(saved, error, len(messages))

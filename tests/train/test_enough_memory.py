@@ -11,7 +11,7 @@ import torch
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.train import trainer as trainer_module
-from llm3d.train.trainer import Evaluator, Trainer, host_bytes
+from llm3d.train.trainer import ShardedModel, Trainer, host_bytes
 from tests import pool
 from tests.parity.harness import Layout, settings
 from tests.parity.test_post_training import settings as stage_settings
@@ -67,7 +67,7 @@ def refused_on_rank(layout: Layout, trainable: bool) -> str:
         mock.patch.object(trainer_module, "FlatParameters", made),
         pytest.raises(InputError) as refused,
     ):
-        (Trainer if trainable else Evaluator)(settings(layout), mesh)
+        (Trainer if trainable else ShardedModel)(settings(layout), mesh)
     return str(refused.value)
 
 

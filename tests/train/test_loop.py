@@ -21,6 +21,7 @@ from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.best import Best
+from llm3d.train.learner import ModelLearner
 from llm3d.train.loop import in_pinned_memory, read_microbatches, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
@@ -92,7 +93,7 @@ class Run:
     def train(self, start_step: int = 0, best: Best | None = None) -> None:
         data = Data(self.trainer.config.train.steps)
         with Report(self.directory, start_step, data.steps.last, speaks=True, tensorboard=False) as report:
-            train(self.trainer, data, report, start_step, self.save, best=best)
+            train(ModelLearner(self.trainer), data, report, start_step, self.save, best=best)
 
     def save(self, step: int) -> Path:
         self.saved.append((step, self.weights()))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llm3d.stages.by_settings import largest_microbatch, objective_of
 from tests.paper import NEEDS_KERNELS, step_on_paper
 from tests.parity.harness import Layout
 from tests.parity.harness import settings as settings_of_pretraining
 from tests.parity.test_post_training import settings as settings_of_stage
+from tests.stages.common import trained_model
 
 LAYOUTS = [
     Layout(micro=2),
@@ -26,7 +26,6 @@ LAYOUTS = [
 def test_a_step_is_launched_before_the_host_waits_once(stage: str, layout: Layout) -> None:
     config = settings_of_pretraining(layout) if stage == "pretrain" else settings_of_stage(stage, layout)
     for rank in range(0, layout.world_size, layout.tensor * layout.data):  # of each pipeline stage
-        happened = step_on_paper(
-            config, objective_of(config), largest_microbatch(config), layout.world_size, rank
-        )
+        role = trained_model(config)
+        happened = step_on_paper(config, role.objective, role.microbatch, layout.world_size, rank)
         assert happened == ["launched", "told", "read"]

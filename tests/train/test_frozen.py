@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.train.parking import Parked, without_memory
-from llm3d.train.trainer import Evaluator, Trainer
+from llm3d.train.frozen import OffloadedWeights, released_storage
+from llm3d.train.trainer import ShardedModel, Trainer
 from tests import pool
 from tests.parity.harness import Layout, microbatches, settings
 
 
-def bytes_of_weights(model: Evaluator) -> int:
+def bytes_of_weights(model: ShardedModel) -> int:
     units = (*model.flat.units, *model.flat.frozen)
     return sum(t.untyped_storage().nbytes() for unit in units for t in {unit.whole, unit.parameters})
 
@@ -19,14 +19,14 @@ def bytes_of_weights(model: Evaluator) -> int:
 def parked_on_rank(layout: Layout) -> tuple[list[float], list[int]]:
     """Losses before parking and after it, twice; the bytes of weights meanwhile."""
     mesh = Mesh(layout.tensor, layout.pipeline)
-    model = Evaluator(settings(layout), mesh)
+    model = ShardedModel(settings(layout), mesh)
     model.initialise()
     batches = microbatches(layout, 0, mesh.data_rank)
     losses = [model.evaluate(batches).loss]
-    parked = Parked(model.flat)
+    parked = OffloadedWeights(model.flat)
     sizes = [bytes_of_weights(model)]
     for _ in range(2):
-        with parked.on_the_device():
+        with parked.onload():
             losses.append(model.evaluate(batches).loss)
         sizes.append(bytes_of_weights(model))
     return losses, sizes
@@ -47,7 +47,7 @@ def lent_on_rank(layout: Layout, lends: bool) -> list[float]:
     for step in range(2):
         norms.append(trainer.step(microbatches(layout, step, mesh.data_rank), 1e-3).grad_norm)
         if lends:
-            with without_memory(trainer.flat.kept_gradients):
+            with released_storage(trainer.flat.kept_gradients):
                 assert not any(g.untyped_storage().nbytes() for g in trainer.flat.kept_gradients)
     return norms
 
@@ -59,6 +59,6 @@ def test_gradients_may_be_lent_between_steps() -> None:
 
 def test_lent_memory_comes_back_empty() -> None:
     tensor = torch.ones(5)
-    with without_memory([tensor]):
+    with released_storage([tensor]):
         assert not tensor.untyped_storage().nbytes()
     assert tensor.tolist() == [0.0] * 5

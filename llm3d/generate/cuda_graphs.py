@@ -12,7 +12,7 @@ from llm3d.kernels.backend import fused
 
 Play = Callable[[], Tensor]
 Record = Callable[[Play], Play]
-Recorder = Callable[[], Record]
+Graphs = Callable[[], Record]
 
 
 def padded_count(count: int) -> int:
@@ -21,7 +21,7 @@ def padded_count(count: int) -> int:
     return above * 3 // 4 if above > 16 and count <= above * 3 // 4 else above
 
 
-def recorder_for(device: torch.device, wanted: bool) -> Recorder | None:
+def graphs_for(device: torch.device, wanted: bool) -> Graphs | None:
     """CUDA graphs, where they are wanted and the kernels in use can be in one."""
     if not wanted or device.type != "cuda":
         return None
@@ -53,7 +53,7 @@ class _Recording(NamedTuple):
     play: Play
 
 
-class Replayed:
+class GraphRunner:
     """A function of tensors, recorded for each shape of them that comes again.
 
     The first time is done as it is: it makes ready what cannot be made while recording, as communicators.
