@@ -12,6 +12,7 @@ import typer
 
 import llm3d
 from llm3d.cli import data, kernels, models, planning, training
+from llm3d.stages import DESCRIPTIONS
 
 __all__ = ["app", "main"]
 
@@ -40,11 +41,7 @@ app = group(
     "Train LLaMA models under tensor, pipeline and data parallelism.",
     {
         "config": training.show_config,
-        "pretrain": training.pretrain,
-        "sft": training.sft,
-        "reward": training.reward,
-        "dpo": training.dpo,
-        "ppo": training.ppo,
+        **{stage: training.command_of(stage) for stage in DESCRIPTIONS},
         "eval": models.evaluate,
         "generate": models.generate,
         "export": models.export,

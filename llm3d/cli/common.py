@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from llm3d.errors import InputError, TrainingAborted
+from llm3d.stages import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from llm3d.config import Config
@@ -80,14 +81,7 @@ Output = Annotated[Path, typer.Option(help="The directory to write.", show_defau
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
 
 
-class Stage(str, Enum):
-    pretrain = "pretrain"
-    sft = "sft"
-    reward = "reward"
-    dpo = "dpo"
-    ppo = "ppo"
-
-
+Stage = Enum("Stage", {name: name for name in DESCRIPTIONS}, type=str)  # type: ignore[misc]
 StageOption = Annotated[
     Stage | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from llm3d.cli.common import (
 )
 from llm3d.cli.planning import say_memory
 from llm3d.errors import InputError
+from llm3d.stages import DESCRIPTIONS
 
 
 @ends_as_promised
@@ -56,34 +58,15 @@ def show_config(
         print(config_to_yaml(load_config(config, overrides, world_size, kind)), end="")
 
 
-@ends_as_promised
-def pretrain(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Train on tokens from `llm3d data tokenize`, or from Megatron."""
-    train("pretrain", config, overrides, check_only)
+def command_of(stage: str) -> Callable[..., None]:
+    """The command that runs a training stage."""
 
+    @ends_as_promised
+    def run(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
+        train(stage, config, overrides, check_only)
 
-@ends_as_promised
-def sft(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Fine-tune on conversations: learn the replies."""
-    train("sft", config, overrides, check_only)
-
-
-@ends_as_promised
-def reward(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Train a reward model on comparisons of replies."""
-    train("reward", config, overrides, check_only)
-
-
-@ends_as_promised
-def dpo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Direct preference optimisation on comparisons of replies."""
-    train("dpo", config, overrides, check_only)
-
-
-@ends_as_promised
-def ppo(config: ConfigFile, overrides: Overrides = None, check_only: CheckOnly = False) -> None:
-    """Reinforcement learning from a reward model or a function: PPO, GRPO or RLOO."""
-    train("ppo", config, overrides, check_only)
+    run.__doc__ = DESCRIPTIONS[stage]
+    return run
 
 
 def train(stage: str, config: Path, overrides: list[str] | None, check_only: bool) -> None:

@@ -34,7 +34,7 @@ def show(
     """
     if split == "valid" and not config.data.valid:
         raise InputError("data.valid: empty; name the data, or show --split train")
-    if config.reads not in ("conversations", "comparisons"):
+    if config.reads in ("tokens", "prompts"):
         raise InputError(
             f"these settings are for {config.stage}, which reads {config.reads}; --stage names another stage"
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from llm3d.config.base import Section
 from llm3d.config.sections import (
     BatchConfig,
@@ -45,7 +47,9 @@ class Config(Section):
     """
 
     stage: ClassVar[str]
-    reads: ClassVar[Literal["tokens", "conversations", "comparisons", "prompts"]] = "tokens"
+    reads: ClassVar[Literal["tokens", "conversations", "comparisons", "labelled replies", "prompts"]] = (
+        "tokens"
+    )
     head: ClassVar[Literal["language", "score"]] = "language"
 
     run: RunConfig
@@ -188,6 +192,42 @@ class DPOConfig(ComparisonConfig):
             yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
 
 
+class ORPOSettings(Section):
+    """Odds ratio preference optimisation. Hong et al. 2024."""
+
+    beta: float = Field(0.1, gt=0)
+    """ORPO beta: weight of the odds-ratio term beside the negative log-likelihood of the chosen replies; lambda in the
+    paper."""
+
+
+class ORPOConfig(ComparisonConfig):
+    """All settings of odds ratio preference optimisation."""
+
+    stage = "orpo"
+
+    orpo: ORPOSettings
+
+
+class KTOSettings(Section):
+    """Kahneman-Tversky optimisation. Ethayarajh et al. 2024."""
+
+    beta: float = Field(0.1, gt=0)
+    """KTO beta: strength of the KL constraint, as in DPO."""
+    desirable_weight: float = Field(1.0, gt=0)
+    """Weight of the loss of desirable replies."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """Weight of the loss of undesirable replies. The paper asks for a ratio of desirable_weight x desirable replies to
+    undesirable_weight x undesirable ones from 1 to 4 / 3."""
+
+
+class KTOConfig(PostTrainingConfig):
+    """All settings of Kahneman-Tversky optimisation."""
+
+    stage, reads = "kto", "labelled replies"
+
+    kto: KTOSettings
+
+
 class PPOConfig(PostTrainingConfig):
     """All settings of reinforcement learning. Samples of a batch are prompts, each with generate.num_replies."""
 
@@ -201,7 +241,8 @@ class PPOConfig(PostTrainingConfig):
 
 
 STAGES: dict[str, type[Config]] = {
-    kind.stage: kind for kind in (PretrainConfig, SFTConfig, RewardConfig, DPOConfig, PPOConfig)
+    kind.stage: kind
+    for kind in (PretrainConfig, SFTConfig, RewardConfig, DPOConfig, ORPOConfig, KTOConfig, PPOConfig)
 }
 
 

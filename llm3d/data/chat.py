@@ -16,7 +16,7 @@ from llm3d.data.formats import PROMPT_FIELDS, Kind, Reader, reader_for
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted, why_useless
 from llm3d.errors import InputError
-from llm3d.text.conversations import Comparison, Conversation, Fields, Item, Message, Prompt
+from llm3d.text.conversations import Comparison, Conversation, Fields, Item, LabelledReply, Message, Prompt
 from llm3d.text.templates import Template, Turns, sides, turns
 from llm3d.wording import counted
 
@@ -81,7 +81,7 @@ def read_samples(
     counts, samples = Counts(), list[Sample]()
     rows = enumerate(_rows(path, kind, settings.format, settings.columns, counts))
     while some := list(islice(rows, _AT_ONCE)):
-        for sample in _encoded(some, template, settings, counts):
+        for sample in _encoded(some, template, settings, counts, kind):
             counts.longest = max(counts.longest, *(len(sequence.ids) for sequence in sample.sequences))
             fits = fitted(sample, settings.sequence_length, settings.truncation, template.tokenizer.bos_id)
             if fits is None:
@@ -167,8 +167,12 @@ def _encoded(
     template: Template,
     settings: ChatDataConfig,
     counts: Counts,
+    kind: Kind,
 ) -> Iterator[Sample]:
-    """A sample for each comparison, and for each conversation as many as data.turns makes of it."""
+    """A sample for each comparison, and for each conversation as many as data.turns makes of it.
+
+    Of labelled replies, one each, of rank 0 where it is desirable, else 1.
+    """
     wanted: list[tuple[int, str, Item, list[Turns]]] = []
     for row, ((where, _), item) in rows:
         counts.unread.update(_unwritten(item, template))
@@ -176,6 +180,9 @@ def _encoded(
             counts.bad.append(BadRecord(where, "calls a tool, and the chat template writes no tool_calls"))
         elif isinstance(item, Comparison):
             wanted.append((row, where, item, sides(item)))
+        elif isinstance(item, LabelledReply):
+            labelled = Conversation(item.messages, item.template_kwargs)
+            wanted.append((row, where, item, turns(labelled, "last")))
         elif isinstance(item, Conversation):
             made = turns(item, settings.turns)
             wanted += [(row, where, item, [turn]) for turn in made]
@@ -185,8 +192,12 @@ def _encoded(
         why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
         if isinstance(sequences, InputError) or why is not None:
             counts.bad.append(BadRecord(where, str(why)))
+        elif isinstance(item, Comparison) and kind == "labelled":
+            yield from (Sample((s,), (rank,), row=row) for s, rank in zip(sequences, item.ranks, strict=True))
         elif isinstance(item, Comparison):
             yield Sample(sequences, item.ranks, item.margin or 0.0, row)
+        elif isinstance(item, LabelledReply):
+            yield Sample(sequences, (0.0 if item.desirable else 1.0,), row=row)
         else:
             yield Sample(sequences, row=row)
 

@@ -26,7 +26,7 @@ from llm3d.data.order import Blend, held_out, sample_window
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.run_tokenizer import open_tokenizer
-from llm3d.data.samples import SampleSet
+from llm3d.data.samples import Sample, SampleSet, mismatched
 from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
@@ -41,9 +41,12 @@ C = TypeVar("C", bound=PostTrainingConfig)
 
 
 def open_chat(
-    config: C, kind: Kind, training: bool = True, prompt_loss: bool = False
+    config: C, kind: Kind, training: bool = True, prompt_loss: bool = False, mismatched: bool = False
 ) -> tuple[C, ChatTokenizer, ChatData]:
-    """The run's tokenizer and its data; training: False: validation data alone. Raises InputError."""
+    """The run's tokenizer and its data. Raises InputError.
+
+    training: False: validation data alone.  mismatched: microbatches bring along prompts with others' replies.
+    """
     config, tokenizer = open_tokenizer(config)
     data = config.data
     assert tokenizer is not None, "a model to start from has a tokenizer"
@@ -59,7 +62,7 @@ def open_chat(
         _check_fits_a_microbatch(source.path, samples, config)
     if isinstance(data.valid, float):
         sets, counts = _with_held_out(sets, counts, data.valid, config.run.seed)
-    chat = ChatData(config, sets[:num_train], sets[num_train:], counts)
+    chat = ChatData(config, sets[:num_train], sets[num_train:], counts, mismatched)
     return config, ChatTokenizer(tokenizer, template), chat
 
 
@@ -115,8 +118,9 @@ class ChatData:
         train: Sequence[SampleSet],
         valid: Sequence[SampleSet],
         counts: Sequence[tuple[str, Counts]] = (),
+        mismatched: bool = False,
     ) -> None:
-        self.counts, self.settings = counts, config.data
+        self.counts, self.settings, self.mismatched = counts, config.data, mismatched
         self.config, self.sets, self.num_train = config, [*train, *valid], len(train)
         self.reference: list[Tensor] | None = None
         self.noise = config.neftune_alpha / math.sqrt(config.model.hidden_size)
@@ -249,13 +253,29 @@ class ChatData:
         """This data rank's microbatches of the samples, and which of them are in each."""
         bins = self._bins(self._lengths(places), mesh.data_size)[mesh.data_rank :: mesh.data_size]
         total = chosen_targets([self.sets[place.number][place.sample] for place in places])
-        batches = (self._collated([places[i] for i in items], mesh) for items in bins)
+        batches = (self._collated([places[i] for i in items]) for items in bins)
         return [
-            (items, replace(batch, step_samples=len(places), step_chosen_targets=total))
+            (
+                items,
+                replace(
+                    batch,
+                    mismatched=self._mismatched(places, items),
+                    step_samples=len(places),
+                    step_chosen_targets=total,
+                ),
+            )
             for items, batch in zip(bins, batches, strict=True)
         ]
 
-    def _collated(self, places: Sequence[Place], mesh: Mesh) -> PackedBatch:
+    def _mismatched(self, places: Sequence[Place], items: np.ndarray) -> PackedBatch | None:
+        """Prompts of some of a step's samples, each with the reply of the sample before it in the step."""
+        if not self.mismatched:
+            return None
+        sequences = [self.sets[place.number][place.sample].sequences[0] for place in places]
+        pairs = (mismatched(sequences[i], sequences[i - 1], self.config.data.sequence_length) for i in items)
+        return collate([Sample((pair,)) for pair in pairs], self.config.parallel.token_multiple)
+
+    def _collated(self, places: Sequence[Place]) -> PackedBatch:
         reference = None
         if self.reference is not None:
             parts = [self.reference[place.number][self.sequences(place)] for place in places]

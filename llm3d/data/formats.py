@@ -7,6 +7,7 @@
                    prompt_response     prompt, response or completion; maybe system, history
     comparison     preference          chosen, rejected; maybe prompt, input, system, history, margin
                    ranked              responses and their ranks or scores; a prompt as for preference
+    labelled       one for a conversation, with a label that says whether the reply is desirable; or preference
     prompt         prompt              prompt, question or instruction; maybe input, system, history
                    prompt_messages     messages, or conversations, without a reply at their end; maybe system
 
@@ -18,7 +19,7 @@ prompt itself, as messages or as hh-rlhf's dialogues, or lie beside it as conver
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -33,7 +34,16 @@ from llm3d.data.messages import (
     read_tools,
 )
 from llm3d.errors import InputError
-from llm3d.text.conversations import Comparison, Conversation, Fields, Item, Message, Prompt, Role
+from llm3d.text.conversations import (
+    Comparison,
+    Conversation,
+    Fields,
+    Item,
+    LabelledReply,
+    Message,
+    Prompt,
+    Role,
+)
 from llm3d.wording import json_kind
 
 INPUT_HEADING = "\n\n### Input:\n"  # between an instruction and its input: Taori et al. 2023, Stanford Alpaca
@@ -109,10 +119,21 @@ def _pair(question: str, answer: str) -> Callable[[Values], Conversation]:
 def _conversation(messages: Sequence[Message], values: Values) -> Conversation:
     if isinstance(values["label"], bool):
         raise InputError(
-            "replies with a label, true or false, are for KTO, which no stage trains by; for sft, write the good "
-            "ones to a file of their own, and for dpo, good and bad ones to the same prompt as chosen and rejected"
+            "replies with a label, true or false, are for `llm3d kto`; for sft, write the good ones to a file of their "
+            "own, and for dpo, good and bad ones to the same prompt as chosen and rejected"
         )
     return Conversation(checked_turns(messages, REPLY), _template_kwargs(values))
+
+
+def _labelled(read: Callable[[Values], Conversation]) -> Callable[[Values], LabelledReply]:
+    def read_labelled(values: Values) -> LabelledReply:
+        label = values["label"]
+        if label not in (False, True):  # or 0 and 1, which equal them
+            raise ValueError(f"label: {label!r} where true or false must stand")
+        conversation = read(values | {"label": None})
+        return LabelledReply(conversation.messages, bool(label), conversation.template_kwargs)
+
+    return read_labelled
 
 
 def _read_prompt(values: Values) -> Prompt:
@@ -337,7 +358,7 @@ _SIDES: dict[str, tuple[str, ...]] = {
     **_PROMPT,
 }
 PROMPT_FIELDS = frozenset(_PROMPT) | {"messages"}
-_FORMS = (
+_PLAIN = (
     Form(
         "alpaca",
         "conversation",
@@ -405,3 +426,18 @@ _FORMS = (
         allows=_ALL,
     ),
 )
+# The same with a label, and comparisons taken apart, for replies that are learned from one by one.
+_LABELLED = tuple(
+    replace(
+        form,
+        kind="labelled",
+        read=_labelled(form.read),
+        needs=form.needs | {"label": form.allows["label"]},
+        allows={name: columns for name, columns in form.allows.items() if name != "label"},
+    )
+    if form.kind == "conversation"
+    else replace(form, kind="labelled")
+    for form in _PLAIN
+    if form.kind == "conversation" or form.name == "preference"
+)
+_FORMS = _PLAIN + _LABELLED

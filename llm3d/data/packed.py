@@ -23,10 +23,13 @@ class PackedBatch:
     cu_seqlens: int32 [segments + 1]; padding, if any, is a segment of its own at the end.
     last_tokens: int64 [sequences], where each sequence ends.  sequence_of: int64 [T], padding counted to the last.
     better, worse: int64 [pairs], which sequences are compared: all pairs of a sample's replies that differ in rank.
+    ranks: fp32 [sequences], of replies, lower is better; of a labelled one 0 where it is desirable, else 1.
     pair_weights: fp32 [pairs], those of a sample add up to 1.  margins: fp32 [pairs].
     reference: fp32 [sequences], the reference model's log-probability of the targets, where it is known beforehand.
     keys: int64 [T], a number for each token that no other token of the run has, for what is random in training.
     noise: fp32 [T], how much of it the embedding gets.
+    mismatched: the samples' prompts, each with the reply of another sample of the step.
+    kl: fp32 scalar, the policy's KL divergence from its reference, where the loss is relative to it.
     num_targets, num_samples: of the microbatch.
     step_samples, step_chosen_targets: of the whole step, over all ranks; see `chosen_targets`.
     """
@@ -36,6 +39,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     last_tokens: Tensor
     sequence_of: Tensor
+    ranks: Tensor
     better: Tensor
     worse: Tensor
     pair_weights: Tensor
@@ -48,16 +52,33 @@ class PackedBatch:
     step_chosen_targets: float = 0.0
     keys: Tensor | None = None
     noise: Tensor | None = None
+    mismatched: PackedBatch | None = None
+    kl: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
         return len(self.last_tokens)
+
+    @property
+    def target_counts(self) -> Tensor:
+        """How many targets each sequence has: fp32 [sequences]."""
+        return self.sum_by_sequence((self.targets >= 0).float())
+
+    def sum_by_sequence(self, x: Tensor) -> Tensor:
+        """Sums over the tokens of each sequence.
+
+        x: fp32 [T], 0 where there is no target.  -> fp32 [sequences]; of padding alone it is empty.
+        """
+        sums = x.new_zeros(max(1, self.num_sequences))  # padding alone has no sequence
+        return sums.index_add(0, self.sequence_of, x)[: self.num_sequences]
 
     def to(self: B, device: torch.device | str) -> B:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in values.items():
             if isinstance(value, Tensor):
                 values[name] = value.to(device, non_blocking=True)
+            elif isinstance(value, PackedBatch):
+                values[name] = value.to(device)
         return type(self)(**values)
 
 
@@ -86,6 +107,7 @@ def collate(samples: Sequence[Sample], multiple_of: int = 1, reference: Tensor |
         cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
         last_tokens=ends[: len(sequences)] - 1,
         sequence_of=sequence_of.clamp(max=max(0, len(sequences) - 1)),
+        ranks=torch.tensor([rank for sample in samples for rank in sample.ranks], dtype=torch.float32),
         better=torch.tensor([pair.better for pair in pairs], dtype=torch.int64),
         worse=torch.tensor([pair.worse for pair in pairs], dtype=torch.int64),
         pair_weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),

@@ -111,6 +111,14 @@ def _starts(lengths: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
+def mismatched(prompt: Tokens, reply: Tokens, max_length: int) -> Tokens:
+    """What stands before the first learned token of one sequence, then another one's from there on; cut at its end."""
+    starts = [int(np.argmax(sequence.is_target)) for sequence in (prompt, reply)]
+    ids = np.concatenate([prompt.ids[: starts[0]], reply.ids[starts[1] :]])[:max_length]
+    is_target = np.concatenate([prompt.is_target[: starts[0]], reply.is_target[starts[1] :]])[:max_length]
+    return Tokens(ids, is_target)
+
+
 def why_useless(sequences: Sequence[Tokens]) -> str | None:
     """Why nothing can be learned from a sample with these sequences; None: something can."""
     # A sequence's first token follows nothing, and so is not learned.

@@ -33,9 +33,10 @@ from llm3d.files import atomic_file
 from llm3d.models.heads import HeadName
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.cross_entropy import TokenTerms
-from llm3d.stages.stage import ModelRole, Models, ModelTask, Stage, largest_microbatch
+from llm3d.stages.stage import ModelRole, Models, ModelTask, Stage, largest_microbatch, one_model
 from llm3d.train.frozen import FrozenModel
 from llm3d.train.learner import Reference
+from llm3d.train.objective import Objective
 from llm3d.train.trainer import ShardedModel
 
 _STORED = "log_probabilities"
@@ -61,8 +62,7 @@ def dpo_loss(difference: Tensor, settings: DPOSettings) -> Tensor:
 
 def sequence_log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
     """The sum over each sequence's targets of their log-probabilities: fp32 [sequences]."""
-    sums = output.log_probabilities.new_zeros(max(1, batch.num_sequences))  # padding alone has no sequence
-    return sums.index_add(0, batch.sequence_of, output.log_probabilities)[: batch.num_sequences]
+    return batch.sum_by_sequence(output.log_probabilities)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class PreferenceObjective:
             return (0 * output.log_probabilities.sum()).expand(1 + len(self.sums))
         log_p = sequence_log_probabilities(output, batch)
         above_reference = log_p - (0.0 if batch.reference is None else batch.reference)
-        lengths = target_counts(batch)
+        lengths = batch.target_counts
         compared = above_reference
         if settings.loss == "ipo" or settings.length_normalized:
             compared = above_reference / lengths
@@ -126,12 +126,6 @@ class PreferenceObjective:
         return dict(others) | {"nll_loss": nll / targets}
 
 
-def target_counts(batch: PackedBatch) -> Tensor:
-    """How many targets each sequence has: fp32 [sequences]."""
-    learned = (batch.targets >= 0).float()
-    return learned.new_zeros(batch.num_sequences).index_add(0, batch.sequence_of, learned)
-
-
 def open_stage(config: DPOConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
     config, tokenizer, data = open_chat(config, "comparison", training)
@@ -145,12 +139,11 @@ def open_stage(config: DPOConfig, training: bool = True) -> ModelTask:
 
 
 def models(config: DPOConfig) -> Models:
-    """The model, and the reference where it is a model of its own."""
-    objective, microbatch = PreferenceObjective(config.dpo), largest_microbatch(config)
-    roles = [ModelRole("model", "trained", config, objective, microbatch)]
-    if config.dpo.reference == "live" and not config.lora.rank:
-        roles.append(ModelRole("reference", "frozen", config, objective, microbatch))
-    return Models(roles)
+    """With the reference where it is a model of its own."""
+    objective = PreferenceObjective(config.dpo)
+    if config.dpo.reference == "live":
+        return with_starting_model(objective, config)
+    return one_model(lambda config: objective)(config)
 
 
 STAGE = Stage(DPOConfig, open_stage, models)
@@ -160,32 +153,49 @@ STAGE = Stage(DPOConfig, open_stage, models)
 
 
 class LiveReference:
-    """The starting model, which completes microbatches with its log-probabilities.
-
-    It is a model of its own, or, where the model has adapters, that model without them.
-    """
+    """The starting model, which completes microbatches with its log-probabilities."""
 
     def __init__(self, model: ShardedModel) -> None:
-        self.model = model
-        self.frozen = (
-            FrozenModel(model, "in_trained_model")
-            if model.config.lora.rank
-            else FrozenModel(ShardedModel(model.config, model.mesh, model.objective), "on_device")
-        )
+        self.model, self.frozen = model, starting_model(model)
 
     def prepare(self) -> None:
-        load = load_first_adapters if self.frozen.model is self.model else load_first_weights
-        load(self.frozen.model)
-        self.frozen.freeze()
+        load_starting_model(self.frozen, self.model)
 
     def complete(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
-        """Nothing is random in the reference. Its log-probabilities are known on the last pipeline stage alone."""
-        without_noise = [replace(batch, keys=None, noise=None) for batch in microbatches]
+        """They are known on the last pipeline stage alone."""
         with self.frozen.loaded() as reference:
-            found = reference.outputs(without_noise, sequence_log_probabilities)
+            found = reference.outputs(without_noise(microbatches), sequence_log_probabilities)
         if found is None:
             return microbatches
         return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
+
+
+def starting_model(model: ShardedModel) -> FrozenModel:
+    """A model of its own, or, where the model has adapters, that model without them."""
+    if model.config.lora.rank:
+        return FrozenModel(model, "in_trained_model")
+    return FrozenModel(ShardedModel(model.config, model.mesh, model.objective), "on_device")
+
+
+def load_starting_model(frozen: FrozenModel, model: ShardedModel) -> None:
+    """Load what `starting_model` made of the model, before the model's own weights are loaded."""
+    load = load_first_adapters if frozen.model is model else load_first_weights
+    load(frozen.model)
+    frozen.freeze()
+
+
+def without_noise(microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+    """Microbatches as a model sees them that is not trained."""
+    return [replace(batch, keys=None, noise=None) for batch in microbatches]
+
+
+def with_starting_model(objective: Objective, config: Config) -> Models:
+    """The trained model, and the starting one where it is a model of its own."""
+    microbatch = largest_microbatch(config)
+    roles = [ModelRole("model", "trained", config, objective, microbatch)]
+    if not config.lora.rank:
+        roles.append(ModelRole("reference", "frozen", config, objective, microbatch))
+    return Models(roles)
 
 
 # ---- the reference, known beforehand ----

@@ -34,6 +34,15 @@ class Conversation:
 
 
 @dataclass(frozen=True)
+class LabelledReply:
+    """A conversation whose last message is a reply, and whether such a reply is desirable."""
+
+    messages: tuple[Message, ...]
+    desirable: bool
+    template_kwargs: Fields = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Replies to one prompt and how good each is.
 
@@ -56,4 +65,4 @@ class Prompt:
     template_kwargs: Fields = field(default_factory=dict)
 
 
-Item = Conversation | Comparison | Prompt
+Item = Conversation | LabelledReply | Comparison | Prompt
