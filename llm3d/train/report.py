@@ -6,7 +6,6 @@ Rank 0 speaks; the others hold a silent report.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llm3d.errors import TrainingAborted
+from llm3d.files import atomic_file
 
 METRICS = "metrics.jsonl"
 EXAMPLES = "examples.jsonl"
@@ -129,9 +129,8 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         if metrics["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_file(path) as new:
+        new.write_text("".join(kept), encoding="utf-8")
 
 
 def rounded(value: float) -> str:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from llm3d.config import STAGES, Config, DPOConfig, RewardConfig
+from llm3d.config import STAGES, Config
 from llm3d.data.conversations import ChatData
+from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.models.build import initial_value
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.dpo import PreferenceObjective
-from llm3d.stages.reward import RewardObjective
-from llm3d.train.objective import Objective
-from llm3d.train.trainer import Trainer, next_token
+from llm3d.stages.kto import KTOReference
+from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.parity.harness import (
     GLOBAL_BATCH,
@@ -32,12 +32,15 @@ from tests.parity.harness import (
     take_steps,
 )
 from tests.parity.test_parity import relative_norm
+from tests.stages.common import trained_model
 
 TIED = (("tie_word_embeddings", True),)
 STAGE_SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"loss": {"z_loss": 0.01}, "sft": {}},
     "reward": {"reward": {"margin": True, "center": 0.1}},
     "dpo": {"dpo": {"rpo_alpha": 0.5, "rpo_mean": "token", "reference": "none"}},
+    "orpo": {"orpo": {"beta": 0.7}},
+    "kto": {"kto": {"beta": 0.3, "undesirable_weight": 1.3}},
     "sft-lora": {"loss": {}, "sft": {"neftune_alpha": 5}, "lora": {"rank": 4, "dropout": 0.2}},
     "reward-lora": {
         "reward": {},
@@ -63,22 +66,18 @@ def settings(stage: str, layout: Layout) -> Config:
     return STAGES[stage.partition("-")[0]].model_validate_json(json.dumps(given))
 
 
-def objective(config: Config) -> Objective:
-    if isinstance(config, RewardConfig):
-        return RewardObjective(config.reward)
-    return PreferenceObjective(config.dpo) if isinstance(config, DPOConfig) else next_token(config)
-
-
 def random_samples(stage: str, count: int = 3 * GLOBAL_BATCH + 1) -> SampleSet:
     random = np.random.default_rng(3)
     samples = []
     for _ in range(count):
-        prompt, num_replies = _tokens(random, 2, 8, learned=False), 1 if stage.startswith("sft") else 2
+        alone = stage.startswith(("sft", "kto"))
+        prompt, num_replies = _tokens(random, 2, 8, learned=False), 1 if alone else 2
         replies = [_tokens(random, 2, SEQUENCE_LENGTH - 8, learned=True) for _ in range(num_replies)]
         sequences = tuple(
             Tokens(*(np.concatenate(pair) for pair in zip(prompt, reply, strict=True))) for reply in replies
         )
-        samples.append(Sample(sequences, tuple(map(float, range(num_replies))), float(random.random())))
+        ranks = (float(random.random() < 0.4),) if stage == "kto" else tuple(map(float, range(num_replies)))
+        samples.append(Sample(sequences, ranks, float(random.random())))
     return SampleSet.of(samples)
 
 
@@ -89,14 +88,31 @@ def _tokens(random: np.random.Generator, low: int, high: int, learned: bool) -> 
 
 def train_on_rank(stage: str, layout: Layout, steps: int = 3) -> OnRank:
     config, mesh = settings(stage, layout), Mesh(layout.tensor, layout.pipeline)
-    data = ChatData(config, [random_samples(stage)], [])
-    trainer = Trainer(config, mesh, objective(config))
+    data = ChatData(config, [random_samples(stage)], [], mismatched=stage == "kto")
+    trainer = Trainer(config, mesh, trained_model(config).objective)
     trainer.initialise()
     for piece, weight in trainer.weights():
         if piece.box.name.endswith("lora_B.weight"):  # at 0, where training starts, A has no gradient
             weight.copy_(initial_value(replace(piece.box, name="any"), config.model, seed=1))
     trainer.publish()
-    return take_steps(trainer, lambda step: data.microbatches(step + 1, mesh), steps)
+    reference = reference_of(trainer) if stage == "kto" else None
+
+    def batches(step: int) -> Sequence[PackedBatch]:
+        found = data.microbatches(step + 1, mesh)
+        return found if reference is None else reference.complete(found)
+
+    return take_steps(trainer, batches, steps)
+
+
+def reference_of(trainer: Trainer) -> KTOReference:
+    """A model with larger weights, so that replies are more, or less, likely than by the trained one."""
+    reference = KTOReference(trainer)
+    model = reference.frozen.model
+    model.initialise()
+    for _, weight in model.weights():
+        weight.mul_(1.5)
+    model.publish()
+    return reference
 
 
 @functools.cache

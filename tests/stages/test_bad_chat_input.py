@@ -233,7 +233,7 @@ TABLE = [
         "labels of KTO",
         ("sft",),
         rows([{"prompt": "What?", "completion": "two", "label": True}]),
-        ("train.jsonl line 1: replies with a label, true or false, are for KTO",),
+        ("train.jsonl line 1: replies with a label, true or false, are for `llm3d kto`",),
     ),
     Wrong(
         "the same in the template",

@@ -64,6 +64,20 @@ FORMATS: dict[str, tuple[str, str, Sequence[Row]]] = {  # the stage, the file's 
             for one in turns(9, "user", "assistant", "role", "content")
         ],
     ),
+    "odds": ("orpo", ".jsonl", comparisons(9)),
+    "labelled": (
+        "kto",
+        ".jsonl",
+        [{"prompt": question(i), "completion": answer(i), "label": i % 3 != 1} for i in range(9)],
+    ),
+    "labelled messages": (
+        "kto",
+        ".json",
+        [
+            {"conversations": one, "label": i % 2 == 0}
+            for i, one in enumerate(turns(9, "human", "gpt", "from", "value"))
+        ],
+    ),
     "scored": (
         "dpo",
         ".jsonl",
@@ -80,6 +94,8 @@ REPORTED = {
         *(f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")),
         *("logps/chosen", "logps/rejected", "nll_loss"),
     },
+    "orpo": {"rewards/margins", "logps/chosen", "nll_loss", "log_odds_ratio"},
+    "kto": {"kl", *(f"{name}/{label}" for name in ("rewards", "logps") for label in ("chosen", "rejected"))},
 }
 
 
@@ -133,6 +149,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "reward-lora": ("reward", {"lora": {"rank": 2, "targets": ["q_proj", "o_proj"], "rslora": True}}),
     "dpo": ("dpo", {"dpo": {"rpo_alpha": 0.2}}),
     "dpo-lora": ("dpo", {"lora": {"rank": 3, "alpha": 4}}),
+    "kto-lora": ("kto", {"lora": {"rank": 3}}),
 }
 PARTS: list[tuple[int, int, dict[str, Any]]] = [  # ranks, the last step, the layout
     (4, 2, {"parallel": {"tensor": 2, "pipeline": 2, "sequence": True}}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from llm3d.data.conversations import ChatData
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.dpo import PreferenceObjective, reference_log_probabilities
+from llm3d.stages.kto import KTOObjective, KTOReference
+from llm3d.stages.orpo import ORPOObjective
 from llm3d.stages.reward import RewardObjective
 from llm3d.train.trainer import Trainer
 from tests import pool
@@ -224,6 +228,144 @@ def test_label_smoothing_is_that_of_trl(preference_trainer: Any, our_preferences
     assert ours["loss"] == pytest.approx(np.mean([numbers["loss"] for numbers, _ in alone]), rel=1e-5)
     means = {name: torch.stack([of_pair[name] for _, of_pair in alone]).mean(0) for name in alone[0][1]}
     assert_same_gradients(gradients, means)
+
+
+# ---- odds ratio preference optimisation ----
+
+
+def short_prompts() -> SampleSet:
+    """The pairs with prompts of one token: TRL learns prompts, too, but no model predicts a first token."""
+    samples = (pairs()[i] for i in range(NUM_PAIRS))
+    return SampleSet.of(
+        sample._replace(
+            sequences=tuple(
+                Tokens(ids[is_target.argmax() - 1 :], is_target[is_target.argmax() - 1 :])
+                for ids, is_target in sample.sequences
+            )
+        )
+        for sample in samples
+    )
+
+
+def orpo_on_rank(policy: Path) -> Any:
+    given = given_settings(policy, orpo={"beta": BETA})
+    trainer, _ = loaded("orpo", policy, lambda config: ORPOObjective(config.orpo), given)
+    return step_of(trainer, ChatData(trainer.config, [short_prompts()], []))  # type: ignore[arg-type]
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+
+def test_orpo_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+    from trl.experimental.orpo import ORPOTrainer
+
+    model = LlamaForCausalLM.from_pretrained(models[0])
+    trainer = ORPOTrainer.__new__(ORPOTrainer)  # its arithmetic alone, without its data and its accelerator
+    trainer.__dict__ |= {
+        "beta": BETA,
+        "is_encoder_decoder": False,
+        "aux_loss_enabled": False,
+        "padding_value": PADDING,
+        "accelerator": SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x),
+    }
+    samples = [short_prompts()[i] for i in range(NUM_PAIRS)]
+    inputs = {}
+    for side, name in enumerate(("chosen", "rejected")):
+        tokens = [sample.sequences[side] for sample in samples]
+        rows = [ids.tolist() for ids, _ in tokens]
+        inputs[f"{name}_input_ids"] = padded(rows, PADDING)
+        inputs[f"{name}_attention_mask"] = padded([[1] * len(row) for row in rows], 0)
+        inputs[f"{name}_labels"] = padded(
+            [np.where(is_target, ids, -100).tolist() for ids, is_target in tokens], -100
+        )
+    loss, metrics = trainer.get_batch_loss_metrics(model, inputs)
+    loss.backward()
+    expected = {"loss": loss.item(), **{name: float(value) for name, value in metrics.items()}}
+    ours, gradients = pool.run(orpo_on_rank, 1, models[0])[0]
+    names = ("loss", *METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
+    assert_same_numbers(*({name: found[name] for name in names} for found in (ours, expected)))
+    assert_same_gradients(
+        gradients, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    )
+
+
+# ---- Kahneman-Tversky optimisation ----
+
+
+def labelled() -> SampleSet:
+    """Each pair's replies alone, in order, so that each has the reply before it for its mismatched one."""
+    return SampleSet.of(
+        Sample((sequence,), (rank,))
+        for i in range(NUM_PAIRS)
+        for sequence, rank in zip(pairs()[i].sequences, pairs()[i].ranks, strict=True)
+    )
+
+
+def kto_on_rank(models: tuple[Path, Path]) -> Any:
+    policy, other = models
+    settings = {"beta": BETA, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    batch = {"global": 2 * NUM_PAIRS, "micro": 5}
+    given = given_settings(policy, kto=settings) | {"batch": batch}
+    trainer, _ = loaded("kto", policy, lambda config: KTOObjective(config.kto), given)
+    data = ChatData(trainer.config, [], [labelled()], mismatched=True)  # type: ignore[arg-type]
+    reference = KTOReference(trainer)
+    load_pretrained(other, reference.frozen.model)
+    (batches,) = data.evaluation(trainer.mesh)  # in the order that they are stored in
+    result = trainer.step(reference.complete(batches), lr=0.0)
+    gradients = {box.name: value for box, value in owned_pieces(trainer, trainer.flat.gradients)}
+    return {"loss": result.loss, **result.metrics}, gradients
+
+
+def test_kto_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    policy, reference = (LlamaForCausalLM.from_pretrained(path) for path in models)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    tokenizer.pad_token = "<|begin_of_text|>"
+    arguments = trl.KTOConfig(
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        max_length=None,
+        beta=BETA,
+        desirable_weight=1.2,
+        undesirable_weight=0.7,
+        per_device_train_batch_size=2 * NUM_PAIRS,
+    )
+    rows = Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}] * 2)
+    with silent():
+        trainer = trl.KTOTrainer(
+            policy, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tokenizer
+        )
+    samples = [labelled()[i] for i in range(2 * NUM_PAIRS)]
+    replies = [ids(sample, 0) for sample in samples]
+    inputs = trainer.data_collator(
+        [
+            {
+                "prompt_ids": prompt,
+                "completion_ids": reply,
+                "KL_completion_ids": replies[i - 1][1],
+                "label": samples[i].ranks[0] == 0,
+            }
+            for i, (prompt, reply) in enumerate(replies)
+        ]
+    )
+    expected, gradients = theirs(trainer, inputs)
+    ours, our_gradients = pool.run(kto_on_rank, 1, models)[0]
+    names = (
+        "loss",
+        "kl",
+        *(f"{name}/{label}" for name in ("rewards", "logps") for label in ("chosen", "rejected")),
+    )
+    assert ours["kl"] > 0
+    assert_same_numbers(*({name: found[name] for name in names} for found in (ours, expected)))
+    assert_same_gradients(our_gradients, gradients)
 
 
 # ---- rewards ----
