@@ -30,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import PretrainConfig, make_config
-from llm3d.data.pretraining import Sample, collate
+from llm3d.data.pretraining import Window, collate
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.host_memory import PeakAllocated, keep_freed_memory
 from llm3d.train.trainer import Trainer
@@ -165,7 +165,7 @@ def random_tokens(arguments: argparse.Namespace, rank: int) -> torch.Tensor:
 def llm3d_step(arguments: argparse.Namespace, rank: int, stage: int) -> Step:
     trainer = Trainer(settings(arguments, stage), Mesh())
     trainer.initialise()
-    batch = collate([Sample(row, [0]) for row in random_tokens(arguments, rank)])
+    batch = collate([Window(row, [0]) for row in random_tokens(arguments, rank)])
     return lambda: trainer.step([batch], lr=1e-4).loss
 
 

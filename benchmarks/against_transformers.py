@@ -24,7 +24,7 @@ from contenders import Step, report, take_turns
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm3d.config import PretrainConfig, make_config
-from llm3d.data.pretraining import Sample, collate
+from llm3d.data.pretraining import Window, collate
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.trainer import Trainer
@@ -82,7 +82,7 @@ def llm3d_step(arguments: argparse.Namespace, kernels: str = "auto") -> Step:
     os.environ["LLM3D_KERNELS"] = kernels
     trainer = Trainer(settings(arguments), Mesh(device=start_process_group()))
     trainer.initialise()
-    batch = collate([Sample(row, [0]) for row in random_tokens(arguments)])
+    batch = collate([Window(row, [0]) for row in random_tokens(arguments)])
 
     def step() -> int:
         trainer.step([batch], lr=1e-4)

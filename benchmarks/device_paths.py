@@ -23,7 +23,7 @@ from throughput import draw_weights, forget, synchronise
 from torch import Tensor
 
 from llm3d.config import PretrainConfig, make_config
-from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.data.pretraining import Microbatch, Window, collate
 from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator
 from llm3d.generate.sampling import Sampling
@@ -239,7 +239,7 @@ def batches(model: ShardedModel) -> list[Microbatch]:
     """One of sequences of one length, one of documents of several."""
     tokens = torch.randint(3, VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     starts = [[0], [0], [0, 10, 31], [0]]
-    samples = [Sample(row, begun) for row, begun in zip(tokens, starts, strict=True)]
+    samples = [Window(row, begun) for row, begun in zip(tokens, starts, strict=True)]
     return [collate(two).to(model.mesh.device) for two in (samples[:2], samples[2:])]
 
 

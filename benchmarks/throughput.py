@@ -31,7 +31,7 @@ import torch.distributed as dist
 import yaml
 
 from llm3d.config import PretrainConfig, make_config
-from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.data.pretraining import Microbatch, Window, collate
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.host_memory import keep_freed_memory
 from llm3d.train.report import memory_gib
@@ -104,7 +104,7 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
     shape = (arguments.micro, arguments.sequence_length + 1)
     tokens = (torch.randint(0, arguments.vocab_size, shape, generator=generator) for _ in range(count))
-    return [collate([Sample(row, [0]) for row in rows]).to(device) for rows in tokens]
+    return [collate([Window(row, [0]) for row in rows]).to(device) for rows in tokens]
 
 
 def profile_step(trainer: Trainer, batches: Sequence[Microbatch], arguments: argparse.Namespace) -> None:

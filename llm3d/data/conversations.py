@@ -6,12 +6,9 @@ sample k is a pure function of k and run.seed: source by a blend, place by a key
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import count, islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -22,7 +19,7 @@ from torch import Tensor
 from llm3d.config import PostTrainingConfig
 from llm3d.data.chat import Counts, read_samples
 from llm3d.data.formats import Kind
-from llm3d.data.order import Blend, held_out, sample_window
+from llm3d.data.order import SampleOrder, held_out, short_digest
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
 from llm3d.data.run_tokenizer import open_tokenizer
@@ -125,11 +122,11 @@ class ChatData:
         self.reference: list[Tensor] | None = None
         self.noise = config.neftune_alpha / math.sqrt(config.model.hidden_size)
         self.is_random = bool(config.neftune_alpha or config.lora.dropout)
-        self.sizes = [len(samples) for samples in train]
-        self.weights = [source.weight for source in config.data.train[: len(train)]]
+        weights = [source.weight for source in config.data.train[: len(train)]]
+        self.order = SampleOrder.by_sample(weights, [len(samples) for samples in train], config.run.seed)
         self.lengths = [samples.lengths for samples in self.sets]
         self.capacity = config.batch.micro * config.data.sequence_length
-        self.steps = Steps.of(config, self.samples_a_pass)
+        self.steps = Steps.of(config, self.order.samples_a_pass)
         self.resume(0, Consumed(0, 0))
 
     # ---- what the loop asks ----
@@ -166,10 +163,10 @@ class ChatData:
         described: dict[str, Any] = {
             "order": "feistel8-splitmix64/pfair65536/samples/v1",
             "samples": [samples.digest for samples in self.sets[: self.num_train]],
-            "weights": self.blend.weights,
+            "weights": self.order.blend.weights,
             "seed": self.config.run.seed,
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        return short_digest(described)
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
@@ -192,15 +189,10 @@ class ChatData:
             f"rank, of any length; padding them to the longest would add {padded / tokens - 1:.2%}"
         )
 
-    @property
-    def samples_a_pass(self) -> float:
-        """Samples in one pass over the data, each as often as its source's weight says."""
-        return sum(weight * size for weight, size in zip(self.weights, self.sizes, strict=True))
-
     def in_order(self, split: Literal["train", "valid"]) -> Iterator[Place]:
         """Samples in the order in which training reads them, pass after pass, or an evaluation."""
         if split == "train":
-            return map(self._place, count())
+            return (Place(*self.order.place(k)) for k in count())
         return (place for places in self._stored(self._valid) for place in places)
 
     def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
@@ -210,16 +202,8 @@ class ChatData:
 
     # ---- steps ----
 
-    @cached_property
-    def blend(self) -> Blend:
-        return Blend([weight * size for weight, size in zip(self.weights, self.sizes, strict=True)])
-
     def _step(self, step: int) -> list[Place]:
-        return [self._place(k) for k in self.steps.numbers(step)]
-
-    def _place(self, k: int) -> Place:
-        source, _, index = sample_window(k, self.blend, self.sizes, self.config.run.seed)
-        return Place(source, index)
+        return [Place(*self.order.place(k)) for k in self.steps.numbers(step)]
 
     @property
     def _valid(self) -> range:

@@ -5,12 +5,15 @@ of its tokens by a keyed permutation of that epoch. No index is built or stored,
 and neither the length of the run nor the layout enters.
 """
 
+from __future__ import annotations
+
 import hashlib
 import heapq
 import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -101,6 +104,40 @@ def held_out(rows: np.ndarray, share: float, seed: int, source: int) -> np.ndarr
     return (places < min(max(1, round(share * size)), size - 1))[row_of_sample]
 
 
+class SampleOrder:
+    """Which sample of which source global sample k is, without end: each epoch of a source in an order of its own.
+
+    weights: of the sources in the blend.  sizes: how many samples each has.
+    """
+
+    def __init__(self, weights: Sequence[float], sizes: Sequence[int], seed: int) -> None:
+        self.weights, self.sizes, self.seed = weights, sizes, seed
+
+    @classmethod
+    def by_sample(cls, weights: Sequence[float], sizes: Sequence[int], seed: int) -> SampleOrder:
+        """weights: of each sample of a source."""
+        return cls([w * n for w, n in zip(weights, sizes, strict=True)], sizes, seed)
+
+    @cached_property
+    def blend(self) -> Blend:
+        return Blend(self.weights)
+
+    @property
+    def samples_a_pass(self) -> float:
+        """Samples in one pass over the data, where weights are of samples."""
+        return sum(self.weights)
+
+    def place(self, k: int) -> tuple[int, int]:
+        """Of global sample k: its source, and its number there."""
+        source, _, index = sample_window(k, self.blend, self.sizes, self.seed)
+        return source, index
+
+
+def short_digest(described: Any) -> str:
+    """16 hex digits of what is described, JSON."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def sample_window(k: int, blend: Blend, windows_per_source: Sequence[int], seed: int) -> tuple[int, int, int]:
     """Global sample k as (source, epoch, window): each epoch of a source visits each of its windows once."""
     source, index = blend.source_and_index(k)
@@ -128,4 +165,4 @@ def order_digest(
         "sequence_length": int(sequence_length),
         "seed": int(seed),
     }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+    return short_digest(described)

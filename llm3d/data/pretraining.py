@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llm3d.corpus.indexed import IndexedReader, check_token_range
-from llm3d.data.order import Blend, order_digest, sample_window
+from llm3d.data.order import SampleOrder, order_digest
 from llm3d.errors import InputError
 from llm3d.wording import counted
 
@@ -20,7 +20,7 @@ FULL_SCAN = 1 << 27  # tokens up to which a source is read through at the start 
 
 
 @dataclass(frozen=True)
-class Sample:
+class Window:
     """A window of a source.
 
     tokens: int64 [sequence_length + 1]; the last is a target only.
@@ -59,7 +59,7 @@ class Microbatch:
         )
 
 
-def collate(samples: Sequence[Sample]) -> Microbatch:
+def collate(samples: Sequence[Window]) -> Microbatch:
     """Lay samples of one length end to end; every sample and every document in it opens a segment."""
     length = len(samples[0].tokens) - 1
     assert all(len(sample.tokens) == length + 1 for sample in samples)
@@ -103,14 +103,14 @@ class PretrainingData:
         split: str = "train",
     ):
         _check_sources(sources)
-        self.sequence_length, self.seed, self.vocab_size = sequence_length, seed, vocab_size
+        self.sequence_length, self.vocab_size = sequence_length, vocab_size
         self.split_documents = split_documents
         self.readers = [IndexedReader(resolve_prefix(path, split)) for path, _ in sources]
         self.windows_per_source = [_num_windows(reader, sequence_length) for reader in self.readers]
         for reader in self.readers:
             if reader.num_tokens <= FULL_SCAN:
                 reader.check_vocab(vocab_size)
-        self.blend = Blend([weight for _, weight in sources])
+        self.order = SampleOrder([weight for _, weight in sources], self.windows_per_source, seed)
         self.digest = order_digest(
             [reader.num_tokens for reader in self.readers],
             [reader.num_documents for reader in self.readers],
@@ -136,15 +136,14 @@ class PretrainingData:
 
     def epochs(self, num_samples: int) -> list[float]:
         """How often a run of `num_samples` samples passes over each source."""
-        shares = zip(self.blend.weights, self.windows_per_source, strict=True)
+        shares = zip(self.order.blend.weights, self.windows_per_source, strict=True)
         return [num_samples * weight / windows for weight, windows in shares]
 
-    def sample(self, k: int) -> Sample:
+    def sample(self, k: int) -> Window:
         """Global sample k of the run, k >= 0 without bound: sources repeat, each epoch in a new order."""
-        source, _, window = sample_window(k, self.blend, self.windows_per_source, self.seed)
-        return self._read(source, window)
+        return self._read(*self.order.place(k))
 
-    def window(self, index: int) -> Sample:
+    def window(self, index: int) -> Window:
         """Window `index` in [0, num_windows), source after source as stored. For evaluation."""
         for source, windows in enumerate(self.windows_per_source):
             if index < windows:
@@ -152,17 +151,17 @@ class PretrainingData:
             index -= windows
         raise IndexError("window index out of range")
 
-    def _read(self, source: int, window: int) -> Sample:
+    def _read(self, source: int, window: int) -> Window:
         reader, length = self.readers[source], self.sequence_length
         start = window * length
         stored = reader.tokens(start, start + length + 1)
         check_token_range(stored, self.vocab_size, f"{reader.prefix}.bin")
         tokens = torch.from_numpy(stored.astype(np.int64))
         if not self.split_documents:
-            return Sample(tokens, [0])
+            return Window(tokens, [0])
         starts = [int(at) - start for at in reader.document_starts(start + 1, start + length + 1)]
         ends_document = bool(starts) and starts[-1] == length
-        return Sample(tokens, [0, *starts[: len(starts) - ends_document]], ends_document)
+        return Window(tokens, [0, *starts[: len(starts) - ends_document]], ends_document)
 
 
 def resolve_prefix(path: str, split: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from llm3d.config import PPOConfig
 from llm3d.corpus.documents import BadRecord
 from llm3d.data.chat import Counts, read_prompts
-from llm3d.data.order import Blend, held_out, sample_window
+from llm3d.data.order import SampleOrder, held_out
 from llm3d.data.samples import Tokens, without_start
 from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError
@@ -120,8 +119,9 @@ class PromptData:
 
     def __init__(self, config: PPOConfig, train: Sequence[PromptSet], valid: Sequence[PromptSet]) -> None:
         self.config, self.train, self.valid = config, list(train), list(valid)
-        self.sizes = [len(found) for found in train]
-        self.steps = Steps.of(config, self.prompts_a_pass)
+        weights = [source.weight for source in config.data.train[: len(train)]]
+        self.order = SampleOrder.by_sample(weights, [len(found) for found in train], config.run.seed)
+        self.steps = Steps.of(config, self.order.samples_a_pass)
         self.resume(0, Consumed(0, 0))
 
     def resume(self, step: int, consumed: Consumed) -> None:
@@ -140,9 +140,8 @@ class PromptData:
 
     def microbatches(self, step: int, mesh: Mesh) -> list[Prompt]:
         """All prompts of a step, numbered over the run."""
-        numbers, seed = self.steps.numbers(step), self.config.run.seed
-        places = ((k, sample_window(k, self.blend, self.sizes, seed)) for k in numbers)
-        return [replace(self.train[source].prompts[i], number=k) for k, (source, _, i) in places]
+        places = ((k, self.order.place(k)) for k in self.steps.numbers(step))
+        return [replace(self.train[source].prompts[i], number=k) for k, (source, i) in places]
 
     def evaluation(self, mesh: Mesh) -> Iterator[list[Prompt]]:
         """train.eval_steps batches as large as a step's, or all validation prompts."""
@@ -152,25 +151,11 @@ class PromptData:
         return islice(iter(lambda: list(islice(numbered, size)), []), self.config.train.eval_steps)
 
     @property
-    def prompts_a_pass(self) -> float:
-        """Prompts in one pass over the data, each as often as its source's weight says."""
-        return sum(self._weighted_sizes)
-
-    @property
-    def _weighted_sizes(self) -> list[float]:
-        sources = self.config.data.train[: len(self.sizes)]
-        return [source.weight * size for source, size in zip(sources, self.sizes, strict=True)]
-
-    @cached_property
-    def blend(self) -> Blend:
-        return Blend(self._weighted_sizes)
-
-    @property
     def digest(self) -> str:
         """What the prompts and their order depend on, in 16 hex digits."""
         found = hashlib.sha256()
         described = {"order": "feistel8-splitmix64/pfair65536/prompts/v1", "seed": self.config.run.seed}
-        found.update(json.dumps(described | {"weights": self.blend.weights}).encode())
+        found.update(json.dumps(described | {"weights": self.order.blend.weights}).encode())
         for prompt in (prompt for some in self.train for prompt in some.prompts):
             found.update(prompt.tokens.tobytes() + b"\0")
         return found.hexdigest()[:16]

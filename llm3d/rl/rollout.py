@@ -20,7 +20,7 @@ from llm3d.config import PPOConfig
 from llm3d.config.uses import generation_layout
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.packing import pack
-from llm3d.data.pretraining import Sample as Window
+from llm3d.data.pretraining import Window
 from llm3d.data.prompts import Prompt
 from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.cuda_graphs import graphs_for

@@ -6,8 +6,6 @@ pair is -log sigmoid(r(chosen) - r(rejected)), or one of its relatives.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +24,7 @@ from llm3d.config import Config, DPOConfig, DPOSettings
 from llm3d.config.hugging_face import hugging_face_directory
 from llm3d.config.peft import adapter_directory
 from llm3d.data.conversations import ChatData, open_chat
+from llm3d.data.order import short_digest
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import SampleSet
 from llm3d.errors import InputError
@@ -261,7 +260,7 @@ def reference_key(config: Config, samples: SampleSet) -> str:
         [str(each.resolve()) for each in directories],
         config.precision.compute,
     ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    return short_digest(described)
 
 
 def _read(path: Path) -> Tensor:

@@ -18,7 +18,7 @@ from llm3d.checkpoint.load import load_pretrained
 from llm3d.checkpoint.save import save_checkpoint
 from llm3d.config import PretrainConfig
 from llm3d.config.hugging_face import hugging_face_shape
-from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.data.pretraining import Microbatch, Window, collate
 from llm3d.errors import InputError
 from llm3d.parallel.boxes import Box
 from llm3d.parallel.collectives import gather_bytes
@@ -64,11 +64,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def samples() -> list[Sample]:
+def samples() -> list[Window]:
     """Two samples; the first packs three documents."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(SHAPE["vocab_size"], (2, LENGTH + 1), generator=generator)
-    return [Sample(tokens[0], [0, 5, 30]), Sample(tokens[1], [0])]
+    return [Window(tokens[0], [0, 5, 30]), Window(tokens[1], [0])]
 
 
 # ---- what transformers wrote ----

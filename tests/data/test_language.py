@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm3d.data.language import evaluation_batches, step_microbatches
-from llm3d.data.pretraining import Sample
+from llm3d.data.pretraining import Window
 
 LENGTH = 3
 small = st.integers(1, 5)
@@ -19,9 +19,9 @@ small = st.integers(1, 5)
 def numbered(count: int) -> Any:
     """Data whose sample, and window, number k holds k and nothing else."""
 
-    def sample(k: int) -> Sample:
+    def sample(k: int) -> Window:
         assert 0 <= k < count
-        return Sample(torch.full((LENGTH + 1,), k), [0])
+        return Window(torch.full((LENGTH + 1,), k), [0])
 
     return SimpleNamespace(sample=sample, window=sample, sequence_length=LENGTH)
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm3d.corpus.indexed import IndexedWriter
-from llm3d.data.pretraining import IGNORED, PretrainingData, Sample, collate
+from llm3d.data.pretraining import IGNORED, PretrainingData, Window, collate
 from llm3d.errors import InputError
 
 
@@ -81,7 +81,7 @@ def test_documents_need_not_be_kept_apart(corpus):
 
 
 def test_collating_changes_no_sample():
-    sample = Sample(torch.arange(5), [0, 2])
+    sample = Window(torch.arange(5), [0, 2])
     assert collate([sample, sample]).targets.tolist() == [1, IGNORED, 3, 4] * 2
     assert sample.tokens.tolist() == [0, 1, 2, 3, 4]
     assert collate([sample]).to("cpu").num_targets == 3

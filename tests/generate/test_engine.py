@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm3d.checkpoint.starting import load_first_weights
-from llm3d.data.pretraining import Sample, collate
+from llm3d.data.pretraining import Window, collate
 from llm3d.generate.cache import BLOCK_SIZE
 from llm3d.generate.cuda_graphs import Play
 from llm3d.generate.engine import Generator, Reply
@@ -262,7 +262,7 @@ def forward_on_rank(path: Path, sequences: Sequence[tuple[list[int], list[int]]]
     assert isinstance(model.objective, NextToken)
     found = []
     for prompt, reply in sequences:
-        batch = collate([Sample(torch.tensor([*prompt, *reply]), [0])])
+        batch = collate([Window(torch.tensor([*prompt, *reply]), [0])])
         (terms,) = model.outputs([batch], lambda output, _: output.log_probabilities) or []
         found.append(terms[len(prompt) - 1 :].tolist())
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llm3d.config import PretrainConfig
-from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.data.pretraining import Microbatch, Window, collate
 from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Trainer
@@ -168,12 +168,12 @@ def microbatches(layout: Layout, step: int, data_rank: int) -> list[Microbatch]:
     return [collate(mine[i : i + layout.micro]) for i in range(0, share, layout.micro)]
 
 
-def _sample(generator: random.Random) -> Sample:
+def _sample(generator: random.Random) -> Window:
     # Low ids are more frequent, so that there is something to learn.
     ids = [int(VOCAB_SIZE * generator.random() ** 3) for _ in range(SEQUENCE_LENGTH + 1)]
     tokens = torch.tensor(ids)
     starts = sorted(generator.sample(range(1, SEQUENCE_LENGTH), generator.randrange(4)))
-    return Sample(tokens, [0, *starts], ends_document=generator.random() < 0.3)
+    return Window(tokens, [0, *starts], ends_document=generator.random() < 0.3)
 
 
 def owned_pieces(trainer: Trainer, shards: list[Tensor]) -> list[tuple[Any, Tensor]]:

@@ -18,9 +18,8 @@ from typer.testing import CliRunner
 from llm3d.cli import app
 from llm3d.config import STAGES, Config, PretrainConfig, make_config
 from llm3d.data.conversations import ChatData
-from llm3d.data.pretraining import Sample, collate
-from llm3d.data.samples import Sample as PackedSample
-from llm3d.data.samples import SampleSet, Tokens
+from llm3d.data.pretraining import Window, collate
+from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.models.batch import Batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.offload import CHUNK_ELEMENTS
@@ -94,11 +93,11 @@ def batches_of_stage(stage: str, layout: Layout, mesh: Mesh) -> Sequence[Batch]:
     if stage != "pretrain":
         tokens = Tokens(np.arange(LENGTH, dtype=np.int32), np.ones(LENGTH, dtype=bool))
         ranks = (0.0,) if stage.startswith("sft") else (0.0, 1.0)
-        samples = SampleSet.of([PackedSample((tokens,) * len(ranks), ranks)] * GLOBAL_BATCH)
+        samples = SampleSet.of([Sample((tokens,) * len(ranks), ranks)] * GLOBAL_BATCH)
         return ChatData(config_of_stage(stage, layout), [samples], []).microbatches(1, mesh)
     generator = torch.Generator().manual_seed(mesh.data_rank)
     rows = torch.randint(0, VOCABULARY, (GLOBAL_BATCH // layout.data, LENGTH + 1), generator=generator)
-    samples = [Sample(row, [0]) for row in rows]
+    samples = [Window(row, [0]) for row in rows]
     return [collate(samples[i : i + layout.micro]) for i in range(0, len(samples), layout.micro)]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm3d.config import ModelConfig
-from llm3d.data.pretraining import Microbatch, Sample, collate
+from llm3d.data.pretraining import Microbatch, Window, collate
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.throughput import peak_flops, step_flops
 from llm3d.train.trainer import Trainer
@@ -29,7 +29,7 @@ def batch(*lengths: int) -> Microbatch:
     """One sample of segments of these lengths."""
     total = sum(lengths)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    return collate([Sample(torch.zeros(total + 1, dtype=torch.int64), starts)])
+    return collate([Window(torch.zeros(total + 1, dtype=torch.int64), starts)])
 
 
 @pytest.mark.parametrize("tied", [False, True])
