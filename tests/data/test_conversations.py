@@ -212,7 +212,7 @@ def test_sources_are_read_as_often_as_their_weights_say(model: Path) -> None:
     config = make(model, sources=sources, batch={"global": 10})
     sets = [samples(20, 100), samples(10, 200), samples(20, 300)]
     data = ChatData(config, sets, [])
-    assert data.samples_a_pass == 60
+    assert data.order.samples_a_pass == 60
     total = sum((read(data, step) for step in range(1, 7)), Counter[int]())  # a pass
     assert [total[i] for i in range(100, 120)] == pytest.approx([1] * 20, abs=1)
     by_source = [sum(n for i, n in total.items() if i // 100 == hundred) for hundred in (1, 2, 3)]
