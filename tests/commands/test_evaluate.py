@@ -189,8 +189,8 @@ def evaluate_stage_on_rank(given: dict[str, Any]) -> tuple[str, dict[str, float]
     opened = check(make_config(given, torch.distributed.get_world_size(), STAGES[stage_of(given)]))
     layout = opened.config.parallel
     with silent():
-        source, tally = evaluate_latest(opened, Mesh(layout.tensor, layout.pipeline))
-    return source, tally.report(opened.objective), tally.num_terms
+        source, found = evaluate_latest(opened, Mesh(layout.tensor, layout.pipeline))
+    return source, found.numbers, found.num_terms
 
 
 def numbers_of_training(given: dict[str, Any]) -> dict[str, float]:

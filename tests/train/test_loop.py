@@ -21,7 +21,7 @@ from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.best import Best
-from llm3d.train.learner import ModelLearner
+from llm3d.train.learner import Evaluation, ModelLearner
 from llm3d.train.loop import in_pinned_memory, read_microbatches, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
@@ -88,12 +88,13 @@ class Run:
             changed = getattr(config, section).model_copy(update=values)
             config = config.model_copy(update={section: changed})
         self.directory, self.trainer = directory, Watched(config, Mesh())
+        self.learner = ModelLearner(self.trainer)
         self.saved: list[tuple[int, Tensor]] = []
 
     def train(self, start_step: int = 0, best: Best | None = None) -> None:
         data = Data(self.trainer.config.train.steps)
         with Report(self.directory, start_step, data.steps.last, speaks=True, tensorboard=False) as report:
-            train(ModelLearner(self.trainer), data, report, start_step, self.save, best=best)
+            train(self.learner, data, report, start_step, self.save, best=best)
 
     def save(self, step: int) -> Path:
         self.saved.append((step, self.weights()))
@@ -184,7 +185,7 @@ def test_where_a_run_only_pauses_is_no_evaluation(tmp_path: Path) -> None:
 def validating(run: Run, *losses: float) -> None:
     """Have the run's evaluations come to these numbers, and to so many more."""
     numbers = iter(losses)
-    run.trainer.validate = lambda batches: {"loss": next(numbers)}  # type: ignore[method-assign]
+    run.learner.evaluate = lambda batches: Evaluation({"loss": next(numbers)}, 1, "token")  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -342,5 +343,5 @@ def test_data_that_cannot_be_read_ends_the_run_with_what_is_done_saved(tmp_path:
         Report(tmp_path, 0, 5, speaks=True, tensorboard=False) as report,
         pytest.raises(InputError, match="token 600"),
     ):
-        train(run.trainer, Broken(), report, 0, save)
+        train(run.learner, Broken(), report, 0, save)
     assert saved == [2]
