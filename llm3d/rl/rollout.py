@@ -33,7 +33,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.reshard import SyncStats, WeightSync
 from llm3d.text.streaming import Replies
 from llm3d.train.frozen import released_storage
-from llm3d.train.trainer import ShardedModel
+from llm3d.train.trainer import ShardedModel, Trainer
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class RolloutGenerator:
             request_for(self.config, self.replies, prompts[i].tokens.tolist(), prompts[i].number)
             for i in mine
         ]
-        idle = released_storage(self.policy.flat.kept_gradients)
-        with idle, self._generator() as generator, input_errors_on_all(self.mesh.everyone):
+        idle = self.policy.flat.kept_gradients if isinstance(self.policy, Trainer) else []
+        with released_storage(idle), self._generator() as generator, input_errors_on_all(self.mesh.everyone):
             found = generator.generate(requests, settings.max_sequences, settings.cache_bytes)
         return all_gather_rollouts(prompts, mine, found, self.replies.text, self.mesh)
 
