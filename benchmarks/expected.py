@@ -205,7 +205,7 @@ def count(
         adds = mock.patch.object(linear, "_adds_to_fp32", return_value=not apart)
         with adds, recorder, recorder.attention(shape, arguments.micro, arguments.sequence_length):
             trainer.flat.begin_step(num_microbatches)
-            trainer.pipeline.run(trainer.part(num_microbatches), batches, trainer.objective)
+            trainer.pipeline.run(batches, trainer.objective)
             trainer.flat.finish_gradients()
         with optimizer:
             trainer.optimizer.step(1e-5, trainer.flat.gradient_norm())

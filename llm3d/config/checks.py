@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llm3d.config.explain import nearest
+from llm3d.config.schedules import SCHEDULES
 from llm3d.config.sections import LoRASettings, LossScaleConfig
 from llm3d.config.stages import Config
 from llm3d.errors import InputError
@@ -89,14 +90,12 @@ def _stage_problems(config: Config) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_hidden_layers
     stages = parallel.pipeline * parallel.chunks
     count = f"{parallel.pipeline} x parallel.chunks {parallel.chunks} = {stages} stages"
-    interleaved = parallel.schedule == "interleaved"
-    if parallel.chunks > 1 and not interleaved:
+    if parallel.chunks > 1 and not parallel.interleaves:
+        able = " or ".join(name for name, rules in SCHEDULES.items() if rules.interleaves)
+        yield f"parallel.chunks: {parallel.chunks} needs parallel.schedule {able}, not {parallel.schedule}"
+    if parallel.interleaves and (parallel.pipeline == 1 or parallel.chunks == 1):
         yield (
-            f"parallel.chunks: {parallel.chunks} needs parallel.schedule interleaved, not {parallel.schedule}"
-        )
-    if interleaved and (parallel.pipeline == 1 or parallel.chunks == 1):
-        yield (
-            f"parallel.schedule: interleaved needs parallel.pipeline and parallel.chunks of at least 2, "
+            f"parallel.schedule: {parallel.schedule} needs parallel.pipeline and parallel.chunks of at least 2, "
             f"not {parallel.pipeline} and {parallel.chunks}"
         )
     if parallel.layers_per_stage is not None:
@@ -192,9 +191,9 @@ def _world_problems(config: Config, world_size: int) -> Iterator[str]:
     if batch.global_size % (batch.micro * data):
         together = f"batch.micro {batch.micro} x data-parallel size {data} = {batch.micro * data}"
         yield f"batch.global: {batch.global_size} is not a multiple of {together}"
-    elif parallel.schedule == "interleaved" and config.num_microbatches(world_size) % parallel.pipeline:
+    elif config.num_microbatches(world_size) % parallel.microbatch_multiple:
         yield (
-            f"parallel.schedule: interleaved needs microbatches in multiples of parallel.pipeline "
+            f"parallel.schedule: {parallel.schedule} needs microbatches in multiples of parallel.pipeline "
             f"{parallel.pipeline}, not {config.num_microbatches(world_size)} "
             f"(batch.global / batch.micro / data-parallel size {data})"
         )

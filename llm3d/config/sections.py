@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validat
 from pydantic_core import CoreSchema
 
 from llm3d.config.base import Fraction, Name, OneOrMore, Positive, Section, Whole, whole
+from llm3d.config.schedules import SCHEDULES, ScheduleName
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -118,7 +119,7 @@ class ParallelConfig(Section):
     pipeline: Positive = 1
     chunks: Positive = 1
     """Model chunks on each pipeline rank; above 1 with the interleaved schedule."""
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: ScheduleName = "1f1b"
     sequence: bool = False
     """Split activations outside attention and MLP over the tensor group (sequence parallelism)."""
     layers_per_stage: tuple[Positive, ...] | None = None
@@ -128,6 +129,16 @@ class ParallelConfig(Section):
     def token_multiple(self) -> int:
         """Tokens of a microbatch come in multiples of it: sequence parallelism divides them over tensor ranks."""
         return self.tensor if self.sequence else 1
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether the schedule has pipeline ranks take turns between chunks of the model."""
+        return SCHEDULES[self.schedule].interleaves
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches of a step is a multiple of, on each data rank."""
+        return SCHEDULES[self.schedule].microbatch_multiple(self.pipeline)
 
 
 class ZeroConfig(Section):

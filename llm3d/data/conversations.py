@@ -220,10 +220,7 @@ class ChatData:
 
     def _bins(self, lengths: np.ndarray, data_size: int) -> list[np.ndarray]:
         """Which samples go together: as few microbatches as there can be, as many on each data rank, as even."""
-        layout = self.config.parallel
-        return pack(
-            lengths, self.capacity, data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
-        )
+        return pack(lengths, self.capacity, data_size * self.config.parallel.microbatch_multiple)
 
     def _keys(self, step: int, items: np.ndarray) -> list[int]:
         """Of the random numbers of each sequence of some of a step's samples."""

@@ -15,6 +15,7 @@ from llm3d.models.llama import LlamaStage
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import is_alone
 from llm3d.parallel.mesh import Mesh
+from llm3d.parallel.schedules import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_ROWS = 64
@@ -28,13 +29,12 @@ def build_stages(
     head: HeadName = "language",
     lora: LoRASettings | None = None,
 ) -> list[LlamaStage]:
-    """This rank's stages, in model order, without storage. Chunk c is virtual stage c * pipeline + rank."""
-    counts = parallel.layers_per_stage or spread_layers(
-        config.num_hidden_layers, parallel.pipeline * parallel.chunks
-    )
+    """This rank's stages, in the order of its chunks, without storage."""
+    placement = Schedule.of(parallel).placement
+    counts = parallel.layers_per_stage or spread_layers(config.num_hidden_layers, placement.num_stages)
     stages = []
-    for chunk in range(parallel.chunks):
-        stage = chunk * mesh.pipeline_size + mesh.pipeline_rank
+    for chunk in range(placement.num_chunks):
+        stage = placement.stage_of(mesh.pipeline_rank, chunk)
         start = sum(counts[:stage])
         stages.append(
             LlamaStage(

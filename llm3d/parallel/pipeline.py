@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm3d.parallel.mesh import Mesh
-from llm3d.parallel.schedules import Action, Kind, Part, channel_of, peer
+from llm3d.parallel.schedules import Action, Kind, Schedule
 
 Objective = Callable[[Any, Any], Tensor]  # see llm3d.models.heads.Objective
 
@@ -21,10 +21,10 @@ class _Transfer(NamedTuple):
 
 
 class Pipeline:
-    """The stages of this rank (chunk c is virtual stage c * pipeline_size + pipeline_rank) and what they exchange.
+    """The virtual stages of this rank, where its schedule places them, and what they exchange.
 
-    stages: called with (input, microbatch, objective). The input is None on the first virtual stage; the last returns
-        the objective's fp32 [numbers] of the microbatch, the others [rows, hidden] activations.
+    stages: one for each chunk, called with (input, microbatch, objective). The input is None on the first virtual
+        stage; the last returns the objective's fp32 [numbers] of the microbatch, the others [rows, hidden] activations.
     hidden_size, dtype: of what crosses between stages; its rows are the microbatch's tokens, of which this rank has
         one in `tokens_a_row` (under sequence parallelism, the tensor group's size).
     """
@@ -33,13 +33,13 @@ class Pipeline:
         self,
         mesh: Mesh,
         stages: Sequence[nn.Module],
+        schedule: Schedule,
         hidden_size: int,
         dtype: torch.dtype,
         tokens_a_row: int = 1,
     ) -> None:
-        self.mesh, self.stages = mesh, list(stages)
+        self.mesh, self.stages, self.schedule = mesh, list(stages), schedule
         self.hidden_size, self.dtype, self.tokens_a_row = hidden_size, dtype, tokens_a_row
-        self.last_stage = len(self.stages) * mesh.pipeline_size - 1
         self._warm = set[bool]()  # with gradients, without
 
     @property
@@ -59,7 +59,7 @@ class Pipeline:
         shape, device = self.activation_shape(microbatch), self.mesh.device
         for chunk, stage in enumerate(self.stages):
             hidden = None
-            if chunk or not self.mesh.is_first_stage:
+            if self.schedule.placement.stage_of(self.mesh.pipeline_rank, chunk) > 0:
                 hidden = torch.zeros(shape, dtype=self.dtype, device=device, requires_grad=training)
             output = stage(hidden, microbatch, objective)
             if training:
@@ -67,15 +67,17 @@ class Pipeline:
         self._warm.add(training)
 
     def run(
-        self, part: Part, microbatches: Sequence[Any], objective: Objective, scale: float | Tensor = 1.0
+        self, microbatches: Sequence[Any], objective: Objective, scale: float | Tensor = 1.0
     ) -> list[Tensor] | None:
-        """Run this rank's part of a schedule; -> the objective's numbers of each microbatch on the last stage, None on
-        the others.
+        """Run this rank's part of the schedule, with gradients or, where autograd is off, without.
 
+        -> the objective's numbers of each microbatch on the last stage, None on the others.
         scale: what backward multiplies the first of the numbers by, one over what the step's loss is divided by; on
             the device where no host is to wait for it.
         Activations, [rows, hidden] in the compute dtype, go to the next stage, and as much comes back.
         """
+        forward_only = not torch.is_grad_enabled()
+        part = self.schedule.part(self.mesh.pipeline_rank, len(microbatches), forward_only)
         step = _Step(self, microbatches, objective, scale, part.arrivals)
         for action in part.actions:
             step.run(action)
@@ -92,7 +94,7 @@ class Pipeline:
 
 
 class _Step:
-    """What is in flight during one run of a schedule. Its keys are (chunk, microbatch)."""
+    """What is in flight during one run of a schedule. Its keys are (chunk, microbatch), or the actions of messages."""
 
     def __init__(
         self,
@@ -103,10 +105,11 @@ class _Step:
         arrivals: dict[Action, list[Action]],
     ) -> None:
         self.pipeline, self.mesh, self.microbatches = pipeline, pipeline.mesh, microbatches
+        self.rank, self.placement = pipeline.mesh.pipeline_rank, pipeline.schedule.placement
         self.objective, self.scale, self.arrivals = objective, scale, arrivals
-        self.received: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
-        self.ready: dict[tuple[Kind, tuple[int, int]], Tensor] = {}  # computed, to be sent
-        self.sent: dict[tuple[Kind, tuple[int, int]], _Transfer] = {}
+        self.received: dict[Action, _Transfer] = {}
+        self.ready: dict[Action, Tensor] = {}  # computed, to be sent
+        self.sent: dict[Action, _Transfer] = {}
         self.inputs: dict[tuple[int, int], Tensor | None] = {}
         self.outputs: dict[tuple[int, int], Tensor] = {}
         self.numbers: dict[int, Tensor] = {}  # by microbatch
@@ -125,21 +128,20 @@ class _Step:
     def receive(self, action: Action) -> None:
         shape = self.pipeline.activation_shape(self.microbatches[action.microbatch])
         buffer = torch.empty(shape, dtype=self.pipeline.dtype, device=self.mesh.device)
-        source = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
-        work = dist.irecv(buffer, group=self.channel(action.kind), group_src=source)
+        source, _ = self.placement.other_end((self.rank, action))
+        work = dist.irecv(buffer, group=self.channel(action), group_src=source)
         assert work is not None, "this rank is in its pipeline group"
-        self.received[action.kind, (action.chunk, action.microbatch)] = _Transfer(work, buffer)
+        self.received[action] = _Transfer(work, buffer)
 
     def send(self, action: Action) -> None:
-        tensor = self.ready.pop((action.kind, (action.chunk, action.microbatch)))
-        target = peer(action.kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)
-        work = dist.isend(tensor, group=self.channel(action.kind), group_dst=target)
+        tensor = self.ready.pop(action)
+        target, _ = self.placement.other_end((self.rank, action))
+        work = dist.isend(tensor, group=self.channel(action), group_dst=target)
         assert work is not None, "this rank is in its pipeline group"
-        self.sent[action.kind, (action.chunk, action.microbatch)] = _Transfer(work, tensor)
+        self.sent[action] = _Transfer(work, tensor)
 
     def forward(self, action: Action) -> None:
-        key = (action.chunk, action.microbatch)
-        hidden = None if self.stage_of(action) == 0 else self.wait(Kind.RECV_FORWARD, action)
+        key, hidden = (action.chunk, action.microbatch), self.wait_for_input(action)
         training = torch.is_grad_enabled()
         if hidden is not None and training:
             hidden.requires_grad_()
@@ -147,36 +149,36 @@ class _Step:
         output = self.pipeline.stages[action.chunk](hidden, microbatch, self.objective)
         if training:
             self.inputs[key], self.outputs[key] = hidden, output
-        if self.stage_of(action) == self.pipeline.last_stage:
+        send = self.placement.send_after((self.rank, action))
+        if send is None:
             self.numbers[action.microbatch] = output.detach()
         else:
             assert output.shape == self.pipeline.activation_shape(microbatch), "the next stage expects it so"
-            self.ready[Kind.SEND_FORWARD, key] = output.detach().contiguous()
+            self.ready[send] = output.detach().contiguous()
 
     def backward(self, action: Action) -> None:
-        key = (action.chunk, action.microbatch)
+        key, gradient = (action.chunk, action.microbatch), self.wait_for_input(action)
         output, hidden = self.outputs.pop(key), self.inputs.pop(key)
-        if self.stage_of(action) == self.pipeline.last_stage:
+        if gradient is None:
             gradient = torch.zeros_like(output)
             gradient[0] = self.scale
-        else:
-            gradient = self.wait(Kind.RECV_BACKWARD, action)
         torch.autograd.backward(output, gradient)
-        if hidden is not None:
-            assert hidden.grad is not None, "the loss depends on every stage's input"
-            self.ready[Kind.SEND_BACKWARD, key] = hidden.grad.contiguous()
+        send = self.placement.send_after((self.rank, action))
+        if send is not None:
+            assert hidden is not None and hidden.grad is not None, "the loss depends on every stage's input"
+            self.ready[send] = hidden.grad.contiguous()
 
-    def wait(self, kind: Kind, action: Action) -> Tensor:
-        """What was received for a computation; the tensors that have arrived before it was sent are let go."""
-        transfer = self.received.pop((kind, (action.chunk, action.microbatch)))
+    def wait_for_input(self, action: Action) -> Tensor | None:
+        """What a computation receives, if anything; the tensors that have arrived before it was sent are let go."""
+        receive = self.placement.receive_for((self.rank, action))
+        if receive is None:
+            return None
+        transfer = self.received.pop(receive)
         transfer.work.wait()
         for send in self.arrivals[action]:
-            self.sent.pop((send.kind, (send.chunk, send.microbatch))).work.wait()
+            self.sent.pop(send).work.wait()
         return transfer.tensor
 
-    def stage_of(self, action: Action) -> int:
-        return action.chunk * self.mesh.pipeline_size + self.mesh.pipeline_rank
-
-    def channel(self, kind: Kind) -> dist.ProcessGroup:
+    def channel(self, message: Action) -> dist.ProcessGroup:
         """The group for one direction of traffic over one link, so that its messages match in order."""
-        return self.mesh.channels[channel_of(kind, self.mesh.pipeline_rank, self.mesh.pipeline_size)]
+        return self.mesh.channels[self.placement.channel_of((self.rank, message))]

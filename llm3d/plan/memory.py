@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from llm3d.config import Config
 from llm3d.kernels.paper import is_cuda, standing_for
 from llm3d.parallel.mesh import Communicators, Mesh
+from llm3d.parallel.schedules import Schedule
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.stages.stage import ModelRole
 from llm3d.train.trainer import ShardedModel, Trainer
@@ -81,7 +82,7 @@ def _memory_of_rank(role: ModelRole, world_size: int, rank: int, frozen: Sequenc
         counter = _Counter(trainer.flat)
         with counter:
             trainer.flat.begin_step(len(batches))
-            trainer.pipeline.run(trainer.part(len(batches)), batches, trainer.objective)
+            trainer.pipeline.run(batches, trainer.objective)
             trainer.flat.finish_gradients()
         parameters = sum(_bytes_of_parameters(model.flat) for model in models)
         memory = _summed_up(trainer, counter, parameters)
@@ -103,11 +104,11 @@ def bytes_of_communicators(of_rank: Communicators) -> int:
 
 def _enough_microbatches(config: Config, world_size: int, samples_in_each: int) -> int:
     """Of a step's microbatches, as many as it takes until its memory repeats itself."""
-    parallel = config.parallel
+    schedule = Schedule.of(config.parallel)
     count = -(-config.batch.global_size // (samples_in_each * config.data_parallel_size(world_size)))
-    if parallel.schedule == "interleaved":
-        count = -(-count // parallel.pipeline) * parallel.pipeline
-    return count if parallel.schedule == "gpipe" else min(count, 2 * parallel.pipeline * parallel.chunks)
+    count = -(-count // schedule.microbatch_multiple) * schedule.microbatch_multiple
+    few = min(count, 2 * schedule.placement.num_stages)
+    return few if schedule.max_in_flight(few) == schedule.max_in_flight(count) else count
 
 
 @contextmanager

@@ -15,16 +15,12 @@ nothing (Kahn 1974, process networks): a schedule that runs through once runs th
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from llm3d.parallel.schedules import Action, Kind, channel_of, peer, receive_for
+from llm3d.parallel.schedules import COMPUTATIONS, SENDS, Action, Event, Kind, Placement, max_in_flight
 
-_OTHER_END_OF_SEND = {
-    Kind.SEND_FORWARD: Kind.RECV_FORWARD,
-    Kind.SEND_BACKWARD: Kind.RECV_BACKWARD,
-}
-_OTHER_END = _OTHER_END_OF_SEND | {receive: send for send, receive in _OTHER_END_OF_SEND.items()}
+DURATIONS = {kind: each.duration for kind, each in COMPUTATIONS.items()}
 
 
 class ScheduleError(AssertionError):
@@ -57,13 +53,13 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Idle time over ideal compute time, (num_stages - 1) / (num_chunks * num_microbatches) at best.
+        """Idle time over ideal compute time, (num_ranks - 1) / (num_chunks * num_microbatches) at best.
 
         Narayanan et al. 2021, "Efficient large-scale language model training on GPU clusters", section 2.2.
         Ideal is the compute time of the busiest rank.
         """
         ideal = max(
-            sum(span.end - span.start for span in spans if span.action.kind in (Kind.FORWARD, Kind.BACKWARD))
+            sum(span.end - span.start for span in spans if span.action.kind in COMPUTATIONS)
             for spans in self.spans
         )
         return (self.makespan - ideal) / ideal
@@ -71,24 +67,21 @@ class Timeline:
     @property
     def max_in_flight(self) -> list[int]:
         """Per rank, the most forwards (microbatches times chunks) held at once for a backward to come."""
-        return [_max_in_flight([span.action for span in spans]) for spans in self.spans]
-
-
-Event = tuple[int, Action]  # rank and action
+        return [max_in_flight([span.action for span in spans]) for spans in self.spans]
 
 
 def simulate(
     schedule: list[list[Action]],
-    num_chunks: int,
-    forward_time: float = 1.0,
-    backward_time: float = 2.0,
+    placement: Placement,
+    durations: Mapping[Kind, float] = DURATIONS,
     transfer_time: float = 0.0,
     blocks: Callable[[Event], bool] = lambda event: False,
     idle_before_computing: bool = False,
     one_queue: bool = False,
 ) -> Timeline:
-    """Time a schedule with communication (from `make_schedule`); times are per chunk and per message.
+    """Time a schedule with communication (from `Schedule.actions`).
 
+    durations: of each kind of computation, a chunk and microbatch.  transfer_time: of a message.
     blocks: of which sends and receives the rank does nothing more, once it has posted them, until they have moved.
     idle_before_computing: whether ranks compute only when all that they have posted has moved.
     one_queue: whether all messages that a rank sends and receives on a channel of `Mesh` are in one queue.
@@ -96,8 +89,7 @@ def simulate(
     Raises DeadlockError when no rank can go on, ScheduleError when an action comes before what it needs, is
     listed twice, or when the order of sends on a channel is not the order of receives.
     """
-    compute_time = {Kind.FORWARD: forward_time, Kind.BACKWARD: backward_time}
-    run = _Run(schedule, num_chunks, compute_time, transfer_time, blocks, idle_before_computing, one_queue)
+    run = _Run(schedule, placement, durations, transfer_time, blocks, idle_before_computing, one_queue)
     while not run.is_done():
         advanced = [run.advance(rank) for rank in range(len(schedule))]
         if not any(advanced):
@@ -118,26 +110,25 @@ class _Run:
     def __init__(
         self,
         schedule: list[list[Action]],
-        num_chunks: int,
-        compute_time: dict[Kind, float],
+        placement: Placement,
+        durations: Mapping[Kind, float],
         transfer_time: float,
         blocks: Callable[[Event], bool],
         idle_before_computing: bool,
         one_queue: bool,
     ) -> None:
-        self.schedule = schedule
-        self.num_stages = len(schedule)
-        self.num_chunks = num_chunks
-        self.compute_time, self.transfer_time = compute_time, transfer_time
+        self.schedule, self.placement = schedule, placement
+        self.durations, self.transfer_time = durations, transfer_time
         self.blocks, self.idle_before_computing, self.one_queue = blocks, idle_before_computing, one_queue
-        self.position = [0] * self.num_stages
-        self.clock = [0.0] * self.num_stages
+        self.position = [0] * len(schedule)
+        self.clock = [0.0] * len(schedule)
         # Of each rank, messages that its next action waits for, and those that may not have moved.
         self.held: list[list[Event]] = [[] for _ in schedule]
         self.posted: list[list[Event]] = [[] for _ in schedule]
         self.start: dict[Event, float] = {}
         self.end: dict[Event, float] = {}
         self.queues: dict[tuple[object, ...], _Queue] = defaultdict(_Queue)
+        self.queue_of: dict[Event, _Queue] = {}
 
     def is_done(self) -> bool:
         return all(at == len(actions) for at, actions in zip(self.position, self.schedule, strict=True))
@@ -160,8 +151,8 @@ class _Run:
         start = max([self.clock[rank], *(self.end[need] for need in needs)])
         self.clock[rank] = self.start[rank, action] = start
         self.held[rank] = []
-        if action.kind in self.compute_time:
-            self.clock[rank] = self.end[rank, action] = start + self.compute_time[action.kind]
+        if action.kind in COMPUTATIONS:
+            self.clock[rank] = self.end[rank, action] = start + self.durations[action.kind]
             self.posted[rank] = [event for event in self.posted[rank] if event not in self.end]
         else:
             self._post((rank, action))
@@ -169,19 +160,17 @@ class _Run:
 
     def _needs(self, rank: int, action: Action) -> list[Event]:
         """The actions of the same rank that must have ended, messages that must have moved."""
-        chunk, microbatch = action.chunk, action.microbatch
         needs: list[Action | None] = []
-        if action.kind in self.compute_time:
-            needs.append(receive_for(action, rank, self.num_stages, self.num_chunks))
-        if action.kind in (Kind.BACKWARD, Kind.SEND_FORWARD):
-            needs.append(Action(Kind.FORWARD, chunk, microbatch))
-        if action.kind is Kind.SEND_BACKWARD:
-            needs.append(Action(Kind.BACKWARD, chunk, microbatch))
+        if action.kind in SENDS:
+            needs.append(action.of_kind(SENDS[action.kind][0]))
+        if action.kind in COMPUTATIONS:
+            after = COMPUTATIONS[action.kind].after
+            needs += [self.placement.receive_for((rank, action)), after and action.of_kind(after)]
         messages = [*self.held[rank], *(self.posted[rank] if self._waits_for_all(action) else [])]
         return [*((rank, need) for need in needs if need is not None), *messages]
 
     def _waits_for_all(self, action: Action) -> bool:
-        return self.idle_before_computing and action.kind in self.compute_time
+        return self.idle_before_computing and action.kind in COMPUTATIONS
 
     def _check_listed_before(self, rank: int, action: Action, needs: list[Event]) -> None:
         if (rank, action) in self.start:
@@ -192,6 +181,8 @@ class _Run:
 
     def _post(self, event: Event) -> None:
         rank = event[0]
+        if not self.placement.has_other_end(event):
+            raise ScheduleError(f"{event[1]} of rank {rank} meets nothing at the other end")
         self._queue(event).posted.append(event)
         self.posted[rank].append(event)
         if self.blocks(event):
@@ -200,37 +191,35 @@ class _Run:
 
     def _queue(self, event: Event) -> _Queue:
         """The queue of this end of a message."""
-        rank, kind = event[0], event[1].kind
-        channel = channel_of(kind, rank, self.num_stages)
+        if event not in self.queue_of:
+            self.queue_of[event] = self._queue_by_place(event)
+        return self.queue_of[event]
+
+    def _queue_by_place(self, event: Event) -> _Queue:
+        rank, channel = event[0], self.placement.channel_of(event)
         if self.one_queue:
-            assert self.num_stages > 1, "on one rank a message would wait for itself"
+            assert len(self.schedule) > 1, "on one rank a message would wait for itself"
             return self.queues[channel, rank]
-        return self.queues[channel, rank, peer(kind, rank, self.num_stages), kind in _OTHER_END_OF_SEND]
+        peer, _ = self.placement.other_end(event)
+        return self.queues[channel, rank, peer, event[1].kind in SENDS]
 
     def _move(self, event: Event) -> None:
         """Move messages with both ends first in their queues: this event's, and what has waited for those."""
         looked_at = [event]
         while looked_at:
             mine = self._queue(looked_at.pop())
-            theirs = self._queue(self._other_end(mine.posted[0])) if mine.posted else mine
+            theirs = self._queue(self.placement.other_end(mine.posted[0])) if mine.posted else mine
             if not mine.posted or not theirs.posted:
                 continue
             first, meets = mine.posted[0], theirs.posted[0]
-            if self._queue(self._other_end(meets)) is not mine:
+            if self._queue(self.placement.other_end(meets)) is not mine:
                 continue  # it is for another rank
-            if meets != self._other_end(first):
-                send, receive = sorted((first, meets), key=lambda end: end[1].kind not in _OTHER_END_OF_SEND)
+            if meets != self.placement.other_end(first):
+                send, receive = sorted((first, meets), key=lambda end: end[1].kind not in SENDS)
                 raise ScheduleError(f"from rank {send[0]} to rank {receive[0]}: {send[1]} meets {receive[1]}")
             begin = max(self.start[first], self.start[meets], mine.free_at, theirs.free_at)
             self.end[first] = self.end[meets] = mine.free_at = theirs.free_at = begin + self.transfer_time
             looked_at += [mine.posted.popleft(), theirs.posted.popleft()]
-
-    def _other_end(self, event: Event) -> Event:
-        """The receive of a send, the send of a receive."""
-        rank, action = event
-        step = 1 if action.kind in (Kind.SEND_FORWARD, Kind.RECV_BACKWARD) else -1
-        chunk, other = divmod(action.chunk * self.num_stages + rank + step, self.num_stages)
-        return other, Action(_OTHER_END[action.kind], chunk, action.microbatch)
 
     def blocked(self) -> str:
         """What each rank that is not done waits for."""
@@ -253,14 +242,3 @@ class _Run:
                 for rank, actions in enumerate(self.schedule)
             ]
         )
-
-
-def _max_in_flight(actions: list[Action]) -> int:
-    has_backward = {(a.chunk, a.microbatch) for a in actions if a.kind is Kind.BACKWARD}
-    change = {Kind.FORWARD: 1, Kind.BACKWARD: -1}
-    held = most = 0
-    for action in actions:
-        if (action.chunk, action.microbatch) in has_backward:
-            held += change.get(action.kind, 0)
-            most = max(most, held)
-    return most

@@ -226,7 +226,7 @@ def packed_samples(samples: Sequence[Sample], model: ShardedModel) -> list[tuple
     """This data rank's microbatches, and which samples are in each, in rising order."""
     config, mesh = model.config, model.mesh
     layout, capacity = config.parallel, config.batch.micro * config.data.sequence_length
-    ranks = mesh.data_size * (layout.pipeline if layout.schedule == "interleaved" else 1)
+    ranks = mesh.data_size * layout.microbatch_multiple
     lengths = [sum(len(sequence.ids) for sequence in sample.sequences) for sample in samples]
     bins = pack(np.array(lengths, dtype=np.int64), capacity, ranks)[mesh.data_rank :: mesh.data_size]
     return [(items.tolist(), collate([samples[i] for i in items], layout.token_multiple)) for items in bins]

@@ -24,7 +24,7 @@ from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.pipeline import Pipeline
 from llm3d.parallel.products import choose_products
-from llm3d.parallel.schedules import Part, part_of_rank
+from llm3d.parallel.schedules import Schedule
 from llm3d.parallel.zero.flat import FlatParameters
 from llm3d.train.host_memory import available_memory
 from llm3d.train.loss_scale import LossScale
@@ -72,8 +72,9 @@ class ShardedModel:
         gradients = DTYPES[config.precision.gradients]
         reduce = DTYPES[config.precision.reduce_dtype or config.precision.gradients]
         self.flat = FlatParameters(self.stages, mesh, self.dtype, config.zero, trainable, gradients, reduce)
-        hidden_size, token_multiple = config.model.hidden_size, config.parallel.token_multiple
-        self.pipeline = Pipeline(mesh, self.stages, hidden_size, self.dtype, token_multiple)
+        schedule, hidden_size = Schedule.of(config.parallel), config.model.hidden_size
+        token_multiple = config.parallel.token_multiple
+        self.pipeline = Pipeline(mesh, self.stages, schedule, hidden_size, self.dtype, token_multiple)
 
     def _check_host_memory(self, trainable: bool) -> None:
         """Raise InputError on all ranks where a host has too little for what its ranks will keep there."""
@@ -130,14 +131,7 @@ class ShardedModel:
         """What the objective makes of each of this data rank's microbatches; None but on the last pipeline stage."""
         if self.pipeline.is_cold:
             self.pipeline.warm_up(microbatches[0], objective)
-        part = self.part(len(microbatches), forward_only=True)
-        return self.pipeline.run(part, microbatches, objective)
-
-    def part(self, num_microbatches: int, forward_only: bool = False) -> Part:
-        """What this rank does in a step."""
-        layout = self.config.parallel
-        shape = (layout.schedule, layout.pipeline, layout.chunks, num_microbatches)
-        return part_of_rank(self.mesh.pipeline_rank, *shape, forward_only)
+        return self.pipeline.run(microbatches, objective)
 
     def _count(self, microbatches: Sequence[Batch]) -> Tensor:
         """Terms of the loss over all ranks' microbatches: fp64 [1] on the device."""
@@ -247,8 +241,8 @@ class Trainer(ShardedModel):
         loss_scale = self.loss_scale.value if self.loss_scale else None
         scale, count = loss_scale or 1.0, self._count(microbatches)
         self.flat.begin_step(len(microbatches))
-        part, per_term = self.part(len(microbatches)), scale / count[0].clamp(min=1.0)
-        outputs = self.pipeline.run(part, microbatches, self.objective, per_term)
+        per_term = scale / count[0].clamp(min=1.0)
+        outputs = self.pipeline.run(microbatches, self.objective, per_term)
         self.flat.finish_gradients()
         norm, numbers = self.flat.gradient_norm() / scale, self._numbers(outputs)
         self.optimizer.step(lr, self._clip_factor(norm, loss=numbers[0]) / scale)

@@ -5,16 +5,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llm3d.config.schedules import SCHEDULES
 from llm3d.parallel.schedules import (
-    _ORDERS,
     Action,
     Kind,
+    Placement,
+    Schedule,
     arrivals,
     gpipe,
-    make_schedule,
     one_f_one_b,
-    peer,
-    receive_for,
     with_communication,
 )
 from llm3d.plan.simulate import DeadlockError, ScheduleError, simulate
@@ -22,7 +21,7 @@ from llm3d.plan.simulate import DeadlockError, ScheduleError, simulate
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD)
 SENDS = (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
 RECEIVES = (Kind.RECV_FORWARD, Kind.RECV_BACKWARD)
-NAMES = ["gpipe", "1f1b", "interleaved"]
+NAMES = list(SCHEDULES)
 
 quick = settings(max_examples=60, deadline=None)
 durations = st.floats(min_value=1e-3, max_value=1e3)
@@ -40,11 +39,19 @@ def shapes(draw, names=(*NAMES, "forward_only")):
 
 
 def build(shape):
-    name, num_stages, num_chunks, num_microbatches = shape
-    forward_only = name == "forward_only"
-    return make_schedule(
-        "1f1b" if forward_only else name, num_stages, num_chunks, num_microbatches, forward_only
-    )
+    name, num_ranks, num_chunks, num_microbatches = shape
+    placement = Placement(num_ranks, num_chunks)
+    if name == "forward_only":
+        return Schedule("interleaved", placement).actions(num_microbatches, forward_only=True)
+    return Schedule(name, placement).actions(num_microbatches)
+
+
+def placement_of(shape):
+    return Placement(shape[1], shape[2])
+
+
+def durations_of(forward, backward):
+    return {Kind.FORWARD: forward, Kind.BACKWARD: backward}
 
 
 def is_receive(event):
@@ -53,6 +60,27 @@ def is_receive(event):
 
 def of_kind(actions, *kinds):
     return [action for action in actions if action.kind in kinds]
+
+
+# Where it runs
+
+
+@given(st.integers(1, 8), st.integers(1, 4))
+@quick
+def test_every_virtual_stage_has_one_place(num_ranks, num_chunks):
+    placement = Placement(num_ranks, num_chunks)
+    places = [placement.place_of(stage) for stage in range(placement.num_stages)]
+    assert sorted(places) == [(rank, chunk) for rank in range(num_ranks) for chunk in range(num_chunks)]
+    assert [placement.stage_of(*place) for place in places] == list(range(placement.num_stages))
+
+
+@given(shapes())
+@quick
+def test_the_two_ends_of_a_message_know_each_other(shape):
+    placement = placement_of(shape)
+    for event in posts_of(build(shape)):
+        assert placement.other_end(placement.other_end(event)) == event
+        assert placement.channel_of(placement.other_end(event)) == placement.channel_of(event)
 
 
 # What is computed
@@ -92,8 +120,7 @@ def test_gradients_add_up_in_the_order_of_microbatches_under_every_schedule(shap
 @given(shapes(["interleaved"]))
 @quick
 def test_evaluation_runs_the_forwards_of_training(shape):
-    _, num_stages, num_chunks, num_microbatches = shape
-    evaluation = make_schedule("interleaved", num_stages, num_chunks, num_microbatches, forward_only=True)
+    evaluation = build(("forward_only", *shape[1:]))
     for actions, trained in zip(evaluation, build(shape), strict=True):
         assert of_kind(actions, *COMPUTE) == of_kind(trained, Kind.FORWARD)
 
@@ -102,9 +129,10 @@ def test_evaluation_runs_the_forwards_of_training(shape):
 @quick
 def test_what_is_let_go_has_arrived(shape, forward_time, backward_time, transfer_time):
     schedule = build(shape)
-    timeline = simulate(schedule, shape[2], forward_time, backward_time, transfer_time)
+    placement = placement_of(shape)
+    timeline = simulate(schedule, placement, durations_of(forward_time, backward_time), transfer_time)
     spans = [{span.action: span for span in spans} for spans in timeline.spans]
-    for rank, arrived in enumerate(arrivals(schedule)):
+    for rank, arrived in enumerate(arrivals(schedule, placement)):
         gone = [send for sends in arrived.values() for send in sends]
         assert len(gone) == len(set(gone))
         for compute, sends in arrived.items():
@@ -120,7 +148,7 @@ def test_messages_are_let_go_as_others_are_sent(shape):
     """However many microbatches there are, no more messages are held than there are stages on the way."""
     _, num_stages, num_chunks, _ = shape
     schedule = build(shape)
-    for actions, arrived in zip(schedule, arrivals(schedule), strict=True):
+    for actions, arrived in zip(schedule, arrivals(schedule, placement_of(shape)), strict=True):
         held = most = 0
         for action in actions:
             held += (action.kind in SENDS) - len(arrived.get(action, []))
@@ -134,24 +162,26 @@ def test_messages_are_let_go_as_others_are_sent(shape):
 @given(shapes())
 @quick
 def test_each_channel_is_sent_in_the_order_in_which_it_is_received(shape):
-    _, num_stages, num_chunks, num_microbatches = shape
+    placement, num_microbatches = placement_of(shape), shape[3]
     sent, received = defaultdict(list), defaultdict(list)
     for rank, actions in enumerate(build(shape)):
         for action in actions:
             if action.kind in COMPUTE:
                 continue
-            other = peer(action.kind, rank, num_stages)
+            channel = placement.channel_of((rank, action))
+            other, _ = placement.other_end((rank, action))
             cargo = action.kind.value.split("_")[1]
-            stage = action.chunk * num_stages + rank
+            stage = placement.stage_of(rank, action.chunk)
+            assert channel[0] == cargo
             if action.kind in SENDS:
                 target = stage + 1 if cargo == "forward" else stage - 1
-                assert target % num_stages == other
-                sent[cargo, rank, other].append((target, action.microbatch))
+                assert placement.place_of(target)[0] == other
+                sent[channel, rank, other].append((target, action.microbatch))
             else:
-                received[cargo, other, rank].append((stage, action.microbatch))
+                received[channel, other, rank].append((stage, action.microbatch))
     assert sent == received
     num_directions = 1 if shape[0] == "forward_only" else 2
-    num_messages = num_directions * (num_stages * num_chunks - 1) * num_microbatches
+    num_messages = num_directions * (placement.num_stages - 1) * num_microbatches
     assert sum(map(len, sent.values())) == num_messages
 
 
@@ -186,33 +216,31 @@ def test_receives_are_posted_at_most_one_compute_action_ahead_and_sends_right_be
 @given(st.integers(1, 8), st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0]))
 @quick
 def test_transfers_hide_behind_compute_but_for_the_first_way_out_and_the_last_way_back(p, m, transfer_time):
-    timeline = simulate(make_schedule("gpipe", p, 1, m), 1, transfer_time=transfer_time)
+    timeline = simulate(build(("gpipe", p, 1, m)), Placement(p), transfer_time=transfer_time)
     assert timeline.makespan == (m + p - 1) * 3 + 2 * (p - 1) * transfer_time
 
 
 def test_a_slow_link_carries_one_message_at_a_time():
-    timeline = simulate(make_schedule("1f1b", 2, 1, 5, forward_only=True), 1, transfer_time=4)
+    timeline = simulate(build(("forward_only", 2, 1, 5)), Placement(2), transfer_time=4)
     assert timeline.makespan == 1 + 5 * 4 + 1
 
 
 @pytest.mark.parametrize(("name", "num_chunks"), [("1f1b", 1), ("interleaved", 2), ("interleaved", 4)])
 def test_most_of_what_posting_ahead_can_hide_is_hidden(name, num_chunks):
     """Of the time that messages add to a step when every receive is posted right before its use."""
-    orders = _ORDERS[name](4, num_chunks, 16)
-    times = 1 / num_chunks, 2 / num_chunks
+    placement = Placement(4, num_chunks)
+    orders, times = Schedule(name, placement).orders(16), durations_of(1 / num_chunks, 2 / num_chunks)
 
     def added(schedule):
-        slow, instant = (simulate(schedule, num_chunks, *times, transfer).makespan for transfer in (0.05, 0))
+        slow, instant = (simulate(schedule, placement, times, transfer).makespan for transfer in (0.05, 0))
         return slow - instant
 
-    at_use = [
-        [a for a in order if a.kind not in RECEIVES] for order in with_communication(orders, num_chunks)
-    ]
+    at_use = [[a for a in order if a.kind not in RECEIVES] for order in with_communication(orders, placement)]
     for rank, actions in enumerate(at_use):
         for compute in of_kind(actions, *COMPUTE):
-            receive = receive_for(compute, rank, 4, num_chunks)
+            receive = placement.receive_for((rank, compute))
             actions[actions.index(compute) : actions.index(compute)] = [receive] if receive else []
-    assert added(with_communication(orders, num_chunks)) < 0.9 * added(at_use)
+    assert added(with_communication(orders, placement)) < 0.9 * added(at_use)
 
 
 # What else waits for a message, on NCCL
@@ -241,9 +269,9 @@ def test_no_schedule_deadlocks_however_messages_occupy_the_device(one_queue):
     that it has posted has moved.
     """
     for shape in EVERY_SHAPE:
-        schedule, num_chunks = build(shape), shape[2]
+        schedule, placement = build(shape), placement_of(shape)
         waiting = {"blocks": is_receive, "idle_before_computing": True, "one_queue": one_queue}
-        assert simulate(schedule, num_chunks, **waiting).makespan >= simulate(schedule, num_chunks).makespan
+        assert simulate(schedule, placement, **waiting).makespan >= simulate(schedule, placement).makespan
 
 
 @given(shapes(), st.booleans(), st.data())
@@ -252,31 +280,33 @@ def test_one_send_or_receive_that_blocks_its_rank_is_no_deadlock(shape, one_queu
     posts = posts_of(build(shape))
     assume(shape[1] > 1 and posts)
     chosen = data.draw(st.sampled_from(posts))
-    waiting = simulate(build(shape), shape[2], blocks=chosen.__eq__, one_queue=one_queue)
-    assert waiting.makespan >= simulate(build(shape), shape[2]).makespan, "and waiting makes nothing faster"
+    waiting = simulate(build(shape), placement_of(shape), blocks=chosen.__eq__, one_queue=one_queue)
+    assert waiting.makespan >= simulate(build(shape), placement_of(shape)).makespan, (
+        "and waiting makes nothing faster"
+    )
 
 
 def test_a_receive_ahead_of_what_its_message_needs_is_a_deadlock_if_it_blocks():
     """Of the last microbatch of GPipe, nothing has been sent when the first gradient is waited for."""
-    schedule = make_schedule("gpipe", 2, 1, 3)
+    schedule = build(("gpipe", 2, 1, 3))
     receive, last = Action(Kind.RECV_BACKWARD, 0, 0), Action(Kind.FORWARD, 0, 2)
     schedule[0].remove(receive)
     schedule[0].insert(schedule[0].index(last), receive)
-    simulate(schedule, 1)
+    simulate(schedule, Placement(2))
     with pytest.raises(DeadlockError, match=r"rank 0 at FORWARD.*2\) waits for RECV_BACKWARD.*rank 1 at"):
-        simulate(schedule, 1, blocks=is_receive)
+        simulate(schedule, Placement(2), blocks=is_receive)
     with pytest.raises(DeadlockError):
-        simulate(schedule, 1, idle_before_computing=True)
+        simulate(schedule, Placement(2), idle_before_computing=True)
 
 
 def test_messages_of_one_queue_take_turns():
     """The middle rank cannot send on while it waits for more, as it can with a queue for each pair of ranks."""
-    late = make_schedule("1f1b", 3, 1, 2, forward_only=True)
+    late = build(("forward_only", 3, 1, 2))
     first, second = (Action(Kind.RECV_FORWARD, 0, microbatch) for microbatch in (0, 1))
     assert late[1].index(second) < late[1].index(Action(Kind.SEND_FORWARD, 0, 0))
 
     def last_starts(one_queue):
-        spans = simulate(late, 1, transfer_time=4, one_queue=one_queue).spans[2]
+        spans = simulate(late, Placement(3), transfer_time=4, one_queue=one_queue).spans[2]
         return next(span.start for span in spans if span.action.kind is Kind.FORWARD)
 
     assert late[1][0] == first
@@ -290,8 +320,8 @@ def test_messages_of_one_queue_take_turns():
 @given(shapes(), durations, durations, durations)
 @quick
 def test_no_schedule_deadlocks_whatever_the_times(shape, forward_time, backward_time, transfer_time):
-    num_chunks = shape[2]
-    timeline = simulate(build(shape), num_chunks, forward_time, backward_time, transfer_time)
+    times = durations_of(forward_time, backward_time)
+    timeline = simulate(build(shape), placement_of(shape), times, transfer_time)
     for actions, spans in zip(build(shape), timeline.spans, strict=True):
         assert [span.action for span in spans] == actions
         assert all(span.start <= span.end for span in spans)
@@ -305,14 +335,14 @@ def test_the_bubble_is_that_of_the_papers(shape):
     """(p - 1) forwards and backwards of one chunk are idle, of v * m: exact in small integers."""
     _, num_stages, num_chunks, num_microbatches = shape
     assume(num_microbatches % num_stages == 0 or num_chunks == 1)
-    timeline = simulate(build(shape), num_chunks, forward_time=1, backward_time=2)
+    timeline = simulate(build(shape), placement_of(shape), durations_of(1, 2))
     assert timeline.bubble_fraction == (num_stages - 1) / (num_chunks * num_microbatches)
 
 
 def test_interleaving_divides_the_bubble_by_the_chunks():
     def bubble_time(name, num_chunks):
-        schedule = make_schedule(name, 4, num_chunks, 8)
-        return simulate(schedule, num_chunks, 1 / num_chunks, 2 / num_chunks).makespan - 8 * 3
+        schedule, times = build((name, 4, num_chunks, 8)), durations_of(1 / num_chunks, 2 / num_chunks)
+        return simulate(schedule, Placement(4, num_chunks), times).makespan - 8 * 3
 
     assert bubble_time("1f1b", 1) == 9
     assert bubble_time("interleaved", 2) == 4.5
@@ -330,7 +360,9 @@ def test_activations_in_flight_are_those_of_the_papers(shape):
         "interleaved": [min(v * m, warmup[rank] + 1) for rank in range(p)],
         "forward_only": [0] * p,
     }
-    assert simulate(build(shape), v).max_in_flight == expected[name]
+    assert simulate(build(shape), placement_of(shape)).max_in_flight == expected[name]
+    if name != "forward_only":
+        assert Schedule(name, placement_of(shape)).max_in_flight(m) == max(expected[name])
 
 
 # The simulator catches broken schedules
@@ -347,7 +379,7 @@ def test_exchanging_two_messages_of_a_rank_is_caught(shape, data):
     i, j = data.draw(st.lists(st.sampled_from(same), min_size=2, max_size=2, unique=True))
     actions[i], actions[j] = actions[j], actions[i]
     with pytest.raises(ScheduleError):
-        simulate(schedule, shape[2])
+        simulate(schedule, placement_of(shape))
 
 
 @given(shapes(), st.data())
@@ -360,7 +392,7 @@ def test_a_lost_or_doubled_message_is_caught(shape, data):
     at = data.draw(st.sampled_from(messages))
     actions[at : at + 1] = data.draw(st.sampled_from([[], [actions[at]] * 2]))
     with pytest.raises(ScheduleError):
-        simulate(schedule, shape[2])
+        simulate(schedule, placement_of(shape))
 
 
 @given(shapes(NAMES), st.data())
@@ -373,46 +405,46 @@ def test_backward_before_forward_is_caught(shape, data):
     j = actions.index(Action(Kind.BACKWARD, forward.chunk, forward.microbatch))
     actions[i], actions[j] = actions[j], actions[i]
     with pytest.raises(ScheduleError, match="without"):
-        simulate(schedule, shape[2])
+        simulate(schedule, placement_of(shape))
 
 
 def test_computing_twice_is_caught():
-    order = one_f_one_b(1, 3)[0]
+    order = one_f_one_b(Placement(1), 3)[0]
     with pytest.raises(ScheduleError, match=r"BACKWARD\(chunk 0, microbatch 2\) twice"):
-        simulate([order + order[-1:]], 1)
+        simulate([order + order[-1:]], Placement(1))
 
 
 def test_ranks_that_forward_in_different_orders_are_caught():
-    orders = gpipe(2, 3)
+    orders = gpipe(Placement(2), 3)
     orders[0][0], orders[0][1] = orders[0][1], orders[0][0]
     with pytest.raises(
         ScheduleError,
         match=r"SEND_FORWARD\(chunk 0, microbatch 1\) meets RECV_FORWARD\(chunk 0, microbatch 0",
     ):
-        simulate(with_communication(orders, 1), 1)
+        simulate(with_communication(orders, Placement(2)), Placement(2))
 
 
 def test_a_message_that_nobody_receives_is_caught():
-    schedule = make_schedule("1f1b", 2, 1, 2)
+    schedule = build(("1f1b", 2, 1, 2))
     schedule[1].append(Action(Kind.SEND_FORWARD, 0, 1))
     with pytest.raises(ScheduleError, match="rank 1 meets nothing"):
-        simulate(schedule, 1)
+        simulate(schedule, Placement(2))
 
 
 @pytest.mark.parametrize("num_microbatches", [2, 5])
 def test_ranks_that_wait_for_each_other_are_a_deadlock(num_microbatches):
     """Rank 0 wants the first gradient before its last forward; rank 1 wants the last forward before."""
-    orders = gpipe(2, num_microbatches)
+    orders = gpipe(Placement(2), num_microbatches)
     last_forward, first_backward = num_microbatches - 1, num_microbatches
     order = orders[0]
     order[last_forward], order[first_backward] = order[first_backward], order[last_forward]
     with pytest.raises(
         DeadlockError, match=r"rank 0 at BACKWARD.*waits for RECV_BACKWARD.*rank 1 at FORWARD"
     ):
-        simulate(with_communication(orders, 1), 1)
+        simulate(with_communication(orders, Placement(2)), Placement(2))
 
 
 def test_ranks_under_different_schedules_are_a_deadlock():
-    orders = [one_f_one_b(2, 4)[1], gpipe(2, 4)[1]]
+    orders = [one_f_one_b(Placement(2), 4)[1], gpipe(Placement(2), 4)[1]]
     with pytest.raises(DeadlockError):
-        simulate(with_communication(orders, 1), 1)
+        simulate(with_communication(orders, Placement(2)), Placement(2))
