@@ -165,7 +165,7 @@ def train(changes: dict[str, dict[str, Any]], device: torch.device) -> list[floa
     trainer = Trainer(config_with(changes), Mesh(device=device))
     trainer.initialise()
     losses = [trainer.step(batches(trainer), lr=1e-3).loss for _ in range(3)]
-    trainer.flat.settle()
+    trainer.flat.wait_all_gathers()
     assert all(map(math.isfinite, losses)) and losses[2] < losses[0], losses
     return [round(loss, 4) for loss in losses]
 
@@ -181,7 +181,7 @@ def trained_weights(device: torch.device) -> list[Tensor]:
     trainer.initialise()
     for _ in range(2):
         trainer.step(batches(trainer), lr=1e-3)
-    trainer.flat.settle()
+    trainer.flat.wait_all_gathers()
     return [weights.clone() for _, weights in trainer.weights()]
 
 

@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> None:
         print(f"=> {called(arguments)}: {in_short(shown)}", flush=True)
     if arguments.profile or arguments.trace:
         profile_step(trainer, batches, arguments)
-    trainer.flat.settle()
+    trainer.flat.wait_all_gathers()
 
 
 def draw_weights(model: ShardedModel) -> None:

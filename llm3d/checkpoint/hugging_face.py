@@ -63,7 +63,7 @@ def write_weights(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
     first, total = sum(counts[: mesh.pipeline_rank]), sum(counts)
     views = {piece.box: view for piece, view in flat.pieces(flat.parameters) if piece.owned}
     for i, run in enumerate(runs):
-        if i % flat.num_replicas != mesh.data_rank % flat.num_replicas:
+        if i % flat.num_replicas != flat.replica_rank:
             continue
         writing_rank = i // flat.num_replicas % group.size()
         keys = names[run.start : run.stop]

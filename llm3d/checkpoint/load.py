@@ -73,7 +73,7 @@ def load_checkpoint(path: Path, trainer: Trainer, others: Mapping[str, Trainer] 
             for piece, view in flat.pieces(values):
                 reader.read(*_source(found, name, piece), view)
         state = read_state(path)
-    optimizer.publish()
+    optimizer.copy_to_parameters()
     optimizer.set_steps_taken(found.optimizer_steps)
     trainer.restore(state)
     for folder, other in others.items():

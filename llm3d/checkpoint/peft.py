@@ -34,8 +34,7 @@ def write_adapter(writer: BoxWriter, flat: FlatParameters, folder: str) -> None:
 
     Rank 0 has all of it in host memory at once, which for adapters is little.
     """
-    mesh = flat.mesh
-    if flat.num_replicas > 1 and mesh.data_rank:
+    if flat.replica_rank:
         return
     group = ranks_of_a_copy(flat)
     parts = owned_parts(flat, group)

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from llm3d.checkpoint import manifest
 from llm3d.checkpoint.box_files import BoxWriter, StoredBox, split_by_size
@@ -112,7 +113,7 @@ def _write(
     tokenizer: Tokenizer | None,
 ) -> None:
     """All of one trainer, the manifest last."""
-    trainer.flat.settle()
+    trainer.flat.wait_all_gathers()
     write = write_adapter if trainer.config.lora.rank else write_weights
     write(writer, trainer.flat, weights_folder(trainer))
     _write_optimizer(writer, trainer)
@@ -156,16 +157,19 @@ def _write_optimizer(writer: BoxWriter, trainer: Trainer) -> None:
 
 
 def _share(flat: FlatParameters) -> set[Box]:
-    """The owned boxes that this rank writes: where data ranks hold copies, the largest first, each to the rank with
+    """The owned boxes that this rank writes: where replicas hold the same, the largest first, each to the rank with
     the least so far.
     """
-    boxes = [piece.box for piece, _ in flat.pieces(flat.parameters) if piece.owned]
-    load = [0] * flat.num_replicas
+    owned = [
+        (unit, piece.box) for unit in flat.units for piece, _ in unit.pieces(unit.parameters) if piece.owned
+    ]
+    loads: dict[ProcessGroup, list[int]] = {}
     mine = set()
-    for box in sorted(boxes, key=lambda box: -box.numel):
+    for unit, box in sorted(owned, key=lambda each: -each[1].numel):
+        load = loads.setdefault(unit.group, [0] * unit.num_replicas)
         rank = load.index(min(load))
         load[rank] += box.numel
-        if rank == flat.mesh.data_rank % flat.num_replicas:
+        if rank == unit.replica_rank:
             mine.add(box)
     return mine
 

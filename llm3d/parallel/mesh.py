@@ -38,8 +38,11 @@ class Mesh:
     neighbouring devices, where the links are fastest, and stages sit furthest apart.
 
     everyone: all ranks; the world itself.
-    tensor, data: the groups this rank communicates in along each axis.
-    stage: all ranks of this rank's pipeline stage (tensor x data). For tensors in host memory.
+    tensor, data: the groups this rank communicates in along each axis. Data ranks read different samples.
+    replicas: the ranks that hold the same part of the model. Gradients are summed over them, and ZeRO spreads over them
+        what each would hold a copy of. Today these are the data ranks; ranks that share a sample's tokens would be
+        among them, too.
+    stage_group: all ranks of this rank's pipeline stage (tensor x data). For tensors in host memory.
     model: all ranks of this rank's model replica (tensor x pipeline). For tensors in host memory.
     embedding: first and last stage of this pipeline, for tensors on the device; None on other stages, and with one
         stage.
@@ -100,6 +103,7 @@ class Mesh:
         self._groups.setdefault(tuple(range(self.size)), [_Group(self.everyone, _BOTH)])
         self.tensor = self._mine(ranks.reshape(-1, self.tensor_size), urgent=True)
         self.data = self._mine(ranks.transpose(0, 2, 1).reshape(-1, self.data_size))
+        self.replicas = self.data
         self.embedding: ProcessGroup | None = None
         self.channels: dict[tuple[str, bool], ProcessGroup] = {}
         if self.pipeline_size > 1:
@@ -108,7 +112,7 @@ class Mesh:
             for direction in ("forward", "backward"):
                 for wraps in (False, True):
                     self.channels[direction, wraps] = self._mine(pipelines, _DEVICE, shared=False)
-        self.stage = self._mine(ranks.reshape(self.pipeline_size, -1), _HOST)
+        self.stage_group = self._mine(ranks.reshape(self.pipeline_size, -1), _HOST)
         self.model = self._mine(ranks.transpose(1, 0, 2).reshape(self.data_size, -1), _HOST)
 
     def _mine(
@@ -157,7 +161,7 @@ class Mesh:
         schedule, where the others may wait for what this rank does next, that could be forever.
         """
         self._used: set[ProcessGroup] = set()
-        for group in (self.everyone, self.tensor, self.data, self.embedding):
+        for group in (self.everyone, self.tensor, self.data, self.replicas, self.embedding):
             if group is not None:
                 self._use(group)
         for (direction, wraps), channel in self.channels.items():

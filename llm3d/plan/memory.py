@@ -177,9 +177,7 @@ def _summed_up(trainer: Trainer, counter: _Counter, parameters: int) -> Memory:
     there = [tensor for i in optimizer.on_host for tensor in states[i]]
     return Memory(
         parameters=parameters,
-        gradients=_bytes(
-            [unit.gradients if flat.stage >= 2 else unit.whole_gradients for unit in flat.units]
-        ),
+        gradients=_bytes(flat.kept_gradients),
         master=_bytes([master for master, *_ in here]),
         moments=_bytes([moment for _, *moments in here for moment in moments]),
         buffers=counter.buffers_at_peak,

@@ -159,10 +159,10 @@ class RolloutGenerator:
             return
         model = ShardedModel(self.layout, self.mesh, policy.objective)
         if self.weight_sync is None:
-            there = [piece.box for piece, _ in policy.flat.held()]
+            there = [piece.box for piece, _ in policy.flat.local_weights()]
             here = [piece.box for piece, _ in model.weights()]
             self.weight_sync = WeightSync(there, here, self.mesh.everyone)
-        self.synced = self.weight_sync.run(policy.flat.held(), model.weights())
+        self.synced = self.weight_sync.run(policy.flat.local_weights(), model.weights())
         yield Generator(self.config.model, model.stages, self.mesh, model.dtype, graphs)
 
 

@@ -47,7 +47,7 @@ class OffloadedWeights:
 
     def __init__(self, flat: FlatParameters) -> None:
         """Puts them there. The weights are what they are to stay."""
-        flat.settle()
+        flat.wait_all_gathers()
         self.flat = flat
         self.parameters = [
             unit.parameters if unit.frees else unit.whole for unit in (*flat.units, *flat.frozen)
@@ -63,7 +63,7 @@ class OffloadedWeights:
         try:
             yield
         finally:
-            self.flat.settle()
+            self.flat.wait_all_gathers()
             _release(self.parameters)
 
 
@@ -85,7 +85,7 @@ class StartingWeights:
         """The weights that training changes, and that leaving the adapters out does not put back."""
         return [
             weight
-            for piece, weight in self.model.flat.held()
+            for piece, weight in self.model.flat.local_weights()
             if piece.box.name == SCORE or (self.continued and is_adapter(piece.box.name))
         ]
 

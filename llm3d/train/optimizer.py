@@ -89,7 +89,7 @@ class Optimizer:
                 for part in self._parts[i]:
                     into = None if self.master[i] is unit.parameters else unit.parameters[part.where]
                     self._update(i, part, gradient_scale, unit.gradients[part.where], into)
-                self.flat.publish(unit)
+                self.flat.all_gather_parameters(unit)
         if self.offload is not None:
             on_host = gradient_scale.cpu()
             if torch.isfinite(on_host):
@@ -107,7 +107,11 @@ class Optimizer:
                 for where in self.offload.ranges(part.where.start, part.where.stop):
                     number = part.number + where.start - part.where.start
                     step = partial(self._update, i, part._replace(where=where, number=number), gradient_scale)
-                    after = partial(self.flat.publish, unit) if where.stop == unit.shard_size else None
+                    after = (
+                        partial(self.flat.all_gather_parameters, unit)
+                        if where.stop == unit.shard_size
+                        else None
+                    )
                     shards = (unit.gradients[where], unit.parameters[where], self.master[i][where])
                     yield Chunk(*shards, step, after)
 
@@ -130,12 +134,12 @@ class Optimizer:
             offset=part.number,
         )
 
-    def publish(self) -> None:
+    def copy_to_parameters(self) -> None:
         """Round the master weights into the model's parameters, after they were written from elsewhere."""
         for unit, master in zip(self.flat.units, self.master, strict=True):
             if master is not unit.parameters:
                 unit.parameters.copy_(master)
-            self.flat.publish(unit)
+            self.flat.all_gather_parameters(unit)
 
     def start_average(self) -> None:
         """From the master weights as they are."""

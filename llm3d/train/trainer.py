@@ -105,7 +105,7 @@ class ShardedModel:
     def publish(self) -> None:
         """Take over what was written into `weights`."""
         for unit in self.flat.frozen:
-            self.flat.publish(unit)
+            self.flat.all_gather_parameters(unit)
 
     def initialise(self) -> None:
         """Random first weights, from run.seed."""
@@ -179,7 +179,7 @@ def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) ->
     offloaded.
     """
     zero, precision = config.zero, config.precision
-    shards = mesh.data_size if zero.stage else 1
+    shards = mesh.replicas.size() if zero.stage else 1
     state = (4 + 2 * DTYPES[precision.moments].itemsize) / shards
     if mesh.device.type != "cpu":
         offloaded = mesh.device.type == "cuda" and zero.offload != "none"
@@ -222,7 +222,7 @@ class Trainer(ShardedModel):
 
     def publish(self) -> None:
         super().publish()
-        self.optimizer.publish()
+        self.optimizer.copy_to_parameters()
         if self.optimizer.average is not None:
             self.optimizer.start_average()
 

@@ -39,7 +39,7 @@ def members(group: dist.ProcessGroup) -> list[int]:
 
 def place_on_rank(tensor: int, pipeline: int) -> Place:
     mesh = Mesh(tensor, pipeline)
-    names = ("tensor", "data", "stage", "model", "everyone")
+    names = ("tensor", "data", "replicas", "stage_group", "model", "everyone")
     return Place(
         (mesh.pipeline_rank, mesh.data_rank, mesh.tensor_rank),
         (mesh.pipeline_size, mesh.data_size, mesh.tensor_size),
@@ -74,7 +74,8 @@ def test_ranks_are_laid_out_tensor_fastest_then_data_then_pipeline(tensor: int, 
         assert place.groups == {
             "tensor": ranks_where(p, d, None),
             "data": ranks_where(p, None, t),
-            "stage": ranks_where(p, None, None),
+            "replicas": ranks_where(p, None, t),
+            "stage_group": ranks_where(p, None, None),
             "model": ranks_where(None, d, None),
             "everyone": list(range(world)),
         }

@@ -175,12 +175,12 @@ def hand_over_on_rank(path: Path, layout: Layout, narrow: tuple[int, int]) -> tu
     config = config_for(path, Layout(*narrow, layout.world_size // (narrow[0] * narrow[1])))
     generating, expected = ShardedModel(config, inside), ShardedModel(config, inside)
     load_first_weights(expected)
-    held = [piece.box for piece, _ in trainer.flat.held()]
+    held = [piece.box for piece, _ in trainer.flat.local_weights()]
     wanted = [piece.box for piece, _ in generating.weights()]
     weight_sync = WeightSync(held, wanted, mesh.everyone, BUCKET)
     for _, view in generating.weights():
         view.fill_(torch.nan)
-    moved = weight_sync.run(trainer.flat.held(), generating.weights())
+    moved = weight_sync.run(trainer.flat.local_weights(), generating.weights())
     for (piece, mine), (_, theirs) in zip(generating.weights(), expected.weights(), strict=True):
         assert torch.equal(mine, theirs), piece.box
     missing = 0
@@ -190,7 +190,7 @@ def hand_over_on_rank(path: Path, layout: Layout, narrow: tuple[int, int]) -> tu
             holes = [rest for hole in holes for rest in hole.without(other)]
         missing += 4 * sum(hole.numel for hole in holes)
     with PeakOfTensors() as made:
-        again = weight_sync.run(trainer.flat.held(), generating.weights())
+        again = weight_sync.run(trainer.flat.local_weights(), generating.weights())
     assert again[:2] == moved[:2]
     return moved.received_bytes, missing, made.peak
 

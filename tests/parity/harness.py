@@ -178,6 +178,6 @@ def _sample(generator: random.Random) -> Window:
 
 def owned_pieces(trainer: Trainer, shards: list[Tensor]) -> list[tuple[Any, Tensor]]:
     """Boxes and values of flat tensors that this rank owns; of copies only the first data rank's."""
-    if trainer.flat.num_replicas > 1 and trainer.mesh.data_rank:
+    if trainer.flat.replica_rank:
         return []
     return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(shards) if piece.owned]

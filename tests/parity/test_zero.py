@@ -142,7 +142,7 @@ def all_pieces(layout: Layout) -> list[tuple[Box, Tensor]]:
     trainer.initialise()
     for step in range(4):
         trainer.step(microbatches(layout, step, trainer.mesh.data_rank), 3e-3)
-    trainer.flat.settle()
+    trainer.flat.wait_all_gathers()
     return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(trainer.optimizer.master)]
 
 

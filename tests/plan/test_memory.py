@@ -114,7 +114,7 @@ def measure_on_rank(stage: str, layout: Layout, num_peaks: int = 3) -> tuple[int
 
     def step() -> None:
         trainer.step(batches, LEARNING_RATE)
-        trainer.flat.settle()
+        trainer.flat.wait_all_gathers()
 
     step()
     kept = live_bytes() - before - data

@@ -39,7 +39,7 @@ def test_steps_are_those_of_adamw_with_decay_on_matrices_alone(
     torch.manual_seed(0)
     for master in optimizer.master:
         master.normal_()
-    optimizer.publish()
+    optimizer.copy_to_parameters()
     views = {piece.box.name: (view, grad) for (piece, view), (_, grad) in both(flat, optimizer)}
     theirs = {name: view.clone().requires_grad_() for name, (view, _) in views.items()}
     oracle = torch.optim.AdamW(

@@ -1,4 +1,18 @@
-"""All parameters of a rank in flat units, and what a training step does with their gradients."""
+"""All parameters of a rank in flat units, and what a training step does with them and their gradients.
+
+What happens to a unit as a microbatch passes the module that it is of, beside what is kept at all times:
+
+                     parameters, in ZeRO stage 3                     gradients, in ZeRO stages 2 and 3
+    pre_forward      all-gather of it and of the next; wait
+    post_forward     freed, but where backward starts with it
+    pre_backward     all-gather of it and of the one before; wait    memory for the whole unit's
+    last addition                                                    reduce-scatter starts; the memory goes with its end
+    post_backward    freed
+
+In ZeRO stage 1, where whole gradients stay, the reduce-scatter starts with the last addition of the step, in ZeRO
+stage 0 an all-reduce. In ZeRO stages 1 and 2 the optimizer starts an all-gather as it has stepped a unit's shard, and
+pre_forward waits for it.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +45,32 @@ class Stage(Protocol):
         """All modules, as of any nn.Module."""
 
 
+class _Whole(NamedTuple):
+    """What a rank keeps whole at all times, of its replicas' common state; of the rest it has its shard."""
+
+    parameters: bool
+    gradients: bool
+    optimizer: bool
+
+
+_KEPT_WHOLE = {  # by ZeRO stage
+    0: _Whole(parameters=True, gradients=True, optimizer=True),
+    1: _Whole(parameters=True, gradients=True, optimizer=False),
+    2: _Whole(parameters=True, gradients=False, optimizer=False),
+    3: _Whole(parameters=False, gradients=False, optimizer=False),
+}
+
+
 @dataclass(frozen=True)
-class _Stop:
-    """A call of a module on the way through a stage, and the units that hold its parameters."""
+class _ModuleCall:
+    """A call of a module on the way through a pipeline stage, and the units that hold its parameters."""
 
     units: tuple[FlatUnit, ...]
-    in_backward: bool  # whether backward reads the weights
+    backward_reads_weights: bool
 
 
 class _Sum(NamedTuple):
-    """Of a unit's gradients over the data group. nbytes: what it takes beside what is kept from step to step."""
+    """Of a unit's gradients over its group. nbytes: what it takes beside what is kept from step to step."""
 
     unit: FlatUnit
     flying: SumInFlight | AllReduceInFlight
@@ -49,21 +79,21 @@ class _Sum(NamedTuple):
 
 
 class FlatParameters:
-    """Gives storage to the parameters of a rank's stages, in model order, and shards them as ZeRO does.
+    """Gives storage to the parameters of a rank's pipeline stages, in model order, and shards them as ZeRO does.
 
     units: in the order in which forward uses them.
     frozen: more units, of parameters that need no gradient; with trainable=False, all are in `units`.
     parameters: this rank's shard of each unit, the compute dtype.
     gradients: this rank's shard of each unit, `gradient_dtype`; absent with trainable=False.
-    Without data parallelism, and in stage 0, a shard is the whole unit.
+    zero_stage: 0 where there are no replicas, or nothing to shard. Then a shard is the whole unit.
 
-    Gradients are sent in `reduce_dtype`. Sums over the data group that are taken where gradients are kept anyway all
+    Gradients are sent in `reduce_dtype`. Sums over a unit's group that are taken where gradients are kept anyway all
     run beside the backward pass. Others take memory: no more of it at a time than one unit's gradients, or one sum.
 
-    What a rank sends a step over the data group of n, of P bytes of parameters or gradients and M microbatches, each
-    times (n - 1) / n: stage 0: 2 P. Stage 1: P of gradients, P of parameters. Stage 2: M P of gradients, P of
-    parameters. Stage 3: M P of gradients, and up to 2 M P of parameters: what ends a stage's forward stays for its
-    backward, and an embedding's backward needs no weights.
+    What a rank sends a step to its n - 1 replicas, of P bytes of parameters or gradients and M microbatches, each
+    times (n - 1) / n: ZeRO stage 0: 2 P. 1: P of gradients, P of parameters. 2: M P of gradients, P of parameters.
+    3: M P of gradients, and up to 2 M P of parameters: what ends a pipeline stage's forward stays for its backward, and
+    an embedding's backward needs no weights.
     """
 
     def __init__(
@@ -78,48 +108,51 @@ class FlatParameters:
     ) -> None:
         """reduce_dtype: None, as gradient_dtype."""
         zero = zero or ZeroConfig()
-        sharded = not is_alone(mesh.data) and (trainable or zero.stage == 3)
+        whole = _KEPT_WHOLE[zero.stage]
+        shards = not is_alone(mesh.replicas) and (trainable or not whole.parameters)
         self.mesh, self.dtype, self.prefetch = mesh, dtype, zero.prefetch
-        self.stage = zero.stage if sharded else 0
+        self.zero_stage = zero.stage if shards else 0
+        self.keeps_whole = _KEPT_WHOLE[self.zero_stage]
         self.units: list[FlatUnit] = []
         self.frozen: list[FlatUnit] = []
-        self._home: dict[nn.Parameter, FlatUnit] = {}
-        self._paths = [[self._stop(module, trainable) for module in stage.units()] for stage in stages]
+        self._unit_of: dict[nn.Parameter, FlatUnit] = {}
+        self._paths = [[self._call(module, trainable) for module in stage.units()] for stage in stages]
         for stage, path in zip(stages, self._paths, strict=True):
             self._give_storage(stage)
-            if self.stage:
+            if not self.keeps_whole.optimizer:
                 for i, module in enumerate(stage.units()):
-                    _watch(module, _Passage(self, path, i))
+                    _ModuleHooks(self, path, i).register(module)
         if trainable:
             self._prepare_gradients(gradient_dtype)
             self.reduce_dtype = reduce_dtype or gradient_dtype
         self._sums: deque[_Sum] = deque()
 
-    def _stop(self, module: nn.Module, trainable: bool) -> _Stop:
+    def _call(self, module: nn.Module, trainable: bool) -> _ModuleCall:
         """Make units of the module's parameters that no module before it has: the frozen ones apart."""
         trained: list[ShardedParameter] = []
         frozen: list[ShardedParameter] = []
         for parameter in module.parameters():
             assert isinstance(parameter, ShardedParameter), "models are built of parallel layers"
-            if parameter not in self._home:
+            if parameter not in self._unit_of:
                 (trained if parameter.requires_grad or not trainable else frozen).append(parameter)
         for new, made in ((trained, self.units), (frozen, self.frozen)):
             if new:
                 made.append(self._unit(new))
-                self._home |= dict.fromkeys(new, made[-1])
-        units = dict.fromkeys(self._home[parameter] for parameter in module.parameters())
-        return _Stop(tuple(units), getattr(module, "backward_reads_weights", True))
+                self._unit_of |= dict.fromkeys(new, made[-1])
+        units = dict.fromkeys(self._unit_of[parameter] for parameter in module.parameters())
+        return _ModuleCall(tuple(units), getattr(module, "backward_reads_weights", True))
 
     def _unit(self, parameters: Sequence[ShardedParameter]) -> FlatUnit:
-        num_shards, rank = (self.mesh.data_size, self.mesh.data_rank) if self.stage else (1, 0)
-        return FlatUnit(parameters, num_shards, rank, self.dtype, self.mesh.device, frees=self.stage == 3)
+        sharded, frees = not self.keeps_whole.optimizer, not self.keeps_whole.parameters
+        mesh = self.mesh
+        return FlatUnit(parameters, mesh.replicas, self.dtype, mesh.device, sharded, frees)
 
     def _give_storage(self, stage: Stage) -> None:
         """Put the parameters with storage, wherever modules hold them, in the place of those without."""
         for module in stage.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                assert parameter in self._home, f"{name} is a parameter of no unit"
-                setattr(module, name, self._home[parameter].placed[parameter][0])
+                assert parameter in self._unit_of, f"{name} is a parameter of no unit"
+                setattr(module, name, self._unit_of[parameter].layout[parameter][0])
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, buffer.to(self.mesh.device))
 
@@ -128,8 +161,8 @@ class FlatParameters:
     def _prepare_gradients(self, dtype: torch.dtype) -> None:
         self.gradient_dtype = dtype
         for unit in self.units:
-            unit.keep_gradients(dtype, whole=self.stage < 2)
-            for parameter, _ in unit.placed.values():
+            unit.keep_gradients(dtype, whole=self.keeps_whole.gradients)
+            for parameter, _ in unit.layout.values():
                 parameter.on_accumulated = partial(self._accumulated, unit)
         self._owned = [_owned_ranges(unit) for unit in self.units]
         self._outstanding = dict.fromkeys(self.units, 0)
@@ -150,14 +183,15 @@ class FlatParameters:
             unit.forget_gradients()
 
     def _accumulated(self, unit: FlatUnit) -> None:
-        """With the last addition to a unit (stages 2 and 3: of a microbatch), start the sum over the data group."""
+        """With the last addition to a unit, of the step or of a microbatch, start the sum over its group."""
         self._outstanding[unit] -= 1
         left = self._outstanding[unit]
         assert left >= 0, "more backward passes than begin_step announced"
-        if self.stage >= 2 and left % unit.uses == 0:
-            first = left == unit.uses * (self._num_microbatches - 1)
-            self._start_sum(unit, unit.detach(), add=not first)
-        elif self.stage < 2 and left == 0 and not is_alone(self.mesh.data):
+        if not self.keeps_whole.gradients:
+            if left % unit.uses == 0:
+                first = left == unit.uses * (self._num_microbatches - 1)
+                self._start_sum(unit, unit.detach(), add=not first)
+        elif left == 0 and not is_alone(unit.group):
             assert unit.whole_gradients is not None
             self._start_sum(unit, unit.whole_gradients, add=False)
 
@@ -165,11 +199,11 @@ class FlatParameters:
         while self._sums and self._are_enough(self._sums[-1]):
             self._finish_sum()
         flying: SumInFlight | AllReduceInFlight
-        if self.stage:
-            flying = SumInFlight(gradients, self.mesh.data, self.reduce_dtype, in_place=True)
+        if self.keeps_whole.optimizer:
+            flying = AllReduceInFlight(gradients, unit.group, self.reduce_dtype)
         else:
-            flying = AllReduceInFlight(gradients, self.mesh.data, self.reduce_dtype)
-        passing = gradients.nbytes if self.stage >= 2 and flying.sent is gradients else 0
+            flying = SumInFlight(gradients, unit.group, self.reduce_dtype, in_place=True)
+        passing = gradients.nbytes if not self.keeps_whole.gradients and flying.sent is gradients else 0
         self._sums.append(_Sum(unit, flying, add, passing + flying.nbytes))
 
     def _are_enough(self, last: _Sum) -> bool:
@@ -181,7 +215,7 @@ class FlatParameters:
         done.flying.finish(done.unit.gradients, done.add)
 
     def finish_gradients(self) -> None:
-        """Wait for the sums over the data group; then sum what is partial over other groups."""
+        """Wait for the sums over the replicas; then sum what is partial over other groups."""
         for unit in self.units:
             assert self._outstanding[unit] == 0, "fewer backward passes than begin_step announced"
         while self._sums:
@@ -201,22 +235,22 @@ class FlatParameters:
         return views
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that this rank sends over the data group: for each microbatch, at most, and once a step."""
-        share = (self.mesh.data_size - 1) / self.mesh.data_size
+        """Bytes that this rank sends to its replicas: for each microbatch, at most, and once a step."""
+        share = 1 - 1 / self.mesh.replicas.size()
         gradients = sum(unit.size for unit in self.units) * self.reduce_dtype.itemsize
         parameters = sum(unit.size for unit in self.units) * self.dtype.itemsize
         gathered = sum(
-            unit.size * (1 + (stop.in_backward and stop is not path[-1]))
+            unit.size * (1 + (call.backward_reads_weights and call is not path[-1]))
             for path in self._paths
-            for stop in path
-            for unit in stop.units
+            for call in path
+            for unit in call.units
         )
         each, once = {
             0: (0, 2 * gradients),
             1: (0, gradients + parameters),
             2: (gradients, parameters),
             3: (gradients + gathered * self.dtype.itemsize, 0),
-        }[self.stage]
+        }[self.zero_stage]
         return round(each * share), round(once * share)
 
     @property
@@ -229,28 +263,30 @@ class FlatParameters:
 
     def bytes_of_passing_gradients(self) -> int:
         """Of whole gradients that are there for a while, and of those on their way to other ranks."""
-        passing = [unit.whole_gradients for unit in self.units if self.stage >= 2]
+        passing = [unit.whole_gradients for unit in self.units if not self.keeps_whole.gradients]
         whole = sum(gradients.nbytes for gradients in passing if gradients is not None)
         return whole + sum(done.nbytes for done in self._sums)
 
     def gradient_norm(self) -> Tensor:
         """fp64 scalar: the L2 norm of the whole model's gradient, each element counted once, the same on all ranks."""
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        if self.num_replicas == 1 or self.mesh.data_rank == 0:  # of copies one is counted
-            for unit, ranges in zip(self.units, self._owned, strict=True):
-                for part in ranges:
-                    squares += squared_norm(unit.gradients[part])[0]
+        for unit, ranges in zip(self.units, self._owned, strict=True):
+            for part in ranges if unit.replica_rank == 0 else []:  # of copies one is counted
+                squares += squared_norm(unit.gradients[part])[0]
         return all_reduce_sum(squares, self.mesh.everyone).sqrt()
 
     # ---- parameters ----
 
-    def publish(self, unit: FlatUnit) -> None:
-        """Let other data ranks have what was written into this rank's shard; the unit's next use waits for theirs."""
-        if self.stage in (1, 2):
-            unit.gather(self.mesh.data)
+    def all_gather_parameters(self, unit: FlatUnit) -> None:
+        """Have the replicas know what was written into this rank's shard; the unit's next use waits for theirs.
 
-    def settle(self) -> None:
-        """Wait for what is on its way from other ranks."""
+        Nothing is sent where each has the whole unit to write into, or gathers it ahead of each use.
+        """
+        if self.keeps_whole.parameters and not self.keeps_whole.optimizer:
+            unit.all_gather()
+
+    def wait_all_gathers(self) -> None:
+        """Wait for parameters that are on their way from other ranks."""
         for unit in (*self.units, *self.frozen):
             unit.wait()
 
@@ -265,92 +301,97 @@ class FlatParameters:
         trained: of the units, tensors laid out like `parameters`. Nothing is on its way meanwhile: a gather that
         ended later would put this rank's share back as it was when it started.
         """
-        self.settle()
+        self.wait_all_gathers()
         yield from self.pieces(trained)
         for unit in self.frozen:
             yield from unit.pieces(unit.parameters)
 
-    def held(self) -> Iterator[tuple[Piece, Tensor]]:
+    def local_weights(self) -> Iterator[tuple[Piece, Tensor]]:
         """All weights whose values this rank knows, in the compute dtype; no rank changes them meanwhile."""
-        self.settle()
+        self.wait_all_gathers()
         for unit in (*self.units, *self.frozen):
             if unit.frees:
                 yield from unit.pieces(unit.parameters)
             else:
-                for parameter, _ in unit.placed.values():
+                for parameter, _ in unit.layout.values():
                     yield from ((piece, piece.view(parameter.data)) for piece in parameter.pieces)
 
     @property
     def replica(self) -> ProcessGroup:
         """The ranks whose shards together are one copy of this pipeline stage."""
-        return self.mesh.stage if self.stage else self.mesh.tensor
+        return self.mesh.tensor if self.keeps_whole.optimizer else self.mesh.stage_group
 
     @property
     def num_replicas(self) -> int:
         """How many copies of this pipeline stage there are."""
-        return 1 if self.stage else self.mesh.data_size
+        return self.mesh.replicas.size() if self.keeps_whole.optimizer else 1
+
+    @property
+    def replica_rank(self) -> int:
+        """Which of them this rank has a part of."""
+        return self.mesh.replicas.rank() if self.keeps_whole.optimizer else 0
 
 
-class _Passage:
-    """What is done with parameters and gradients as microbatches pass one stop of a stage, forward and backward."""
+class _ModuleHooks:
+    """What is done with a module's units as microbatches pass it, forward and backward; named as in FSDP."""
 
-    def __init__(self, flat: FlatParameters, path: Sequence[_Stop], index: int) -> None:
-        self.flat, self.path, self.index, self.stop = flat, path, index, path[index]
+    def __init__(self, flat: FlatParameters, path: Sequence[_ModuleCall], index: int) -> None:
+        """path: the calls of a pipeline stage, of which this one has number `index`."""
+        self.flat, self.path, self.index, self.call = flat, path, index, path[index]
 
-    def enter_forward(self) -> None:
+    def register(self, module: nn.Module) -> None:
+        """Follow the module's calls, and their way back through autograd.
+
+        Of several results the first is the one that the module computes last: its way back begins there.
+        """
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            self.pre_forward()
+            if torch.is_grad_enabled() and isinstance(args[0], Tensor) and args[0].requires_grad:
+                args[0].register_hook(lambda _: self.post_backward())
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            self.post_forward(torch.is_grad_enabled())
+            last = output if isinstance(output, Tensor) else output[0]
+            if last.requires_grad:
+                last.register_hook(lambda _: self.pre_backward())
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    def pre_forward(self) -> None:
         following = self.path[self.index + 1 : self.index + 1 + self.flat.prefetch]
-        self._have(self.stop, following)
+        self._gather(following)
 
-    def leave_forward(self, training: bool) -> None:
-        """Backward begins with the last stop: what that gathered may stay."""
+    def post_forward(self, training: bool) -> None:
+        """Backward begins with the last call: what that gathered may stay."""
         if not (training and self.index + 1 == len(self.path)):
             self._release()
 
-    def enter_backward(self) -> None:
+    def pre_backward(self) -> None:
         previous = self.path[max(0, self.index - self.flat.prefetch) : self.index]
-        if self.stop.in_backward:
-            self._have(self.stop, [stop for stop in reversed(previous) if stop.in_backward])
-        for unit in self.stop.units:
-            if self.flat.stage >= 2 and unit.trained and unit.whole_gradients is None:
+        if self.call.backward_reads_weights:
+            self._gather([call for call in reversed(previous) if call.backward_reads_weights])
+        for unit in self.call.units:
+            if not self.flat.keeps_whole.gradients and unit.trained and unit.whole_gradients is None:
                 unit.attach(torch.empty(unit.size, dtype=self.flat.gradient_dtype, device=unit.whole.device))
 
-    def leave_backward(self) -> None:
+    def post_backward(self) -> None:
         self._release()
 
-    def _have(self, stop: _Stop, soon: Sequence[_Stop]) -> None:
-        """The stop's units gathered; those of the stops that are passed soon on their way."""
-        if self.flat.stage == 3:
-            for unit in (unit for each in (stop, *soon) for unit in each.units):
+    def _gather(self, soon: Sequence[_ModuleCall]) -> None:
+        """Have the module's units whole, and those of the calls that come soon on their way."""
+        if not self.flat.keeps_whole.parameters:
+            for unit in (unit for each in (self.call, *soon) for unit in each.units):
                 if not unit.gathered:
-                    unit.gather(self.flat.mesh.data)
-        for unit in stop.units:
+                    unit.all_gather()
+        for unit in self.call.units:
             unit.wait()
 
     def _release(self) -> None:
-        if self.flat.stage == 3:
-            for unit in self.stop.units:
+        if not self.flat.keeps_whole.parameters:
+            for unit in self.call.units:
                 unit.release()
-
-
-def _watch(module: nn.Module, passage: _Passage) -> None:
-    """Have the passage follow the module's calls, and their way back through autograd.
-
-    Of several results the first is the one that the module computes last: its way back begins there.
-    """
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        passage.enter_forward()
-        if torch.is_grad_enabled() and isinstance(args[0], Tensor) and args[0].requires_grad:
-            args[0].register_hook(lambda _: passage.leave_backward())
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-        passage.leave_forward(torch.is_grad_enabled())
-        last = output if isinstance(output, Tensor) else output[0]
-        if last.requires_grad:
-            last.register_hook(lambda _: passage.enter_backward())
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
 
 
 def _owned_ranges(unit: FlatUnit) -> list[slice]:

@@ -213,7 +213,7 @@ def chain(mesh: Mesh, depth: int, **zero: int) -> tuple[Chain, FlatParameters]:
         diagonal = torch.eye(64)[row : row + piece.box.size[0], column : column + piece.box.size[1]]
         view.copy_(diagonal * (1 + int(piece.box.name.split()[1])))
     for unit in flat.units:
-        flat.publish(unit)
+        flat.all_gather_parameters(unit)
     return made, flat
 
 
@@ -247,13 +247,13 @@ def test_weights_are_written_when_nothing_is_on_its_way(mesh: Mesh, stage: int) 
     """A gather of earlier ones, still under way, does not put them back."""
     _, flat = chain(mesh, 3, stage=stage)
     for unit in flat.units:
-        flat.publish(unit)
+        flat.all_gather_parameters(unit)
         unit.gathering = EndsLate(unit)  # type: ignore[assignment]
     for _, view in flat.weights(flat.parameters):
         view.fill_(3.0)
     for unit in flat.units:
-        flat.publish(unit)
-    flat.settle()
+        flat.all_gather_parameters(unit)
+    flat.wait_all_gathers()
     for unit in flat.units:
         assert (unit.whole[: unit.num_elements] == 3.0).all()
 
@@ -427,7 +427,7 @@ def test_a_step_sends_what_the_paper_promises(
 def traffic_on_rank(stage: int) -> tuple[int, int]:
     mesh = Mesh()
     made, flat = chain(mesh, 3, stage=stage)
-    flat.settle()
+    flat.wait_all_gathers()
     each, once = flat.traffic()
     with counted_traffic() as sent:
         flat.begin_step(2)
@@ -435,6 +435,6 @@ def traffic_on_rank(stage: int) -> tuple[int, int]:
             made(torch.ones(2, 64, requires_grad=True)).sum().backward()
         flat.finish_gradients()
         for unit in flat.units:
-            flat.publish(unit)
-        flat.settle()
+            flat.all_gather_parameters(unit)
+        flat.wait_all_gathers()
     return sum(sent), 2 * each + once

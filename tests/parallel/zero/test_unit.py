@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import ProcessGroup
 
 from llm3d.parallel.boxes import Box, Piece, ShardedParameter, stack
 from llm3d.parallel.zero.unit import ALIGNMENT, FlatUnit
@@ -29,9 +31,15 @@ def parameters(draw: st.DrawFn) -> list[ShardedParameter]:
     return made
 
 
+def sharded_unit(made: list[ShardedParameter], num_shards: int, rank: int) -> FlatUnit:
+    """As one of so many ranks has it; nothing is sent."""
+    group = ProcessGroup(dist.HashStore(), rank, num_shards)
+    return FlatUnit(made, group, torch.float32, CPU, sharded=True)
+
+
 @given(parameters(), st.integers(1, 5))
 def test_shards_hold_every_element_once(made: list[ShardedParameter], num_shards: int) -> None:
-    units = [FlatUnit(made, num_shards, rank, torch.float32, CPU) for rank in range(num_shards)]
+    units = [sharded_unit(made, num_shards, rank) for rank in range(num_shards)]
     whole = {piece.box.name: torch.zeros(piece.box.shape) for p in made for piece in p.pieces}
     decayed = torch.zeros(units[0].size)
     for unit in units:
@@ -52,14 +60,14 @@ def test_shards_hold_every_element_once(made: list[ShardedParameter], num_shards
 
 @given(parameters(), st.integers(1, 5))
 def test_a_piece_is_where_the_parameter_has_it(made: list[ShardedParameter], num_shards: int) -> None:
-    units = [FlatUnit(made, num_shards, rank, torch.float32, CPU) for rank in range(num_shards)]
+    units = [sharded_unit(made, num_shards, rank) for rank in range(num_shards)]
     values = torch.arange(float(units[0].size))
     for unit in units:
         unit.whole.copy_(values)
         for piece, view in unit.pieces(values[unit.start : unit.start + unit.shard_size]):
             parameter, origin = next(
                 (placed, whole)
-                for placed, _ in unit.placed.values()
+                for placed, _ in unit.layout.values()
                 for whole in placed.pieces
                 if whole.box.name == piece.box.name
             )
@@ -69,7 +77,7 @@ def test_a_piece_is_where_the_parameter_has_it(made: list[ShardedParameter], num
 
 
 def test_padding_of_new_gradients_is_zero() -> None:
-    unit = FlatUnit([ShardedParameter.on_meta([Piece(Box.whole("w", (3, 7)))])], 2, 0, torch.float32, CPU)
+    unit = sharded_unit([ShardedParameter.on_meta([Piece(Box.whole("w", (3, 7)))])], 2, 0)
     unit.attach(torch.full((unit.size,), torch.nan))
     assert unit.whole_gradients is not None
     assert unit.whole_gradients.isnan().sum() == 21
