@@ -69,12 +69,14 @@ def initialise(weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, see
 
 
 def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
-    """fp32 first weights of a box: norms one, the rest normal with standard deviation initializer_range.
+    """fp32 first weights of a box: norms one, biases zero, the rest normal with standard deviation initializer_range.
 
     The projections that write into the residual stream have it divided by sqrt(2 * layers), as in GPT-2 and
     Megatron-LM. Each block of rows of a global tensor has its own stream, keyed by seed, name and block, so that
     a rank draws only the rows it holds.
     """
+    if box.name.endswith(".bias"):
+        return torch.zeros(box.size)
     if len(box.shape) == 1:
         return torch.ones(box.size)
     if box.name.endswith(".lora_B.weight"):

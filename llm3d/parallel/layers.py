@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Source(NamedTuple):
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T with the rows of W (output features) spread over the tensor group.
+    """y = x W^T, plus a bias where there is one, with the rows of W (output features) spread over the tensor group.
 
     x: [tokens, in], or this rank's [tokens / n, in] under sequence parallelism -> [tokens, out / n].
     Forward: nothing, or all_gather of x. Backward: all_reduce or reduce_scatter of the gradient of x, while the
@@ -56,23 +57,28 @@ class ColumnParallelLinear(nn.Module):
         group: ProcessGroup,
         sequence_parallel: bool = False,
         adapters: Sequence[LowRankAdapter] = (),
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.weight = ShardedParameter.on_meta(pieces)
+        self.bias = ShardedParameter.on_meta([bias_of_rows(piece) for piece in pieces]) if bias else None
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
     def forward(self, x: Tensor, keys: Tensor | None = None, source: Source | None = None) -> Tensor:
         """keys: int64 [tokens], of what adapters drop; None: nothing is dropped. source: of x; None: x is kept."""
         group = _several(self.group)
-        return _linear(x, self.weight, group, self.sequence_parallel, self.adapters, keys, source)
+        y = _linear(x, self.weight, group, self.sequence_parallel, self.adapters, keys, source)
+        return y if self.bias is None else _AddBias.of(y, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T with the columns of W (input features) spread over the tensor group.
+    """y = x W^T, plus a bias where there is one, with the columns of W (input features) spread over the tensor group.
 
     x: [tokens, in / n] -> [tokens, out], or this rank's [tokens / n, out] under sequence parallelism.
     Forward: all_reduce or reduce_scatter of y. Backward: nothing, or all_gather of the gradient of y.
+    Every rank has the whole bias. It is added once to what has been summed; under sequence parallelism each rank adds
+    it to its share of the tokens, so that its gradient is a partial sum over the group.
     """
 
     def __init__(
@@ -81,9 +87,15 @@ class RowParallelLinear(nn.Module):
         group: ProcessGroup,
         sequence_parallel: bool = False,
         adapters: Sequence[LowRankAdapter] = (),
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.weight = ShardedParameter.on_meta([piece])
+        self.bias: ShardedParameter | None = None
+        if bias:
+            partial = group if sequence_parallel and not is_alone(group) else None
+            whole = Piece(_bias_box(piece.box), owned=group.rank() == 0, partial=partial)
+            self.bias = ShardedParameter.on_meta([whole])
         self.group, self.sequence_parallel = group, sequence_parallel
         self.adapters = nn.ModuleList(adapters)
 
@@ -91,7 +103,8 @@ class RowParallelLinear(nn.Module):
         """keys, source: as for ColumnParallelLinear."""
         y = _linear(x, self.weight, None, False, self.adapters, keys, source)
         reduce = reduce_scatter_tokens if self.sequence_parallel else all_reduce_partial_sums
-        return reduce(y, self.group)
+        y = reduce(y, self.group)
+        return y if self.bias is None else _AddBias.of(y, self.bias)
 
 
 class LowRankAdapter(nn.Module):
@@ -171,6 +184,17 @@ class RMSNorm(nn.Module):
     def again(self, total: Tensor) -> Tensor:
         """The norm of a sum, bit for bit; without backward."""
         return rms_norm_forward(total, self.weight, self.eps)[0]
+
+
+def bias_of_rows(piece: Piece) -> Piece:
+    """The elements of a linear layer's bias that go with some rows of its weight, on the same ranks."""
+    first, count = piece.box.offset[0], piece.box.size[0]
+    return replace(piece, box=_bias_box(piece.box).rows(first, count))
+
+
+def _bias_box(weight: Box) -> Box:
+    """All of the bias, [out], named as in PyTorch, of a linear layer's weight [out, in]."""
+    return Box.whole(f"{weight.name.removesuffix('.weight')}.bias", weight.shape[:1])
 
 
 def split_evenly(extent: int, group: ProcessGroup) -> range:
@@ -284,7 +308,7 @@ class _Linear(Operation):
         ctx.weight, ctx.group, ctx.sequence, ctx.adapters, ctx.keys = weight, group, sequence, adapters, keys
         whole = gather_rows(x, group)[0] if group is not None and sequence else x
         y = linear(whole, weight)
-        inner = [adapter.dropped(whole, keys) @ adapter.a.t() for adapter in adapters]
+        inner = [linear(adapter.dropped(whole, keys), adapter.a) for adapter in adapters]
         for adapter, h in zip(adapters, inner, strict=True):
             y[:, adapter.rows].addmm_(h, adapter.b.t(), alpha=adapter.scale)
         # Of x only this rank's tokens are kept, and only where a gradient needs them; backward gathers them again.
@@ -302,11 +326,14 @@ class _Linear(Operation):
         weight, group, gathering, summing = ctx.weight, ctx.group, None, None
         if x is not None and group is not None and ctx.sequence:
             x, gathering = gather_rows(x, group, async_op=True)
-        grad_inner = [adapter.scale * (grad_output[:, adapter.rows] @ adapter.b) for adapter in ctx.adapters]
+        grad_inner = [
+            adapter.scale * linear_input_gradient(grad_output[:, adapter.rows], adapter.b)
+            for adapter in ctx.adapters
+        ]
         grad_input = linear_input_gradient(grad_output, weight) if ctx.needs_input_grad[0] else None
         if grad_input is not None:
             for adapter, grad_h in zip(ctx.adapters, grad_inner, strict=True):
-                grad_input += adapter.dropped(grad_h @ adapter.a, ctx.keys)
+                grad_input += adapter.dropped(linear_input_gradient(grad_h, adapter.a), ctx.keys)
             summing = _start_sum(grad_input, group, ctx.sequence)
         if gathering is not None:
             gathering.wait()
@@ -323,6 +350,24 @@ class _Linear(Operation):
         elif summing is not None:
             summing.wait()
         return grad_input, *[None] * (6 + 2 * len(ctx.adapters))
+
+
+class _AddBias(Operation):
+    """y + bias, written over y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: ShardedParameter) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.bias = bias
+        return y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,), bias = grads, ctx.bias
+        if ctx.needs_input_grad[1]:
+            add_to_main_grad(bias, gradient.sum(0, dtype=torch.float32))
+        return gradient, None
 
 
 def _start_sum(x: Tensor, group: ProcessGroup | None, sequence: bool) -> SumInFlight | dist.Work | None:
