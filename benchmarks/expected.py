@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from llm3d.config import ModelConfig, PretrainConfig
 from llm3d.kernels import linear
 from llm3d.kernels.paper import standing_for
-from llm3d.models import llama
+from llm3d.models import batch
 from llm3d.parallel.mesh import Mesh
 from llm3d.plan.memory import META, world_on_paper
 from llm3d.train.throughput import FORMULA, step_flops
@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
 
     def attention(self, model: ModelConfig, sequences: int, length: int) -> Any:
         """Causal attention, which launches nothing on paper, is written down by its definition when it is called."""
-        compute, column = llama.attention, 2 * sequences * length  # bytes
+        compute, column = batch.attention, 2 * sequences * length  # bytes
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         flops = 2 * queries * sequences * length**2  # two products, of which half is seen
         forward = Operation("attention forward", False, column * (2 * queries + 2 * keys), flops)
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
             self.operations[backward] += not again
             return compute(*args)
 
-        return mock.patch.object(llama, "attention", recorded)
+        return mock.patch.object(batch, "attention", recorded)
 
 
 def in_backward() -> bool:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from llm3d.checkpoint.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
 from llm3d.config import ModelConfig
 from llm3d.config.hugging_face import generation_settings, token_ids
+from llm3d.config.llama import ARCHITECTURES
 from llm3d.errors import InputError
 from llm3d.kernels.rope import inverse_frequencies
 from llm3d.models.adapters import is_adapter
@@ -29,15 +30,6 @@ from llm3d.parallel.zero.flat import FlatParameters
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_OF_HEAD: dict[HeadName, dict[str, Any]] = {  # what config.json says of it
-    "language": {"architectures": ["LlamaForCausalLM"]},
-    "score": {
-        "architectures": ["LlamaForSequenceClassification"],
-        "num_labels": 1,
-        "id2label": {"0": "score"},
-        "label2id": {"score": 0},
-    },
-}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # ---- writing ----
@@ -187,16 +179,14 @@ def with_tokens(
 
 
 def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
+    family = config.architecture
     fields = config.model_dump(mode="json", exclude={"path", "rope_scaling", "rope_theta"})
     scaling = config.rope_scaling.model_dump(exclude_none=True) if config.rope_scaling else None
     return {
-        **_OF_HEAD[head],
-        "model_type": "llama",
+        **family.heads[head],
+        "model_type": family.model_type,
         **fields,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "mlp_bias": False,
+        **family.fixed,
         # transformers 4 reads these two, transformers 5 the third.
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
@@ -209,7 +199,7 @@ def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
 
 def config_of_scores(config: dict[str, Any], pad_token_id: int | None) -> dict[str, Any]:
     """A language model's config.json as that of a model with a score head in the language head's place."""
-    return config | _OF_HEAD["score"] | {"pad_token_id": pad_token_id}
+    return config | ARCHITECTURES[config["model_type"]].heads["score"] | {"pad_token_id": pad_token_id}
 
 
 # ---- reading ----

@@ -49,25 +49,10 @@ def _training_problems(config: Config) -> Iterator[str]:
 
 
 def _model_problems(config: Config) -> Iterator[str]:
-    model, tensor = config.model, config.parallel.tensor
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    if model.hidden_size % heads:  # transformers refuses such a model, whatever its head_dim
-        yield f"model.num_attention_heads: {heads} does not divide model.hidden_size {model.hidden_size}"
-    if heads % kv_heads:
-        yield f"model.num_key_value_heads: {kv_heads} does not divide model.num_attention_heads {heads}"
-    if model.head_dim % 2:
-        yield f"model.head_dim: {model.head_dim} is odd; rotary embeddings need an even one"
+    model = config.model
+    yield from model.architecture.problems(model, config.parallel.tensor)
     if model.vocab_size is None and config.data.tokenizer is None:
         yield "model.vocab_size: missing; give it, or data.tokenizer to take it from"
-    if heads % tensor:
-        yield f"parallel.tensor: {tensor} does not divide model.num_attention_heads {heads}"
-    if kv_heads % tensor and tensor % kv_heads:
-        yield (
-            f"parallel.tensor: {tensor} neither divides model.num_key_value_heads {kv_heads} "
-            f"nor is a multiple of it"
-        )
-    if model.intermediate_size % tensor:
-        yield f"parallel.tensor: {tensor} does not divide model.intermediate_size {model.intermediate_size}"
 
 
 def _length_problems(config: Config) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A Hugging Face directory's config.json as the fields of `llm3d.config.sections.ModelConfig`.
 
-Whatever transformers' LlamaConfig writes, and computes as llm3d does, is read. Of other fields only those pass that are
-known to change nothing of what the model computes.
+Whatever transformers writes of a family in `llm3d.config.llama.ARCHITECTURES`, and computes as llm3d does, is read. Of
+other fields only those pass that are known to change nothing of what the model computes.
 """
 
 from __future__ import annotations
@@ -11,38 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from llm3d.config.explain import show
+from llm3d.config.llama import ARCHITECTURES
 from llm3d.errors import InputError
 
 Shape = dict[str, Any]
 
-# What a config.json may say of a shape, and what transformers takes where it is silent.
-_DEFAULTS: Shape = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
 _THETA = 10_000.0
-
-# Fields that ask for what is not built, and the values that do not.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "partial_rotary_factor": (1,),
-    "is_causal": (True,),
-}
 
 # Fields that change nothing of what the model computes, whatever they say: notes of who wrote the file, what outputs
 # look like, how memory is used, and settings of text generation, which transformers 4 wrote here.
@@ -126,7 +100,7 @@ def check_fields(
 
 
 def hugging_face_shape(file: Path) -> Shape:
-    """The fields in the config.json of a Hugging Face LLaMA, as any transformers wrote it. Raises InputError."""
+    """The fields in the config.json of a Hugging Face model, as any transformers wrote it. Raises InputError."""
     if not file.parent.is_dir():
         adapters = (file.parent.parent / "adapter").is_dir()
         hint = (
@@ -134,10 +108,14 @@ def hugging_face_shape(file: Path) -> Shape:
         )
         raise InputError(f"model.path: no directory {str(file.parent)!r}{hint}")
     stored, where = read_object("model.path", file), f"model.path: {file}"
-    if stored.get("model_type") != "llama":
-        raise InputError(f"{where} has model_type {stored.get('model_type')!r}; only 'llama' is supported")
-    check_fields(where, stored, _ONLY, {*_HARMLESS.split(), *_DEFAULTS, *_ROPE})
-    known = {name: stored.get(name, default) for name, default in _DEFAULTS.items()}
+    family = ARCHITECTURES.get(str(stored.get("model_type")))
+    if family is None:
+        supported = " and ".join(map(repr, ARCHITECTURES))
+        raise InputError(
+            f"{where} has model_type {stored.get('model_type')!r}; only {supported} is supported"
+        )
+    check_fields(where, stored, family.only, {*_HARMLESS.split(), *family.defaults, *_ROPE})
+    known = {name: stored.get(name, default) for name, default in family.defaults.items()}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(value := known[name], int) and value < 0:
             known[name] = None  # as conversions of LLaMA 1 wrote it

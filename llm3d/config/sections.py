@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
+from llm3d.config.architecture import Architecture
 from llm3d.config.base import Fraction, Name, OneOrMore, Positive, Section, Whole, whole
+from llm3d.config.llama import LLAMA
 from llm3d.config.schedules import SCHEDULES, ScheduleName
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -88,14 +90,16 @@ class ModelConfig(Section):
     eos_token_id: Whole | tuple[Whole, ...] | None = None
     pad_token_id: Whole | None = None
 
+    @property
+    def architecture(self) -> Architecture:
+        """The family that the model is of."""
+        return LLAMA
+
     def num_parameters(self, head: Literal["language", "score"] = "language") -> int:
         """The exact number of weights, tied embeddings counted once."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is read")
-        heads = self.num_attention_heads + self.num_key_value_heads  # q and o, k and v
-        attention = 2 * self.hidden_size * self.head_dim * heads
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        layer = attention + mlp + 2 * self.hidden_size
+        layer = self.architecture.layer_parameters(self)
         embedding = self.vocab_size * self.hidden_size
         on_top = self.hidden_size if head == "score" else 0 if self.tie_word_embeddings else embedding
         return embedding + self.num_hidden_layers * layer + self.hidden_size + on_top

@@ -13,7 +13,8 @@ from llm3d.generate.cuda_graphs import padded_count
 from llm3d.generate.scheduler import Decode, Prefill, Running, Work
 from llm3d.kernels.attention import attention, parts
 from llm3d.kernels.paged_attention import kv_cache_append_, paged_decode_attention
-from llm3d.models.llama import Attend, LlamaStage
+from llm3d.models.batch import Attend
+from llm3d.models.decoder import DecoderStage
 
 BLOCK_SIZE = 16
 
@@ -125,7 +126,7 @@ class Cache:
     """Keys and values of a rank's layers, [blocks, BLOCK_SIZE, kv_heads, head_dim] each."""
 
     def __init__(
-        self, stages: Sequence[LlamaStage], num_blocks: int, dtype: torch.dtype, device: torch.device
+        self, stages: Sequence[DecoderStage], num_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (num_blocks, BLOCK_SIZE, *stages[0].kv_shape)
         self.tensors = {

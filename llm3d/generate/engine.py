@@ -26,8 +26,9 @@ from llm3d.generate.sampling import choose
 from llm3d.generate.scheduler import Limits, Reason, Request, Running, Scheduler, Work
 from llm3d.kernels.counter_rng import uniform_number
 from llm3d.kernels.rope import rope_tables
+from llm3d.models.batch import Context
+from llm3d.models.decoder import DecoderStage
 from llm3d.models.heads import LanguageModelHead, OfLogits
-from llm3d.models.llama import Context, LlamaStage
 from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
 
@@ -55,7 +56,7 @@ class Generator:
     def __init__(
         self,
         config: ModelConfig,
-        stages: Sequence[LlamaStage],
+        stages: Sequence[DecoderStage],
         mesh: Mesh,
         dtype: torch.dtype,
         graphs: Graphs | None = None,
@@ -206,7 +207,7 @@ class _Run:
                 self._send(self.chosen[group])
         self.cache.copy(inputs.copies)
 
-    def _through(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
+    def _through(self, stage: DecoderStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
         """hidden: None where the stage has the embedding."""
         if self.graph_runner is None or inputs.block_table is None:
             return self._layers(stage, inputs, hidden)
@@ -218,7 +219,7 @@ class _Run:
         changing = {name: getattr(inputs, name) for name in _READ}
         return self.graph_runner(stage, layers, changing if hidden is None else changing | {"hidden": hidden})
 
-    def _layers(self, stage: LlamaStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
+    def _layers(self, stage: DecoderStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
         cos, sin = (table[inputs.positions] for table in self.tables)
         if hidden is None:
             assert stage.embedding is not None

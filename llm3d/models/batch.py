@@ -1,11 +1,14 @@
-"""A microbatch as models read it."""
+"""A microbatch as models read it, and what their layers are told of it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from llm3d.kernels.attention import attention
 
 
 class Batch(Protocol):
@@ -24,3 +27,34 @@ class Batch(Protocol):
     @property
     def noise(self) -> Tensor | None: ...  # fp32 [tokens], how much noise is added to the embedding
     def to(self, device: torch.device | str) -> Batch: ...
+
+
+class Attend(Protocol):
+    """What each token sees of which others."""
+
+    def __call__(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        """qkv: [tokens, num_heads + 2 kv_heads, head_dim] -> [tokens, num_heads, head_dim].
+
+        layer: of the whole model.
+        """
+
+
+@dataclass(frozen=True)
+class WithinSequences:
+    """Itself and the tokens before it in its own sequence."""
+
+    cu_seqlens: Tensor  # int32 [sequences + 1]
+    max_seqlen: int
+
+    def __call__(self, layer: int, qkv: Tensor, num_heads: int) -> Tensor:
+        return attention(qkv, num_heads, self.cu_seqlens, self.max_seqlen)
+
+
+class Context(NamedTuple):
+    """What attention needs beside the activations; the same for every layer."""
+
+    cos: Tensor  # fp32 [positions, head_dim / 2]
+    sin: Tensor
+    starts: Tensor  # int32 [n + 1]: where positions start from 0 again, and the number of tokens
+    attend: Attend
+    keys: Tensor | None = None  # int64 [tokens], of the tokens' random numbers; None: nothing is random

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from llm3d.config import LoRASettings, ModelConfig, ParallelConfig
+from llm3d.models.building import Build, Family, key_value_replicas
+from llm3d.models.decoder import DecoderStage
 from llm3d.models.heads import SCORE, HeadName
-from llm3d.models.llama import LlamaStage
+from llm3d.models.llama import LLAMA
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import is_alone
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.schedules import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILIES: dict[str, Family] = {"llama": LLAMA}  # by the model_type of a config.json
 _BLOCK_ROWS = 64
 
 
@@ -28,25 +31,24 @@ def build_stages(
     recompute: str = "none",
     head: HeadName = "language",
     lora: LoRASettings | None = None,
-) -> list[LlamaStage]:
+) -> list[DecoderStage]:
     """This rank's stages, in the order of its chunks, without storage."""
     placement = Schedule.of(parallel).placement
     counts = parallel.layers_per_stage or spread_layers(config.num_hidden_layers, placement.num_stages)
+    build = Build(
+        config,
+        mesh,
+        parallel.sequence and not is_alone(mesh.tensor),
+        recompute,
+        lora or LoRASettings(),
+        key_value_replicas(config, mesh),
+    )
     stages = []
     for chunk in range(placement.num_chunks):
         stage = placement.stage_of(mesh.pipeline_rank, chunk)
         start = sum(counts[:stage])
-        stages.append(
-            LlamaStage(
-                config,
-                mesh,
-                range(start, start + counts[stage]),
-                sequence_parallel=parallel.sequence and not is_alone(mesh.tensor),
-                recompute=recompute,
-                head=head,
-                lora=lora,
-            )
-        )
+        layers = range(start, start + counts[stage])
+        stages.append(DecoderStage(build, FAMILIES[config.architecture.model_type], layers, head))
     return stages
 
 
@@ -69,10 +71,9 @@ def initialise(weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, see
 
 
 def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
-    """fp32 first weights of a box: norms one, biases zero, the rest normal with standard deviation initializer_range.
+    """fp32 first weights of a box: norms one, biases zero, the rest normal with the family's standard deviation.
 
-    The projections that write into the residual stream have it divided by sqrt(2 * layers), as in GPT-2 and
-    Megatron-LM. Each block of rows of a global tensor has its own stream, keyed by seed, name and block, so that
+    Each block of rows of a global tensor has its own stream, keyed by seed, name and block, so that
     a rank draws only the rows it holds.
     """
     if box.name.endswith(".bias"):
@@ -81,13 +82,11 @@ def initial_value(box: Box, config: ModelConfig, seed: int) -> Tensor:
         return torch.ones(box.size)
     if box.name.endswith(".lora_B.weight"):
         return torch.zeros(box.size)
-    std = config.initializer_range
+    std = FAMILIES[config.architecture.model_type].initial_std(box.name, config)
     if box.name.endswith(".lora_A.weight"):
         std = 1 / math.sqrt(3 * box.shape[1])  # the variance of PEFT's uniform first values
     if box.name == SCORE:
         std = 1 / math.sqrt(config.hidden_size + 1)  # Huang et al. 2024, N+ implementation details of RLHF
-    if box.name.endswith(("o_proj.weight", "down_proj.weight")):
-        std /= math.sqrt(2 * config.num_hidden_layers)
     first, last = box.offset[0] // _BLOCK_ROWS, -(-(box.offset[0] + box.size[0]) // _BLOCK_ROWS)
     blocks = [_random_block(box, block, seed) for block in range(first, last)]
     start = box.offset[0] - first * _BLOCK_ROWS

@@ -36,7 +36,7 @@ from llm3d.parallel.zero.unit import FlatUnit
 
 
 class Stage(Protocol):
-    """What a pipeline stage says of itself; `llm3d.models.llama.LlamaStage` is one."""
+    """What a pipeline stage says of itself; `llm3d.models.decoder.DecoderStage` is one."""
 
     def units(self) -> Sequence[nn.Module]:
         """The modules whose parameters are stored and gathered together, in the order in which forward calls them."""
