@@ -191,7 +191,7 @@ class _Run:
 
     def _do(self, group: int, work: Work) -> None:
         """This rank's part of the work."""
-        multiple_of = self.generator.stages[0].tokens_a_row
+        multiple_of = self.generator.stages[0].token_multiple
         inputs = inputs_of(work, multiple_of, self.width).to(self.mesh.device)
         for stage in self.generator.stages:
             hidden = None

@@ -36,7 +36,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         config, mesh, sequence_parallel = build.config, build.mesh, build.sequence_parallel
         assert config.vocab_size is not None, "the vocabulary's size is known before a model is built"
-        self.tensor_rank, self.tokens_a_row = mesh.tensor_rank, mesh.tensor_size if sequence_parallel else 1
+        self.tensor_rank, self.token_multiple = mesh.tensor_rank, mesh.tensor_size if sequence_parallel else 1
         self.numbers = layers
         self.kv_shape = build.num_kv_heads, config.head_dim  # of a token in a layer
         table = Box.whole("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))

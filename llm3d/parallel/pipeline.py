@@ -26,7 +26,7 @@ class Pipeline:
     stages: one for each chunk, called with (input, microbatch, objective). The input is None on the first virtual
         stage; the last returns the objective's fp32 [numbers] of the microbatch, the others [rows, hidden] activations.
     hidden_size, dtype: of what crosses between stages; its rows are the microbatch's tokens, of which this rank has
-        one in `tokens_a_row` (under sequence parallelism, the tensor group's size).
+        one in `token_multiple` (under sequence parallelism, the tensor group's size).
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Pipeline:
         schedule: Schedule,
         hidden_size: int,
         dtype: torch.dtype,
-        tokens_a_row: int = 1,
+        token_multiple: int = 1,
     ) -> None:
         self.mesh, self.stages, self.schedule = mesh, list(stages), schedule
-        self.hidden_size, self.dtype, self.tokens_a_row = hidden_size, dtype, tokens_a_row
+        self.hidden_size, self.dtype, self.token_multiple = hidden_size, dtype, token_multiple
         self._warm = set[bool]()  # with gradients, without
 
     @property
@@ -90,7 +90,7 @@ class Pipeline:
 
     def activation_shape(self, microbatch: Any) -> tuple[int, int]:
         """Of what crosses between stages."""
-        return len(microbatch.tokens) // self.tokens_a_row, self.hidden_size
+        return len(microbatch.tokens) // self.token_multiple, self.hidden_size
 
 
 class _Step:
