@@ -12,15 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from llm3d.config.checks import check_generation, check_layout, check_plan
+from llm3d.config.data import ChatDataConfig, ChatSource, DataSource
 from llm3d.config.explain import nearest, show, validate
 from llm3d.config.hugging_face import hugging_face_directory, hugging_face_shape
 from llm3d.config.peft import peft_settings
 from llm3d.config.presets import PRESETS
 from llm3d.config.schema import json_schema
 from llm3d.config.sections import (
-    ChatDataConfig,
-    ChatSource,
-    DataSource,
     DPOSettings,
     GenerateSettings,
     LoRASettings,

@@ -12,7 +12,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from llm3d.config.aliases import setting_called, value_called
-from llm3d.config.sections import DataSource, ModelConfig, RewardSource, Section
+from llm3d.config.base import Section
+from llm3d.config.data import DataSource
+from llm3d.config.sections import ModelConfig, RewardSource
 from llm3d.config.stages import Config
 from llm3d.errors import InputError
 
@@ -49,7 +51,7 @@ def _locate(location: tuple[int | str, ...], root: type[Config]) -> tuple[str, l
             allowed = [*fields, "preset"] if section is ModelConfig else list(fields)
             where = f"{where}.{part}" if where else part
             annotation = fields[part].annotation if part in fields else None
-            section, in_union = _section_in(annotation), _is_union(annotation)
+            section, in_union = section_in(annotation), _is_union(annotation)
     return where, allowed
 
 
@@ -59,10 +61,11 @@ def _is_union(annotation: object) -> bool:
     return get_origin(annotation) in (Union, UnionType) and len(members) > 1
 
 
-def _section_in(annotation: object) -> type[Section] | None:
+def section_in(annotation: object) -> type[Section] | None:
+    """Return the section that a field holds, itself or as an entry of a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for found in map(_section_in, get_args(annotation)) if found), None)
+    return next((found for found in map(section_in, get_args(annotation)) if found), None)
 
 
 # By pydantic's type of error; what its context holds goes in.
@@ -115,7 +118,7 @@ def setting_paths(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, 
     """The settings of a section and of those in it, and what may stand there."""
     for name, field in kind.model_fields.items():
         path = prefix + (field.alias or name)
-        section = _section_in(field.annotation)
+        section = section_in(field.annotation)
         if section is None or issubclass(section, DataSource | RewardSource):  # entries of a list
             yield path, field.annotation
         else:

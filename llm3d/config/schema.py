@@ -41,7 +41,10 @@ def _of_stage(kind: type[Config]) -> dict[str, Any]:
     definitions = schema["$defs"]
     model = definitions["ModelConfig"]
     del model["required"]  # model.preset or model.path may stand in for the shape
-    preset = {"enum": list(PRESETS), "description": "A shape by name; other keys override its fields."}
+    preset = {
+        "enum": list(PRESETS),
+        "description": "Model preset: a shape by name; other keys override its fields.",
+    }
     model["properties"] = {"preset": preset} | model["properties"]
     rope = definitions["RopeScaling"]
     rope["properties"]["type"] = rope["properties"]["rope_type"] | {"description": "Old name of rope_type."}

@@ -11,10 +11,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from llm3d.config.base import Section
+from llm3d.config.data import ChatDataConfig, DataConfig, TokenDataConfig
 from llm3d.config.sections import (
     BatchConfig,
-    ChatDataConfig,
-    DataConfig,
     DPOSettings,
     GenerateSettings,
     KernelsConfig,
@@ -28,7 +27,6 @@ from llm3d.config.sections import (
     RewardSettings,
     RunConfig,
     SFTSettings,
-    TokenDataConfig,
     ZeroConfig,
 )
 from llm3d.config.training import (
@@ -41,7 +39,7 @@ from llm3d.config.training import (
 
 
 class Config(Section):
-    """What the settings of every training stage have in common.
+    """Settings that every training stage has.
 
     stage: its name.  reads: what its data are.  head: of its model.
     """
@@ -175,7 +173,7 @@ class RewardConfig(ComparisonConfig):
 
 
 class DPOConfig(ComparisonConfig):
-    """All settings of direct preference optimisation."""
+    """All settings of direct preference optimization."""
 
     stage = "dpo"
 
@@ -229,7 +227,7 @@ class KTOConfig(PostTrainingConfig):
 
 
 class PPOConfig(PostTrainingConfig):
-    """All settings of reinforcement learning. Samples of a batch are prompts, each with generate.num_replies."""
+    """All settings of reinforcement learning. A batch has prompts, each with generate.num_replies replies."""
 
     stage, reads = "ppo", "prompts"
 

@@ -12,26 +12,32 @@ from llm3d.config.base import Fraction, Name, Positive, Section, Share, Whole
 
 
 class OptimConfig(Section):
-    """AdamW and its learning rate."""
+    """AdamW and its learning-rate schedule."""
 
     lr: float = Field(gt=0)
+    """Learning rate, at its peak."""
     min_lr: float = Field(default_factory=lambda data: float(f"{0.1 * data['lr']:.15g}"), ge=0)
-    """Least learning rate, where the schedule ends: one step after the last, which thus learns with min_lr 0, too.
+    """Minimum learning rate, where the schedule ends: one step after the last, which thus learns with min_lr 0, too.
     Default: 0.1 x lr."""
     warmup_steps: Whole = 0
-    """Warm-up steps, over which the learning rate rises in a straight line to lr. Of a run with fewer: all."""
+    """Warm-up steps: the learning rate rises linearly to lr over them. A run with fewer steps warms up over all."""
     warmup_ratio: Share | None = None
     """Warm-up ratio: the share of the run's steps, rounded up, in place of warmup_steps."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Learning-rate schedule after the warm-up; constant: lr; wsd: lr, then a straight line over the decay."""
+    """Learning-rate schedule after the warm-up. cosine, linear: down to min_lr; wsd: lr, then a linear decay over
+    decay_steps; constant: lr."""
     decay_steps: Positive | None = None
     """Decay steps at the end of wsd. Default: a tenth of the run's steps."""
     decay_ratio: Share | None = None
     """Decay ratio: the share of the run's steps, rounded up, in place of decay_steps."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW betas: the decay rates of the first and the second moment."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon: added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
+    """Weight decay, decoupled: multiplied by the learning rate; norms have none."""
     clip_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradient clipping: the maximum norm of a step's gradient. Null: not clipped."""
 
 
 class Interval(NamedTuple):
@@ -56,16 +62,20 @@ class Interval(NamedTuple):
 
 
 class TrainConfig(Section):
+    """Length of the run, evaluations, early stopping."""
+
     steps: Positive
-    """Steps of the run, where the learning-rate schedule ends."""
+    """Training steps of the run, where the learning-rate schedule ends."""
     stop_after: Positive | None = None
-    """Save and end after this step; the same command without it goes on. Null: train to the last."""
+    """Stop after this step: the run is saved and ends, and the same command without it goes on. Null: train to the last
+    step."""
     eval_every: Positive | None = None
-    """Evaluation interval in steps, on data.valid; the last step of the run has an evaluation, too. Null: none."""
+    """Evaluation interval, steps, on data.valid; the last step of the run has an evaluation, too. Null: none."""
     eval_steps: Positive | None = None
     """Evaluation batches, each as large as a step's. Null: all of data.valid."""
     patience: Positive | None = None
-    """Early stopping patience: training ends after so many evaluations without a better checkpoint.best."""
+    """Early stopping patience, evaluations: training ends after so many without a better checkpoint.best. Null: it does
+    not."""
     deterministic: bool = True
     """Deterministic algorithms on a GPU: the same run gives the same bits, and so does one that goes on. It costs time
     in attention's backward, and memory there: so many fp32 copies of the queries' gradient as the GPU has
@@ -78,12 +88,15 @@ class TrainConfig(Section):
 
 
 class EpochsConfig(TrainConfig):
+    """Length of the run in steps or epochs, evaluations, early stopping."""
+
     steps: Whole = 0
-    """Steps of the run, where the learning-rate schedule ends. 0: as many as train.epochs take."""
+    """Training steps of the run, where the learning-rate schedule ends. 0: as many as train.epochs take."""
     epochs: float | None = Field(None, gt=0)
-    """Epochs, passes over the data, counted in samples: the last step takes what is left. Overridden by steps."""
+    """Training epochs, passes over the data, counted in samples: the last step takes what is left. Overridden by
+    steps."""
     eval_every_epochs: float | None = Field(None, gt=0)
-    """Evaluation interval in epochs, in place of eval_every; 0.5: twice in each pass over the data."""
+    """Evaluation interval, epochs, in place of eval_every; 0.5: twice in each pass over the data."""
 
     @property
     def evaluations(self) -> Interval:
@@ -91,17 +104,19 @@ class EpochsConfig(TrainConfig):
 
 
 class CheckpointConfig(Section):
+    """Checkpoints: the interval between them, which are kept, which one a run starts from."""
+
     every: Positive | None = None
-    """Checkpoint interval in steps. Null: only at the end."""
+    """Checkpoint interval, steps. Null: only at the end."""
     keep: Positive | None = None
-    """How many of the latest to keep; the best stays beside them. Null: all."""
+    """Checkpoints to keep: the number of the latest ones; the best one stays beside them. Null: all."""
     resume: Name = "auto"
-    """auto (the latest in run.dir), none, or the path of a checkpoint."""
+    """Resume from auto (the latest checkpoint in run.dir), none, or the path of a checkpoint."""
     best: Name | None = None
     """Metric of the best checkpoint, such as valid_loss: an evaluation with a better value than all before is saved,
     and checkpoints/best leads to it. Null: none is sought."""
     greater_is_better: bool | None = None
-    """Whether a greater value of that metric is better. Null: unless its name ends with loss or perplexity."""
+    """Greater is better: the direction of that metric. Null: true unless its name ends with loss or perplexity."""
 
     @property
     def saves(self) -> Interval:
@@ -109,8 +124,10 @@ class CheckpointConfig(Section):
 
 
 class EpochsCheckpointConfig(CheckpointConfig):
+    """Checkpoints: the interval between them, which are kept, which one a run starts from."""
+
     every_epochs: float | None = Field(None, gt=0)
-    """Checkpoint interval in epochs, in place of every."""
+    """Checkpoint interval, epochs, in place of every."""
 
     @property
     def saves(self) -> Interval:
