@@ -51,9 +51,11 @@ app = group(
     add_completion=True,
 )
 GROUPS = {
-    "tokenizer": group("Train tokenizers.", {"train": data.tokenizer_train}),
-    "data": group("Prepare data, and look at it.", {"tokenize": data.data_tokenize, "show": data.data_show}),
-    "bench": group("Measure speed on this machine.", {"kernels": kernels.bench_kernels}),
+    "tokenizer": group("Train a tokenizer.", {"train": data.tokenizer_train}),
+    "data": group(
+        "Prepare training data, and inspect it.", {"tokenize": data.data_tokenize, "show": data.data_show}
+    ),
+    "bench": group("Measure the speed of this machine.", {"kernels": kernels.bench_kernels}),
 }
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)

@@ -50,18 +50,20 @@ def end(message: str, code: int) -> NoReturn:
 
 # ---- arguments ----
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings.", show_default=False)]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings file.", show_default=False)]
 ConfigOrRun = Annotated[
     Path,
     typer.Argument(
-        metavar="CONFIG.yaml|RUN", help="Settings, or a run directory, by its own.", show_default=False
+        metavar="CONFIG.yaml|RUN",
+        help="Settings file, or a run directory, whose own settings are used.",
+        show_default=False,
     ),
 ]
 ConfigOrModel = Annotated[
     Path,
     typer.Argument(
         metavar="WHAT",
-        help="Settings, a run directory (its latest checkpoint), a checkpoint, or a Hugging Face or PEFT directory.",
+        help="Settings file, run directory (its latest checkpoint), checkpoint, or Hugging Face or PEFT directory.",
         show_default=False,
     ),
 ]
@@ -69,23 +71,24 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="section.key=value",
-        help="Settings that replace the file's, such as parallel.tensor=2. "
-        "A model.preset or model.path replaces the file's whole model section.",
+        help="Overrides of single settings, such as parallel.tensor=2. "
+        "model.preset and model.path replace the whole model section.",
         show_default=False,
     ),
 ]
 CheckOnly = Annotated[
-    bool, typer.Option("--check", help="Check the settings and open what they name, then end.")
+    bool,
+    typer.Option("--check", help="Check the settings, the data and the files that they name, then exit."),
 ]
-Output = Annotated[Path, typer.Option(help="The directory to write.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
+Output = Annotated[Path, typer.Option(help="Output directory.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
 Stage = Enum("Stage", {name: name for name in DESCRIPTIONS}, type=str)  # type: ignore[misc]
 StageOption = Annotated[
     Stage | None,
     typer.Option(
-        help="What the settings are for. [default: the stage whose section they have, else pretrain]"
+        help="Training stage of the settings. [default: the stage whose section the file has, else pretrain]"
     ),
 ]
 

@@ -25,16 +25,22 @@ TextFiles = Annotated[
     list[str],
     typer.Argument(
         metavar="FILES...",
-        help="Files, directories or patterns: .txt, .jsonl(.gz, .zst), .parquet.",
+        help="Text files, directories or glob patterns: .txt, .jsonl, .json (also .gz, .zst), .parquet.",
         show_default=False,
     ),
 ]
-TextField = Annotated[str, typer.Option(help="The field of .jsonl and .parquet that holds the text.")]
+TextField = Annotated[
+    str, typer.Option(help="Field of .jsonl, .json and .parquet records that holds the text.")
+]
 Separator = Annotated[
     str | None,
-    typer.Option(help="What ends a document in .txt files, such as '\\n\\n'. [default: the end of the file]"),
+    typer.Option(
+        help="Document separator in .txt files, such as '\\n\\n'. [default: each file is one document]"
+    ),
 ]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out, and count, what cannot be read.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Skip records that cannot be read, and count them.")
+]
 
 
 class TokenizerKind(str, Enum):
@@ -47,19 +53,27 @@ def tokenizer_train(
     files: TextFiles,
     output: Output,
     vocab_size: Annotated[
-        int, typer.Option(min=1, help="Tokens, special ones included.", show_default=False)
+        int, typer.Option(min=1, help="Vocabulary size, special tokens included.", show_default=False)
     ],
     kind: Annotated[
-        TokenizerKind, typer.Option(help="BPE in the style of LLaMA 1 and 2, or of Llama 3.")
+        TokenizerKind,
+        typer.Option(help="Kind of BPE: sentencepiece as in LLaMA 1 and 2, or byte-level as in Llama 3."),
     ] = TokenizerKind.sentencepiece,
     text_field: TextField = "text",
     separator: Separator = None,
     max_bytes: Annotated[
-        int, typer.Option(min=1, help="Of more text than this, a random part is trained on.")
+        int,
+        typer.Option(
+            min=1, help="Maximum amount of text to train on, bytes. Of more, a random sample is taken."
+        ),
     ] = 1_000_000_000,
     character_coverage: Annotated[
         float,
-        typer.Option(min=0.9, max=1, help="Share of characters that sentencepiece does not spell in bytes."),
+        typer.Option(
+            min=0.9,
+            max=1,
+            help="Character coverage of sentencepiece; the other characters are spelled in bytes.",
+        ),
     ] = 0.9995,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
@@ -95,22 +109,28 @@ class PrependBos(str, Enum):
 def data_tokenize(
     files: TextFiles,
     output: Output,
-    tokenizer: Annotated[Path, typer.Option(help="A tokenizer's file or directory.", show_default=False)],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer file or directory.", show_default=False)],
     text_field: TextField = "text",
     separator: Separator = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: a core each]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of documents and of the split.")] = 1234,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of worker processes. [default: one per core]")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Random seed for shuffling and the train/valid split.")
+    ] = 1234,
     valid_fraction: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Share of tokens that is kept for validation.")
+        float, typer.Option(min=0, max=0.99, help="Fraction of the tokens that is held out for validation.")
     ] = 0.01,
     prepend_bos: Annotated[
         PrependBos,
-        typer.Option(help="Put bos before every document; auto: where the tokenizer adds one to a text."),
+        typer.Option(
+            help="Prepend the bos token to every document. auto: if the tokenizer adds one to a text."
+        ),
     ] = PrependBos.auto,
     skip_bad: SkipBad = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Turn text into the .bin and .idx files that training reads."""
+    """Tokenize text into the .bin and .idx files that pretraining reads."""
     from llm3d.corpus.build import tokenize_corpus
 
     corpus = tokenize_corpus(
@@ -144,13 +164,16 @@ class Split(str, Enum):
 def data_show(
     config: ConfigOrRun,
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(min=0, help="How many to show.")] = 3,
-    split: Annotated[Split, typer.Option(help="Of data.train or of data.valid.")] = Split.train,
+    samples: Annotated[int, typer.Option(min=0, help="Number of samples to show.")] = 3,
+    split: Annotated[
+        Split, typer.Option(help="Data to show samples of: data.train or data.valid.")
+    ] = Split.train,
     stage: StageOption = None,
 ) -> None:
-    """Show samples of sft, reward or dpo as the model gets them, and what all of them come to.
+    """Show samples of sft, reward or dpo as the model sees them, and statistics of all samples.
 
-    In the order of training; what is learned is in colour. world_size=N among the settings: packed for N devices.
+    Samples come in the order of training; the tokens that are learned are in colour. With world_size=N among the
+    overrides, samples are packed for N devices.
     """
     from llm3d.config import load_config
     from llm3d.config.uses import settings_at

@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu or cuda. [default: cuda where there is one]", show_default=False)
+    str | None, typer.Option(help="Device: cpu or cuda. [default: cuda if there is one]", show_default=False)
 ]
 
 
 @ends_as_promised
 def kernels(
     check: Annotated[
-        bool, typer.Option("--check", help="Compute each in three dtypes and print its error against fp64.")
+        bool,
+        typer.Option(
+            "--check", help="Run each operation in three dtypes and print its error relative to fp64."
+        ),
     ] = False,
     device: Device = None,
 ) -> None:
-    """List the operations and what computes each on this machine."""
+    """List the operations and the back end of each on this machine."""
     from llm3d.bench.accuracy import print_kernels
 
     if not print_kernels(device_to_use(device), check):
@@ -43,17 +46,24 @@ class Precision(str, Enum):
 def bench_kernels(
     device: Device = None,
     dtypes: Annotated[
-        list[Precision] | None, typer.Option("--dtype", help="[default: bf16 and fp32]")
+        list[Precision] | None,
+        typer.Option(
+            "--dtype", help="Dtype to measure; may be given several times. [default: bf16 and fp32]"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1)] = 2048,
-    hidden_size: Annotated[int, typer.Option(min=32)] = 4096,
-    intermediate_size: Annotated[int, typer.Option(min=1)] = 11008,
-    vocab_size: Annotated[int, typer.Option(min=2)] = 32000,
-    parameters: Annotated[int, typer.Option(min=1, help="Of AdamW and the gradient's norm.")] = 150_000_000,
-    rounds: Annotated[int, typer.Option(min=1, help="The contenders take turns this often.")] = 11,
-    compiled: Annotated[bool, typer.Option(help="Run torch.compile beside, too.")] = True,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens in a batch.")] = 2048,
+    hidden_size: Annotated[int, typer.Option(min=32, help="Hidden size, a multiple of 64.")] = 4096,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="Intermediate size of SwiGLU.")] = 11008,
+    vocab_size: Annotated[int, typer.Option(min=2, help="Vocabulary size of the cross-entropy.")] = 32000,
+    parameters: Annotated[
+        int, typer.Option(min=1, help="Number of parameters for AdamW and the gradient norm.")
+    ] = 150_000_000,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of rounds, in each of which every contender runs once.")
+    ] = 11,
+    compiled: Annotated[bool, typer.Option(help="Measure torch.compile, too.")] = True,
 ) -> None:
-    """Time, traffic and bandwidth of each operation, beside PyTorch, torch.compile and Liger-Kernel."""
+    """Measure time, traffic and bandwidth of each operation, against PyTorch, torch.compile and Liger-Kernel."""
     import torch
 
     from llm3d.bench.cases import Sizes

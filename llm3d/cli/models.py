@@ -30,11 +30,11 @@ def evaluate(
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """A stage's loss and other numbers on the validation data, by the run's latest checkpoint.
+    """Evaluate a model on the validation data of its training stage.
 
-    By settings and run.dir in them, or by a run directory or a checkpoint, whose own settings name the data. The model
-    is the first of: checkpoint.resume=PATH among the overrides; the checkpoint that is named, or the latest of the run
-    directory; the latest in run.dir; model.path. A layout that does not fit the number of processes is left out.
+    The data are named by a settings file, or by the own settings of a run directory or of a checkpoint. The model is
+    the first of: checkpoint.resume=PATH among the overrides; the named checkpoint, or the latest one of the named run
+    directory; the latest one in run.dir; model.path. A layout that does not fit the number of processes is ignored.
     """
     from llm3d.config.uses import config_for_evaluation
 
@@ -53,30 +53,31 @@ def evaluate(
 def generate(
     config: ConfigOrModel,
     overrides: Overrides = None,
-    prompt: Annotated[str | None, typer.Option(help="A text to reply to, or to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to reply to, or text to continue.")] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="A file of prompts, .jsonl, .json or .parquet, by their columns.")
+        str | None,
+        typer.Option(help="File of prompts: .jsonl, .json or .parquet, whose columns name the prompts."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Talk with the model.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Start an interactive chat with the model.")] = False,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue texts as they stand, without a template.")
+        bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")
     ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Write the replies to --prompts here. [default: standard output]", show_default=False
+            help="Output file of the replies to --prompts. [default: standard output]", show_default=False
         ),
     ] = None,
     overwrite: Overwrite = False,
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """Write text; the section `generate` says how.
+    """Generate text with a model, as the section `generate` of the settings says.
 
-    The model is the first of: checkpoint.resume=PATH among the overrides; the checkpoint that is named, or the latest
-    of the run directory; the latest in run.dir of the settings; model.path. A checkpoint brings its tokenizer and chat
-    template, a Hugging Face directory also its generation_config.json; overrides come before these. A layout that
-    does not fit the number of processes is left out.
+    The model is the first of: checkpoint.resume=PATH among the overrides; the named checkpoint, or the latest one of
+    the named run directory; the latest one in run.dir of the settings; model.path. A checkpoint brings its tokenizer
+    and chat template, a Hugging Face directory also its generation_config.json; overrides take precedence over these.
+    A layout that does not fit the number of processes is ignored.
     """
     from llm3d.config.uses import config_for_generation
 
@@ -98,7 +99,7 @@ def export(
         Path,
         typer.Argument(
             metavar="CHECKPOINT|RUN",
-            help="A checkpoint, a run directory or its settings (the latest one), or a PEFT directory.",
+            help="Checkpoint, run directory or its settings (the latest checkpoint is used), or PEFT directory.",
             show_default=False,
         ),
     ],
@@ -106,16 +107,16 @@ def export(
     base: Annotated[
         str | None,
         typer.Option(
-            help="The model that adapters are for. [default: the one that they name]", show_default=False
+            help="Base model of the adapters. [default: the one that the adapters name]", show_default=False
         ),
     ] = None,
     average: Annotated[
         bool,
-        typer.Option("--average", help="The average of the weights over training, of a run with ppo.ema."),
+        typer.Option("--average", help="Export the moving average of the weights, of a run with ppo.ema."),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face directory, adapters merged into their base."""
+    """Export a checkpoint as a plain Hugging Face directory, with adapters merged into their base model."""
     from llm3d.config.uses import checkpoint_at
 
     checkpoint = checkpoint_at(checkpoint)

@@ -33,10 +33,13 @@ class Where(str, Enum):
 def memory(
     config: ConfigOrModel,
     overrides: Overrides = None,
-    device: Annotated[Where, typer.Option(help="What will run it.")] = Where.cuda,
+    device: Annotated[Where, typer.Option(help="Kind of device that will run the training.")] = Where.cuda,
     stage: StageOption = None,
 ) -> None:
-    """Bytes that a rank of each pipeline stage will need, by kind; world_size=N among the settings says of how many."""
+    """Estimate the memory that a rank of each pipeline stage needs, by kind, without a run.
+
+    world_size=N among the overrides gives the number of ranks.
+    """
     from llm3d.config.uses import config_for_plan
 
     asked, others = world_size_among(overrides)

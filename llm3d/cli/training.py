@@ -28,20 +28,24 @@ def show_config(
     config: Annotated[
         Path | None,
         typer.Argument(
-            metavar="CONFIG.yaml|RUN", help="Settings, or a run directory, by its own.", show_default=False
+            metavar="CONFIG.yaml|RUN",
+            help="Settings file, or a run directory, whose own settings are used.",
+            show_default=False,
         ),
     ] = None,
     overrides: Overrides = None,
     world_size: Annotated[
-        int | None, typer.Option(min=1, help="Check the layout against this many devices, too.")
+        int | None, typer.Option(min=1, help="Number of devices to check the layout against, too.")
     ] = None,
     schema: Annotated[
         bool,
-        typer.Option("--schema", help="Print the JSON Schema of settings files, of any stage or of --stage."),
+        typer.Option(
+            "--schema", help="Print the JSON Schema of settings files, for any stage or for --stage."
+        ),
     ] = False,
     stage: StageOption = None,
 ) -> None:
-    """Print the settings as a run would have them, every default filled in."""
+    """Print the settings as a run would have them, with every default filled in."""
     import json
 
     from llm3d.config import config_to_yaml, json_schema, load_config
