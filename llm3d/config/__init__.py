@@ -197,7 +197,7 @@ def _resolve_model(given: dict[Any, Any]) -> dict[Any, Any]:
     preset, path = given.get("preset"), given.get("path")
     rest = {key: value for key, value in given.items() if key not in ("preset", "path")}
     if preset is not None and path is not None:
-        raise InputError("model: preset and path exclude each other; keep one")
+        raise InputError("model: preset and path exclude each other; keep one of them")
     if preset is not None:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise InputError(

@@ -13,18 +13,18 @@ from llm3d.errors import InputError
 
 
 def check_layout(config: Config, world_size: int | None) -> None:
-    """Raise InputError with a line for each way in which the settings do not fit each other."""
+    """Raise InputError with one line for each pair of settings that do not fit each other."""
     problems = [*_training_problems(config), *_start_problems(config), *_path_problems(config)]
     _refuse(problems or _problems_of_world(config, world_size))
 
 
 def check_plan(config: Config, world_size: int | None) -> None:
-    """The same for what is planned on paper, where a model is a shape."""
+    """Raise InputError likewise for a plan, where a model is only a shape."""
     _refuse([*_training_problems(config)] or _problems_of_world(config, world_size))
 
 
 def check_generation(config: Config, world_size: int) -> None:
-    """The same of what text is written by: the model and its layout, nothing that only training needs."""
+    """Raise InputError likewise for text generation: the model and its layout, nothing that only training needs."""
     problems = [*_model_problems(config), *_stage_problems(config), *_path_problems(config)]
     _refuse(problems or [*_rank_problems(config, world_size)])
 
@@ -44,7 +44,7 @@ def _training_problems(config: Config) -> Iterator[str]:
     yield from _stage_problems(config)
     yield from _step_problems(config)
     if not config.lora.rank and config.lora != LoRASettings():
-        yield "lora: set, but lora.rank is 0, which means no adapters"
+        yield "lora: has settings, but lora.rank is 0, which means no adapters; set lora.rank"
     yield from config.problems()
 
 
@@ -102,7 +102,7 @@ def _step_problems(config: Config) -> Iterator[str]:
         yield f"precision.gradients: bf16 needs precision.compute bf16, not {precision.compute}"
     scale = precision.loss_scale
     if scale != LossScaleConfig() and precision.compute != "fp16":
-        yield f"precision.loss_scale: set, but needs precision.compute fp16, not {precision.compute}"
+        yield f"precision.loss_scale: needs precision.compute fp16, not {precision.compute}; leave it out"
     elif scale.initial < scale.minimum:
         yield f"precision.loss_scale.initial: {scale.initial} is below precision.loss_scale.minimum {scale.minimum}"
     if config.zero.prefetch != 1 and config.zero.stage != 3:
@@ -112,13 +112,13 @@ def _step_problems(config: Config) -> Iterator[str]:
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr: {optim.min_lr} is above optim.lr {optim.lr}"
     if optim.decay_steps is not None and optim.schedule != "wsd":
-        yield f"optim.decay_steps: only with optim.schedule wsd, not {optim.schedule}; set it to null"
+        yield f"optim.decay_steps: needs optim.schedule wsd, not {optim.schedule}; set it to null"
     if optim.decay_ratio is not None and optim.schedule != "wsd":
-        yield f"optim.decay_ratio: only with optim.schedule wsd, not {optim.schedule}; set it to null"
+        yield f"optim.decay_ratio: needs optim.schedule wsd, not {optim.schedule}; set it to null"
     if optim.warmup_ratio is not None and optim.warmup_steps:
-        yield f"optim.warmup_ratio: in place of optim.warmup_steps, which is {optim.warmup_steps}; set one to 0 or null"
+        yield f"optim.warmup_ratio: cannot be given with optim.warmup_steps {optim.warmup_steps}; set one to 0 or null"
     if optim.decay_ratio is not None and optim.decay_steps is not None:
-        yield f"optim.decay_ratio: in place of optim.decay_steps, which is {optim.decay_steps}; set one to null"
+        yield f"optim.decay_ratio: cannot be given with optim.decay_steps {optim.decay_steps}; set one to null"
     if (optim.warmup_ratio or 0) + (optim.decay_ratio or 0) > 1:
         yield f"optim.warmup_ratio: {optim.warmup_ratio} + optim.decay_ratio {optim.decay_ratio} is above 1"
     yield from _interval_problems(config)
@@ -131,9 +131,9 @@ def _interval_problems(config: Config) -> Iterator[str]:
         yield f"train.{name}: {evaluations.steps or evaluations.epochs} needs data.valid, which is empty"
     for name, interval in (("train.eval_every", evaluations), ("checkpoint.every", checkpoint.saves)):
         if interval.steps is not None and interval.epochs is not None:
-            yield f"{name}_epochs: in place of {name}, which is {interval.steps}; set one to null"
+            yield f"{name}_epochs: cannot be given with {name} {interval.steps}; set one to null"
     if checkpoint.best is not None and not evaluations.is_given:
-        yield f"checkpoint.best: {checkpoint.best} is a number of evaluations; set train.eval_every"
+        yield f"checkpoint.best: {checkpoint.best} is measured by evaluations; set train.eval_every"
     if checkpoint.greater_is_better is not None and checkpoint.best is None:
         yield "checkpoint.greater_is_better: needs checkpoint.best, the name of a metric"
     if config.train.patience is not None and checkpoint.best is None:

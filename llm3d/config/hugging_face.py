@@ -76,7 +76,7 @@ def read_object(setting: str, file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{setting}: {file} is not JSON: {error}") from None
     if not isinstance(stored, dict):
-        raise InputError(f"{setting}: {file} holds no object, as {file.name} does")
+        raise InputError(f"{setting}: {file} does not hold a JSON object")
     return stored
 
 
@@ -129,7 +129,7 @@ def _rope(where: str, stored: dict[str, Any], positions: Any) -> Shape:
     given = {name: stored[name] for name in ("rope_scaling", "rope_parameters") if stored.get(name)}
     for name, rope in given.items():
         if not isinstance(rope, dict):
-            raise InputError(f"{where}: {name} {show(rope)} is no object")
+            raise InputError(f"{where}: {name} {show(rope)} is not an object")
     thetas = {name: rope["rope_theta"] for name, rope in given.items() if rope.get("rope_theta") is not None}
     if stored.get("rope_theta") is not None:
         thetas["rope_theta"] = stored["rope_theta"]
@@ -145,7 +145,7 @@ def _agreed(where: str, said: dict[str, Any], default: Any) -> Any:
     values = list(said.values())
     if any(value != values[0] for value in values):
         places = ", ".join(f"{name} {show(value)}" for name, value in said.items())
-        raise InputError(f"{where}: contradicts itself: {places}; remove what is wrong")
+        raise InputError(f"{where}: contradicts itself: {places}; remove the wrong one")
     return values[0] if values else default
 
 

@@ -117,7 +117,7 @@ class PretrainConfig(Config):
 
 
 class PostTrainingConfig(Config):
-    """What the settings of the stages after pretraining have in common: samples of any length, counted in epochs."""
+    """Settings that the stages after pretraining have: samples of any length, counted in epochs."""
 
     data: ChatDataConfig
     train: EpochsConfig
@@ -137,7 +137,7 @@ class PostTrainingConfig(Config):
 
 
 class ComparisonConfig(PostTrainingConfig):
-    """The same of those that compare replies."""
+    """Settings that the stages on comparisons of replies have."""
 
     reads = "comparisons"
 
@@ -185,7 +185,7 @@ class DPOConfig(ComparisonConfig):
         if dpo.label_smoothing and dpo.loss not in ("sigmoid", "robust"):
             yield f"dpo.label_smoothing: {dpo.label_smoothing} needs dpo.loss sigmoid or robust, not {dpo.loss}"
         if dpo.length_normalized and dpo.loss == "ipo":
-            yield "dpo.length_normalized: dpo.loss ipo always is; leave it out"
+            yield "dpo.length_normalized: is always on with dpo.loss ipo; leave it out"
         if dpo.rpo_mean != "sequence" and not dpo.rpo_alpha:
             yield f"dpo.rpo_mean: {dpo.rpo_mean} needs dpo.rpo_alpha"
 
@@ -253,7 +253,7 @@ def ppo_problems(config: PPOConfig) -> Iterator[str]:
             yield f"ppo.rewards[{i}].centered_on: is for a model's scores, not a function's"
     if ppo.advantages == "gae":
         if ppo.whiten_rewards and ppo.kl_in_loss:
-            yield "ppo.whiten_rewards: with ppo.kl_in_loss, rewards are scores alone; leave it out"
+            yield "ppo.whiten_rewards: has no use with ppo.kl_in_loss, where rewards are scores alone; leave it out"
     else:
         if writes.num_replies < 2:
             yield (
@@ -266,32 +266,32 @@ def ppo_problems(config: PPOConfig) -> Iterator[str]:
     if ppo.kl_in_loss and ppo.kl_estimator not in ("k2", "k3"):
         yield f"ppo.kl_in_loss: needs ppo.kl_estimator k2 or k3, whose gradient is the KL's, not {ppo.kl_estimator}"
     if ppo.kl_in_loss and ppo.kl_target is not None:
-        yield "ppo.kl_target: adapts what is subtracted from rewards; with ppo.kl_in_loss, leave it out"
+        yield "ppo.kl_target: adapts the KL penalty in the rewards; with ppo.kl_in_loss there is none; leave it out"
     if ppo.kl_target is None and ppo.kl_horizon != PPOSettings.model_fields["kl_horizon"].default:
         yield "ppo.kl_horizon: needs ppo.kl_target"
     for name in ("format", "turns"):
         if getattr(config.data, name) != ChatDataConfig.model_fields[name].default:
             yield f"data.{name}: prompts have one format, and no replies; leave it out"
     if ppo.missing_end_score is not None and ppo.missing_end_penalty:
-        yield "ppo.missing_end_penalty: ppo.missing_end_score takes its place; keep one"
+        yield "ppo.missing_end_penalty: cannot be given with ppo.missing_end_score; keep one of them"
     if bool(ppo.ptx_coefficient) != bool(ppo.ptx_data):
         yield "ppo.ptx_coefficient: it and ppo.ptx_data need each other"
     replies = config.batch.global_size * writes.num_replies
     if ppo.minibatches > replies:
         yield f"ppo.minibatches: {ppo.minibatches} are more than a step's {replies} replies"
     if not writes.temperature:
-        yield "generate.temperature: 0 draws nothing; the policy learns from what it tries"
+        yield "generate.temperature: 0 draws nothing, and the policy learns from sampled replies; set it above 0"
     if config.lora.dropout:
-        yield f"lora.dropout: {config.lora.dropout} would change what replies were written with; leave it out"
+        yield f"lora.dropout: {config.lora.dropout} would change what replies are generated with; leave it out"
     if writes.repetition_penalty != 1:
-        yield "generate.repetition_penalty: replies would not be drawn as the policy would; leave it out"
+        yield "generate.repetition_penalty: replies would not be sampled from the policy; leave it out"
     if writes.max_new_tokens >= config.data.sequence_length:
         yield (
             f"generate.max_new_tokens: {writes.max_new_tokens} leaves no room for a prompt within data.sequence_length "
             f"{config.data.sequence_length}"
         )
     if config.data.truncation == "right":
-        yield "data.truncation: right would cut off what a prompt asks for; drop or left"
+        yield "data.truncation: right would cut off what a prompt asks for; use drop or left"
     for name in ("tensor", "pipeline"):
         asked, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
         if asked is not None and there % asked:

@@ -74,7 +74,7 @@ def config_for_evaluation(
     named = Named(path, overrides, stage, world_size)
     if named.place.settings is None:
         raise InputError(
-            f"{path}: a model says nothing of data; give the CONFIG.yaml of a stage, with model.path={path}"
+            f"{path}: is a model, which does not name data; give the CONFIG.yaml of a stage, with model.path={path}"
         )
     named.check_there_are_weights()
     if named.kind not in (DPOConfig, PPOConfig):
@@ -113,7 +113,7 @@ def settings_at(path: Path) -> tuple[Path, list[str]]:
     """The settings file that a path names, a run's own where it is a directory; and the override that goes with it."""
     place = place_of(path)
     if place.settings is None:
-        raise InputError(f"{path}: no config.yaml belongs to it; give the CONFIG.yaml of a stage")
+        raise InputError(f"{path}: has no config.yaml; give the CONFIG.yaml of a stage")
     return place.settings, [] if place.run_dir is None else [f"run.dir={json.dumps(str(place.run_dir))}"]
 
 
@@ -121,7 +121,7 @@ def checkpoint_at(path: Path) -> Path:
     """The checkpoint or PEFT directory that a path names: a run's latest, or itself. Raises InputError."""
     place = place_of(path)
     if place.model is not None and not (place.model / "adapter_config.json").is_file():
-        raise InputError(f"{path}: a plain Hugging Face directory already; name a checkpoint or adapters")
+        raise InputError(f"{path}: is a plain Hugging Face directory already; name a checkpoint or adapters")
     run_dir = place.run_dir
     if place.settings is not None and run_dir is None:
         run = read_settings(place.settings).get("run")
@@ -181,8 +181,8 @@ class Named:
         starts = self.section("checkpoint").get("resume") == "none"
         if self.place.run_dir is not None and self.weights is None and not starts:
             raise InputError(
-                f"{self.path}: a run directory with no complete checkpoint; train first, or let "
-                "checkpoint.resume=none take the model that training starts from"
+                f"{self.path}: is a run directory without a complete checkpoint; train first, or use the model that "
+                "training starts from with checkpoint.resume=none"
             )
 
     def take_model(self) -> None:
@@ -311,7 +311,7 @@ class Named:
             asked, kept = _value_of(given, name), _value_of(used, name)
             if asked != kept:
                 raise InputError(
-                    f"{name}: {show(asked)} is for training; to write text it is {show(kept)}: leave it out"
+                    f"{name}: {show(asked)} is for training; text is generated with {show(kept)}; leave it out"
                 )
 
     def forget_missing_model(self) -> None:

@@ -218,7 +218,7 @@ def test_a_directory_that_holds_no_whole_adapter_is_refused(written: tuple[Path,
     assert "adapter_model.safetensors" in refusal(given) and "damaged" in refusal(given)
     weights.rename(directory / "adapter_model.bin")
     assert "adapter_model.safetensors: missing; of a pickled adapter_model.bin" in refusal(given)
-    for content, message in (("{", "is not JSON"), ("[]", "holds no object"), (None, "no such file")):
+    for content, message in (("{", "is not JSON"), ("[]", "does not hold"), (None, "no such file")):
         config.write_text(content) if content else config.unlink()
         with pytest.raises(InputError) as refused:
             make_config(given, 1, STAGES["sft"])

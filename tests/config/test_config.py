@@ -247,9 +247,7 @@ OVERRIDES = {
     "zero.offload=all": "zero.offload: 'all' is not 'none' or 'optimizer'",
     "zero.offload_fraction=0.5": "zero.offload_fraction: 0.5 needs zero.offload optimizer",
     "precision.gradients=bf16": "precision.gradients: bf16 needs precision.compute bf16, not fp32",
-    "precision.loss_scale.hysteresis=1": (
-        "precision.loss_scale: set, but needs precision.compute fp16, not fp32"
-    ),
+    "precision.loss_scale.hysteresis=1": ("precision.loss_scale: needs precision.compute fp16"),
     "zero.prefetch=2": "zero.prefetch: 2 needs zero.stage 3, not 0",
     "precision={compute: fp16, loss_scale: {initial: 0.5}}": (
         "precision.loss_scale.initial: 0.5 is below precision.loss_scale.minimum 1.0"
@@ -303,7 +301,7 @@ OVERRIDES = {
     "model.eos_token_id=[1,-2]": "model.eos_token_id[1]: -2 is below 0, the least allowed",
     # the model
     "model.preset=llama-2-7": "; did you mean llama-2-7b?",
-    "model={preset: llama-tiny, path: x}": "model: preset and path exclude each other; keep one",
+    "model={preset: llama-tiny, path: x}": "model: preset and path exclude each other",
     "model.path=nowhere": "model.path: no directory 'nowhere'",
     "model.preset=llama-tiny": "model.vocab_size: missing; give it, or data.tokenizer to take it from",
     "model={preset: llama-2-7b, num_attention_heads: 6}": (
@@ -324,19 +322,19 @@ OVERRIDES = {
     "checkpoint.resume=atuo": "checkpoint.resume: 'atuo' is neither auto, none nor a checkpoint's directory; "
     "did you mean auto?",
     "optim.min_lr=1": "optim.min_lr: 1.0 is above optim.lr 0.001",
-    "optim.decay_steps=5": "optim.decay_steps: only with optim.schedule wsd, not cosine; set it to null",
-    "optim.decay_ratio=0.1": "optim.decay_ratio: only with optim.schedule wsd, not cosine; set it to null",
+    "optim.decay_steps=5": "optim.decay_steps: needs optim.schedule wsd",
+    "optim.decay_ratio=0.1": "optim.decay_ratio: needs optim.schedule wsd",
     "optim.warmup_ratio=0.1; optim.warmup_steps=5": (
-        "optim.warmup_ratio: in place of optim.warmup_steps, which is 5; set one to 0 or null"
+        "optim.warmup_ratio: cannot be given with optim.warmup_steps"
     ),
     "optim.decay_ratio=0.1; optim.decay_steps=5; optim.schedule=wsd": (
-        "optim.decay_ratio: in place of optim.decay_steps, which is 5; set one to null"
+        "optim.decay_ratio: cannot be given with optim.decay_steps"
     ),
     "optim.warmup_ratio=0.6; optim.decay_ratio=0.5; optim.schedule=wsd": (
         "optim.warmup_ratio: 0.6 + optim.decay_ratio 0.5 is above 1"
     ),
     "checkpoint.best=valid_loss; train.eval_every=null": (
-        "checkpoint.best: valid_loss is a number of evaluations; set train.eval_every"
+        "checkpoint.best: valid_loss is measured by evaluations"
     ),
     "checkpoint.greater_is_better=true": "checkpoint.greater_is_better: needs checkpoint.best, the name of a metric",
     "train.patience=3": "train.patience: 3 needs checkpoint.best, such as valid_loss",

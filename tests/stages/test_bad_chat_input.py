@@ -368,7 +368,7 @@ TABLE = [
     ),
     Wrong("other adapters", ("sft",), other_adapters, ("lora.targets", "is not what lora.path has")),
     Wrong(
-        "adapters of no rank", ALL, nothing, ("lora: set, but lora.rank is 0",), overrides=("lora.alpha=3",)
+        "adapters of no rank", ALL, nothing, ("lora: ", "lora.rank is 0"), overrides=("lora.alpha=3",)
     ),
     Wrong(
         "adapters late",
