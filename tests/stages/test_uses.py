@@ -241,7 +241,7 @@ def test_a_model_alone_brings_how_it_is_to_be_used(runs: Runs, tmp_path: Path) -
 def wrong(runs: Runs, empty: Path) -> dict[str, tuple[tuple[object, ...], str]]:
     return {
         "an empty directory": (("generate", empty, *GREEDY), "no run directory"),
-        "no checkpoint yet": (("generate", empty / "run", *GREEDY), "with no complete checkpoint"),
+        "no checkpoint yet": (("generate", empty / "run", *GREEDY), "complete checkpoint"),
         "nothing": (("generate", empty / "nothing", *GREEDY), "no such file or directory"),
         "a model says nothing of data": (("eval", runs.base), "give the CONFIG.yaml of a stage"),
         "a base that is gone": (
@@ -253,7 +253,7 @@ def wrong(runs: Runs, empty: Path) -> dict[str, tuple[tuple[object, ...], str]]:
             "Hugging Face directory already",
         ),
         "nothing to export": (("export", empty / "run", "--output", empty / "o"), "no complete checkpoint"),
-        "no samples": (("data", "show", runs.base), "no config.yaml belongs to it"),
+        "no samples": (("data", "show", runs.base), "has no config.yaml"),
     }
 
 
