@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,24 +13,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "llm3d"
 
-NEXT_BELOW = {
-    "kernels": set[str](),
-    "parallel": {"kernels"},
-    "models": {"parallel"},
-    "text": set[str](),
-    "corpus": {"text"},
-    "data": {"corpus", "parallel"},
-    "train": {"models", "data"},
-    "generate": {"models", "text"},
-    "checkpoint": {"train"},
-    "rl": {"checkpoint", "generate"},
-    "stages": {"rl"},
-    "commands": {"stages"},
-    "plan": {"stages"},
-    "scaling": {"stages"},
-    "bench": {"kernels"},
-    "cli": {"commands", "plan", "scaling", "bench"},
-}
+DIAGRAM = (PACKAGE.parent / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def edges(diagram: str) -> dict[str, set[str]]:
+    """The rooms of a mermaid diagram, and those that each points to."""
+    found: dict[str, set[str]] = {}
+    for above, under in re.findall(r"^ +(\w+) --> (\w+)$", diagram, re.MULTILINE):
+        found.setdefault(above, set()).add(under)
+        found.setdefault(under, set())
+    return found
+
+
+NEXT_BELOW = edges(DIAGRAM)
 FOR_ALL = {"config", "errors", "files", "permutation", "wording"}
 
 
@@ -55,6 +51,14 @@ def room(module: str) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_diagram_has_every_room_and_no_other() -> None:
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert set(NEXT_BELOW) == (packages | files) - FOR_ALL
+    listed = set(re.findall(r"^\| `(\w+)` \|", DIAGRAM, re.MULTILINE))
+    assert listed == packages | set(NEXT_BELOW), "each has a line in the table"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

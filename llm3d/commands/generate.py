@@ -229,7 +229,7 @@ def _check_output(options: GenerateOptions) -> None:
 
 
 def run(config: Config, options: GenerateOptions) -> None:
-    """Write what is options, from the run's latest checkpoint or the model that the settings name."""
+    """Generate what the options ask for, from the run's latest checkpoint or the model that the settings name."""
     with process_group(config.run.device) as device:
         if device.type == "cpu":
             keep_freed_memory()
