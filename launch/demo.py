@@ -149,7 +149,7 @@ Done in {seconds:.0f} s. Where everything lies:
 What to try next, after `source .venv/bin/activate`:
   llm3d pretrain {CONFIG} run.dir={DEMO}/again precision.compute=bf16
   launch/torchrun.sh 4 pretrain {CONFIG} run.dir={DEMO}/four parallel.tensor=2 parallel.pipeline=2
-  your own text: see README.md""")
+  your own text: see docs/laptop.md""")
 
 
 if __name__ == "__main__":

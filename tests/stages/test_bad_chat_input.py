@@ -367,9 +367,7 @@ TABLE = [
         "adapters of another shape", ALL, adapters_of_another_shape, ("has shape [2, 24]", "make it [2, 32]")
     ),
     Wrong("other adapters", ("sft",), other_adapters, ("lora.targets", "is not what lora.path has")),
-    Wrong(
-        "adapters of no rank", ALL, nothing, ("lora: ", "lora.rank is 0"), overrides=("lora.alpha=3",)
-    ),
+    Wrong("adapters of no rank", ALL, nothing, ("lora: ", "lora.rank is 0"), overrides=("lora.alpha=3",)),
     Wrong(
         "adapters late",
         ("sft",),

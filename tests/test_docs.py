@@ -1,0 +1,60 @@
+"""The documentation leads to what exists: files, headings, settings, commands."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from llm3d.cli import app
+from llm3d.config import STAGES
+from llm3d.config.explain import setting_paths
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+SETTINGS = {path for kind in STAGES.values() for path, _ in setting_paths(kind)}
+SECTIONS = {path.partition(".")[0] for path in SETTINGS if "." in path}
+
+
+def anchor(heading: str) -> str:
+    """The name that GitHub gives to a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, name = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if name:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert name in map(anchor, headings), link
+
+
+def named_settings(text: str) -> Iterator[str]:
+    """Paths that stand in backticks, or before the = of an override."""
+    section = "|".join(sorted(SECTIONS))
+    yield from re.findall(rf"`((?:{section})\.[a-z_.]+)(?:[=`:])", text)
+    yield from re.findall(rf"(?<![\w/.`])((?:{section})\.[a-z_.]+)=", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_settings_that_are_named_exist(page: Path) -> None:
+    known = SETTINGS | {"model.preset"} | {path.rpartition(".")[0] for path in SETTINGS}
+    entries = {"ppo.rewards", "ppo.ptx_data", "data.train", "data.valid"}
+    for path in named_settings(page.read_text(encoding="utf-8")):
+        assert path in known or path.rpartition(".")[0] in entries | {"model.rope_scaling"}, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_that_are_shown_exist(page: Path) -> None:
+    commands = set(getattr(get_command(app), "commands", {}))
+    for command in re.findall(r"^ {4}llm3d ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert command in commands, command
