@@ -55,7 +55,7 @@ GROUPS = {
     "data": group(
         "Prepare training data, and inspect it.", {"tokenize": data.data_tokenize, "show": data.data_show}
     ),
-    "bench": group("Measure the speed of this machine.", {"kernels": kernels.bench_kernels}),
+    "bench": group("Measure speed on this machine.", {"kernels": kernels.bench_kernels}),
 }
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)

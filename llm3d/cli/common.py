@@ -62,7 +62,7 @@ ConfigOrRun = Annotated[
 ConfigOrModel = Annotated[
     Path,
     typer.Argument(
-        metavar="WHAT",
+        metavar="CONFIG.yaml|RUN|MODEL",
         help="Settings file, run directory (its latest checkpoint), checkpoint, or Hugging Face or PEFT directory.",
         show_default=False,
     ),

@@ -30,7 +30,7 @@ def evaluate(
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """Evaluate a model on the validation data of its training stage.
+    """Evaluate a model on the validation data.
 
     The data are named by a settings file, or by the own settings of a run directory or of a checkpoint. The model is
     the first of: checkpoint.resume=PATH among the overrides; the named checkpoint, or the latest one of the named run
@@ -72,12 +72,13 @@ def generate(
     check_only: CheckOnly = False,
     stage: StageOption = None,
 ) -> None:
-    """Generate text with a model, as the section `generate` of the settings says.
+    """Generate text with a model.
 
-    The model is the first of: checkpoint.resume=PATH among the overrides; the named checkpoint, or the latest one of
-    the named run directory; the latest one in run.dir of the settings; model.path. A checkpoint brings its tokenizer
-    and chat template, a Hugging Face directory also its generation_config.json; overrides take precedence over these.
-    A layout that does not fit the number of processes is ignored.
+    The section `generate` of the settings says how. The model is the first of: checkpoint.resume=PATH among the
+    overrides; the named checkpoint, or the latest one of the named run directory; the latest one in run.dir of
+    the settings; model.path. A checkpoint brings its tokenizer and chat template, a Hugging Face directory also
+    its generation_config.json; overrides take precedence over these. A layout that does not fit the number of
+    processes is ignored.
     """
     from llm3d.config.uses import config_for_generation
 
@@ -116,7 +117,10 @@ def export(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Export a checkpoint as a plain Hugging Face directory, with adapters merged into their base model."""
+    """Export a checkpoint to a Hugging Face directory.
+
+    Adapters are merged into their base model.
+    """
     from llm3d.config.uses import checkpoint_at
 
     checkpoint = checkpoint_at(checkpoint)

@@ -36,9 +36,10 @@ def memory(
     device: Annotated[Where, typer.Option(help="Kind of device that will run the training.")] = Where.cuda,
     stage: StageOption = None,
 ) -> None:
-    """Estimate the memory that a rank of each pipeline stage needs, by kind, without a run.
+    """Estimate the memory of each rank, before a run.
 
-    world_size=N among the overrides gives the number of ranks.
+    The estimate is by kind, for a rank of each pipeline stage. world_size=N among the overrides gives the number of
+    ranks.
     """
     from llm3d.config.uses import config_for_plan
 

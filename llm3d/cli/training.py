@@ -45,7 +45,7 @@ def show_config(
     ] = False,
     stage: StageOption = None,
 ) -> None:
-    """Print the settings as a run would have them, with every default filled in."""
+    """Print the settings of a run, every default included."""
     import json
 
     from llm3d.config import config_to_yaml, json_schema, load_config

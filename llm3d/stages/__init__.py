@@ -1,11 +1,11 @@
 """The training stages: a file of its name for each, and what runs any of them."""
 
 DESCRIPTIONS = {
-    "pretrain": "Train on tokens from `llm3d data tokenize`, or from Megatron.",
-    "sft": "Fine-tune on conversations: learn the replies.",
+    "pretrain": "Pretrain on tokenized text.\n\nThe tokens are those of `llm3d data tokenize`, or of Megatron.",
+    "sft": "Fine-tune on conversations (SFT): learn the replies.",
     "reward": "Train a reward model on comparisons of replies.",
-    "dpo": "Direct preference optimisation on comparisons of replies.",
-    "orpo": "Odds ratio preference optimisation on comparisons of replies; needs no reference model.",
-    "kto": "Kahneman-Tversky optimisation on replies that are labelled desirable or not.",
-    "ppo": "Reinforcement learning from a reward model or a function: PPO, GRPO or RLOO.",
+    "dpo": "Train by DPO on comparisons of replies.\n\nDirect preference optimization: Rafailov et al. 2023.",
+    "orpo": "Train by ORPO on comparisons of replies.\n\nOdds ratio preference optimization; no reference model.",
+    "kto": "Train by KTO on replies labelled good or bad.\n\nKahneman-Tversky optimization: Ethayarajh et al. 2024.",
+    "ppo": "Train by PPO, GRPO or RLOO from rewards.\n\nRewards come from a reward model or a function.",
 }
