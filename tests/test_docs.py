@@ -10,8 +10,12 @@ import pytest
 from typer.main import get_command
 
 from llm3d.cli import app
-from llm3d.config import STAGES
+from llm3d.config import STAGES, kind_of, parse_config
 from llm3d.config.explain import setting_paths
+from llm3d.config.settings_file import read_settings
+from llm3d.rl.learner import VALIDATED
+from llm3d.stages.stage import stage_of
+from llm3d.train.objective import names_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
@@ -58,3 +62,18 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
     commands = set(getattr(get_command(app), "commands", {}))
     for command in re.findall(r"^ {4}llm3d ([a-z]+)\b", page.read_text(encoding="utf-8"), re.MULTILINE):
         assert command in commands, command
+
+
+CONFIGS = sorted((ROOT / "configs/stages").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_metrics_are_explained(path: Path) -> None:
+    settings = read_settings(path, ["model={preset: llama-tiny, vocab_size: 99}"])
+    config = parse_config(settings, kind_of(path))
+    names = [name for role in stage_of(config).models(config).roles for name in names_of(role.objective)]
+    names += VALIDATED if config.reads == "prompts" else ()
+    pages = "".join(page.read_text(encoding="utf-8") for page in ROOT.glob("docs/*.md"))
+    explained = set(re.findall(r"`/?([\w/]+)`", pages))
+    for name in names:
+        assert name in explained or name.rpartition("/")[2] in explained, name
