@@ -191,15 +191,15 @@ class DPOConfig(ComparisonConfig):
 
 
 class ORPOSettings(Section):
-    """Odds ratio preference optimisation. Hong et al. 2024."""
+    """Odds ratio preference optimization. Hong et al. 2024."""
 
     beta: float = Field(0.1, gt=0)
-    """ORPO beta: weight of the odds-ratio term beside the negative log-likelihood of the chosen replies; lambda in the
-    paper."""
+    """ORPO beta: the weight of the odds-ratio term beside the negative log-likelihood of the chosen replies; lambda in
+    the paper."""
 
 
 class ORPOConfig(ComparisonConfig):
-    """All settings of odds ratio preference optimisation."""
+    """All settings of odds ratio preference optimization."""
 
     stage = "orpo"
 
@@ -207,19 +207,19 @@ class ORPOConfig(ComparisonConfig):
 
 
 class KTOSettings(Section):
-    """Kahneman-Tversky optimisation. Ethayarajh et al. 2024."""
+    """Kahneman-Tversky optimization. Ethayarajh et al. 2024."""
 
     beta: float = Field(0.1, gt=0)
-    """KTO beta: strength of the KL constraint, as in DPO."""
+    """KTO beta: the strength of the KL constraint to the reference model, as in DPO."""
     desirable_weight: float = Field(1.0, gt=0)
-    """Weight of the loss of desirable replies."""
+    """Desirable weight: multiplies the loss of desirable replies."""
     undesirable_weight: float = Field(1.0, gt=0)
-    """Weight of the loss of undesirable replies. The paper asks for a ratio of desirable_weight x desirable replies to
-    undesirable_weight x undesirable ones from 1 to 4 / 3."""
+    """Undesirable weight: multiplies the loss of undesirable replies. The paper asks for a ratio of
+    desirable_weight x desirable replies to undesirable_weight x undesirable ones from 1 to 4 / 3."""
 
 
 class KTOConfig(PostTrainingConfig):
-    """All settings of Kahneman-Tversky optimisation."""
+    """All settings of Kahneman-Tversky optimization."""
 
     stage, reads = "kto", "labelled replies"
 
