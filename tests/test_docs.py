@@ -42,6 +42,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert name in map(anchor, headings), link
 
 
+def test_the_walks_go_through_files_that_exist() -> None:
+    files = re.findall(r"`(\w+/[\w/]+\.py)`", (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8"))
+    assert files and not [file for file in files if not (ROOT / "llm3d" / file).exists()]
+
+
 def named_settings(text: str) -> Iterator[str]:
     """Paths that stand in backticks, or before the = of an override."""
     section = "|".join(sorted(SECTIONS))
