@@ -95,7 +95,7 @@ REPORTED = {
         *("logps/chosen", "logps/rejected", "nll_loss"),
     },
     "orpo": {"rewards/margins", "logps/chosen", "nll_loss", "log_odds_ratio"},
-    "kto": {"kl", *(f"{name}/{label}" for name in ("rewards", "logps") for label in ("chosen", "rejected"))},
+    "kto": {"kl", "rewards/chosen", "logps/chosen"},  # those of a label that no sample of a step has are left out
 }
 
 
@@ -160,7 +160,9 @@ PARTS: list[tuple[int, int, dict[str, Any]]] = [  # ranks, the last step, the la
 
 def given_settings(name: str, model: Path, directory: Path, run: str, **changes: Any) -> Settings:
     stage, sections = RUNS[name]
-    rows = conversations(9) if stage == "sft" else comparisons(9)
+    rows = conversations(9) if stage in ("sft", "kto") else comparisons(9)
+    if stage == "kto":
+        rows = [{**row, "label": i % 2 == 0} for i, row in enumerate(rows)]
     train = write_rows(directory / f"{name}.jsonl", rows)
     valid = {"valid": [write_rows(directory / f"{name}-valid.jsonl", rows[2:7])]}
     steps = {"steps": 0, "epochs": 2, "eval_every": 5, **changes.pop("train", {})}
