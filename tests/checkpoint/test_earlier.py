@@ -1,4 +1,4 @@
-"""A checkpoint that an earlier version wrote goes on under this one; `earlier/` holds it, its data and what came next."""
+"""A checkpoint of an earlier version goes on under this one; `earlier/` holds it, its data and what came next."""
 
 from __future__ import annotations
 

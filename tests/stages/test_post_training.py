@@ -95,7 +95,11 @@ REPORTED = {
         *("logps/chosen", "logps/rejected", "nll_loss"),
     },
     "orpo": {"rewards/margins", "logps/chosen", "nll_loss", "log_odds_ratio"},
-    "kto": {"kl", "rewards/chosen", "logps/chosen"},  # those of a label that no sample of a step has are left out
+    "kto": {
+        "kl",
+        "rewards/chosen",
+        "logps/chosen",
+    },  # those of a label that no sample of a step has are left out
 }
 
 
