@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 import yaml
-from typer.testing import CliRunner
 
-from llm3d.cli import app
 from llm3d.commands.generate import Completion, GenerateOptions, PromptEncoder, TextGenerator, check
 from llm3d.config import STAGES, make_config
 from llm3d.errors import InputError
@@ -22,11 +19,9 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.text.conversations import Message
 from llm3d.text.templates import BUILT_IN
 from tests import pool
-from tests.stages.common import Ended, Settings
+from tests.commands.generating import NEW_TOKENS, by_transformers, generate, user
+from tests.stages.common import Settings, snapshot
 from tests.stages.post_training import SHAPE, settings, write_model, write_rows
-from tests.stages.test_bad_input import snapshot
-
-NEW_TOKENS = 12
 
 
 @pytest.fixture(scope="module")
@@ -39,42 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(model: Path, tmp_path: Path) -> Settings:
     generate = {"max_new_tokens": NEW_TOKENS, "temperature": 0}
     return settings(model, "unused.jsonl", tmp_path / "run", sft={}, generate=generate)
-
-
-def generate(given: Settings, directory: Path, *words: str, typed: str = "") -> Ended:
-    (directory / "config.yaml").write_text(yaml.safe_dump(given))
-    result = CliRunner().invoke(app, ["generate", str(directory / "config.yaml"), *words], input=typed)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Ended(result.exit_code, result.stdout, result.stderr)
-
-
-def by_transformers(model: Path, messages: list[dict[str, str]] | str) -> tuple[str, str]:
-    """The reply to messages, or the continuation of a text; and why it ended."""
-    from transformers import AutoTokenizer, LlamaForCausalLM
-
-    tokenizer, network = AutoTokenizer.from_pretrained(model), LlamaForCausalLM.from_pretrained(model)
-    if isinstance(messages, str):
-        ids, ends = tokenizer(messages, return_tensors="pt")["input_ids"], [tokenizer.eos_token_id]
-    else:
-        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        ids = torch.tensor([asked["input_ids"]])
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    out = network.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=ends,
-        pad_token_id=0,
-    )
-    tokens = out[0, ids.shape[1] :].tolist()
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text, "stop" if tokens[-1] in ends else "length"
-
-
-def user(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 QUESTIONS = ["What comes after one?", "And after two?", "Why?", "What is it, of course?", "one one one"]

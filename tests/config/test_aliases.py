@@ -10,7 +10,7 @@ from llm3d.config import STAGES, make_config
 from llm3d.config.aliases import _NAMES, _VALUES
 from llm3d.config.explain import setting_paths
 from llm3d.errors import InputError
-from tests.config.test_config import SECTIONS
+from tests.config.sections import SECTIONS
 
 PATHS = {stage: dict(setting_paths(kind)) for stage, kind in STAGES.items()}
 ALL = {path: annotation for paths in PATHS.values() for path, annotation in paths.items()}

@@ -11,17 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm3d.config import (
-    PretrainConfig,
-    config_to_yaml,
-    json_schema,
-    kind_of,
-    load_config,
-    make_config,
-    with_vocab_size,
-)
+from llm3d.config import config_to_yaml, kind_of, load_config, make_config, with_vocab_size
 from llm3d.config.presets import PRESETS
 from llm3d.errors import InputError
+from tests.config.sections import SECTIONS
 
 ROOT = Path(__file__).parent.parent.parent
 # Degrees of 2, 3 and 4 each fit something here, and none fits everything.
@@ -34,14 +27,6 @@ batch: {global: 24, micro: 1}
 optim: {lr: 1e-3}
 train: {steps: 100}
 """
-
-
-SECTIONS = {
-    name: json_schema(PretrainConfig)["$defs"]
-    .get(field.get("$ref", "").rpartition("/")[2], {})
-    .get("properties", {})
-    for name, field in json_schema(PretrainConfig)["properties"].items()
-}
 
 
 @pytest.fixture

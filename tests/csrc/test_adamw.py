@@ -9,11 +9,11 @@ from torch import Tensor
 from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, assert_same, placed
 from tests.kernels.exactness import assert_close, assert_exact, randn
-from tests.kernels.test_adamw import by_torch, scalars
+from tests.kernels.references import adamw_by_torch, adamw_scalars
 
 NARROW = [torch.bfloat16, torch.float16]
 
-HYPER = (0.8, 0.95, 1e-6, 0.1)  # as those of tests.kernels.test_adamw
+HYPER = (0.8, 0.95, 1e-6, 0.1)  # as ADAMW of tests.kernels.references
 
 
 def adamw(
@@ -32,7 +32,7 @@ def adamw(
     ]
     out = None if parameter is None else placed(torch.zeros(len(start), dtype=parameter), place)
     for step, gradient in enumerate(gradients, 1):
-        ops.adamw_(*state, placed(gradient, place), out, *scalars(step), *HYPER, 7, offset)
+        ops.adamw_(*state, placed(gradient, place), out, *adamw_scalars(step), *HYPER, 7, offset)
     return state if out is None else [*state, out]
 
 
@@ -47,7 +47,7 @@ def test_adamw_is_that_of_torch(
     arguments = gradients, start, torch.float32, parameter, place
     results = adamw(cuda, *arguments)
     assert_same(adamw(cuda, *arguments), results)
-    assert_exact(results[0], by_torch(start.float(), gradients), by_torch(start, gradients))
+    assert_exact(results[0], adamw_by_torch(start.float(), gradients), adamw_by_torch(start, gradients))
     if parameter is not None:
         assert torch.equal(results[3], results[0].to(parameter))
 
@@ -70,5 +70,5 @@ def test_adamw_rounds_stochastically_as_the_cpu(
 def test_adamw_changes_nothing_where_the_scale_is_not_finite(cuda: Ops, scale: float) -> None:
     state = [torch.full((9,), value) for value in (1.0, 2.0, 3.0)]
     parameter = torch.full((9,), 4.0).bfloat16()
-    cuda.adamw_(*state, torch.ones(9), parameter, *scalars(1, scale=scale), *HYPER, 0, 0)
+    cuda.adamw_(*state, torch.ones(9), parameter, *adamw_scalars(1, scale=scale), *HYPER, 0, 0)
     assert [t.unique().tolist() for t in (*state, parameter)] == [[1.0], [2.0], [3.0], [4.0]]

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, assert_same, placed
 from tests.kernels.exactness import assert_close, assert_exact, randn
-from tests.kernels.test_cross_entropy import targets_of
+from tests.kernels.references import targets_of
 
 SHAPES = [(0, 8), (1, 1), (9, 13), (7, 264), (3, 8003), (2, 17_000), (2, 40_000)]
 

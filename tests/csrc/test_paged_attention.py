@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, placed
+from tests.kernels.cached import Sequences, sequences, slots_of
 from tests.kernels.exactness import assert_close, assert_exact, randn
-from tests.kernels.test_paged_attention import Sequences, sequences, slots_of
 
 
 def decode(ops: Ops, inputs: Sequences, place: str = "contiguous") -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, assert_same, placed
 from tests.kernels.exactness import assert_close, assert_exact, randn
-from tests.kernels.test_rms_norm import EPS, by_autograd
+from tests.kernels.references import RMS_NORM_EPS, rms_norm_by_autograd
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -32,12 +32,12 @@ def norm(ops: Ops, inputs: list[Tensor], place: str) -> tuple[Tensor, ...]:
     """y, 1 / rms, grad_x and grad_weight; x + residual and its y; grad_x with another gradient added."""
     x, grad_y, residual, grad_sum = (placed(value, place) for value in inputs[:4])
     weight = placed(inputs[4], place)[:]
-    y, inverse_rms = ops.rms_norm_forward(x, weight, EPS)
+    y, inverse_rms = ops.rms_norm_forward(x, weight, RMS_NORM_EPS)
     assert inverse_rms.dtype == torch.float32 and inverse_rms.shape == (len(x), 1)
     gradients = ops.rms_norm_backward(grad_y, x, weight, inverse_rms, None)
     with_sum = ops.rms_norm_backward(grad_y, x, weight, inverse_rms, grad_sum)
     assert torch.equal(with_sum[1], gradients[1])
-    y_of_sum, _ = ops.add_rms_norm_forward(x, residual, weight, EPS)
+    y_of_sum, _ = ops.add_rms_norm_forward(x, residual, weight, RMS_NORM_EPS)
     return y, inverse_rms, *gradients, x.clone(), y_of_sum, with_sum[0]
 
 
@@ -56,15 +56,15 @@ def test_rms_norm(cuda: Ops, shape: tuple[int, int], dtype: torch.dtype, place: 
     y, _, grad_x, grad_weight, x_sum, y_of_sum, grad_x_sum = results
     x, grad_y, residual, grad_sum, weight = inputs
     assert torch.equal(x_sum, x + residual)
-    theirs = by_autograd(x, weight, grad_y)
-    exact = by_autograd(exact_inputs[0], exact_inputs[4], exact_inputs[1])
+    theirs = rms_norm_by_autograd(x, weight, grad_y)
+    exact = rms_norm_by_autograd(exact_inputs[0], exact_inputs[4], exact_inputs[1])
     assert_exact(y, theirs[0], exact[0])
     assert_exact(grad_x, theirs[1], exact[1])
     assert_exact(grad_x_sum, theirs[1] + grad_sum, exact[1] + exact_inputs[3])
     assert_exact(
         y_of_sum,
-        by_autograd(x_sum, weight, grad_y)[0],
-        by_autograd(x_sum.double(), weight.double(), grad_y.double())[0],
+        rms_norm_by_autograd(x_sum, weight, grad_y)[0],
+        rms_norm_by_autograd(x_sum.double(), weight.double(), grad_y.double())[0],
     )
     assert_close(grad_weight, exact[2]) if len(x) else assert_same((grad_weight,), (torch.zeros(shape[1]),))
 
@@ -83,6 +83,6 @@ def test_rms_norm_is_that_of_the_cpu(
 
 def test_rms_norm_of_many_rows_on_few_blocks(cuda: Ops) -> None:
     x, grad_y, _, _, weight = norm_inputs((301, 24))
-    inverse_rms = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    inverse_rms = (x.square().mean(-1, keepdim=True) + RMS_NORM_EPS).rsqrt()
     arguments = grad_y.float(), x.float(), weight.float(), inverse_rms.float(), None
-    assert_close(cuda.rms_norm_backward(*arguments)[1], by_autograd(x, weight, grad_y)[2])
+    assert_close(cuda.rms_norm_backward(*arguments)[1], rms_norm_by_autograd(x, weight, grad_y)[2])

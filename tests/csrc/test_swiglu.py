@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, assert_same, placed
 from tests.kernels.exactness import assert_close, assert_exact, randn
-from tests.kernels.test_swiglu import by_autograd
+from tests.kernels.references import swiglu_by_autograd
 
 SHAPES = [(0, 8), (1, 1), (5, 13), (3, 0), (7, 344), (2, 5000)]  # tokens, intermediate
 
@@ -29,7 +29,9 @@ def test_swiglu(cuda: Ops, shape: tuple[int, int], dtype: torch.dtype, place: st
     inputs = exact[0].to(dtype), exact[1].to(dtype)
     ours = results(cuda, *inputs, place)
     assert_same(results(cuda, *inputs, place), ours)
-    for own, theirs, expected in zip(ours, by_autograd(*inputs), by_autograd(*exact), strict=True):
+    for own, theirs, expected in zip(
+        ours, swiglu_by_autograd(*inputs), swiglu_by_autograd(*exact), strict=True
+    ):
         assert_exact(own, theirs, expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -21,37 +21,10 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.train.objective import NextToken
 from llm3d.train.trainer import ShardedModel
 from tests import pool
+from tests.generate.harness import ENDS, MODELS, SHAPE, Call, drawn, ends, prompts, told_as_written
 from tests.models.layouts import Layout, config_for
 
 NEW_TOKENS = 14
-ENDS = list(range(0, 131, 9))  # tokens that end a reply, of which any model says some
-SHAPE: dict[str, Any] = {
-    "vocab_size": 131,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 96,
-    "initializer_range": 0.2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-1": {"num_key_value_heads": 8},
-    "llama-2": {"num_key_value_heads": 2},
-    "llama-3": {
-        "num_key_value_heads": 4,
-        "rope_theta": 500000.0,
-        "rope_scaling": LLAMA3,
-        "tie_word_embeddings": True,
-        "vocab_size": 149,
-    },
-}
 
 
 LAYOUTS = [
@@ -80,26 +53,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def prompts(count: int = 32) -> list[list[int]]:
-    """Of mixed lengths, among them whole numbers of the cache's blocks and one more or less."""
-    generator = torch.Generator().manual_seed(2)
-    lengths = [1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE]
-    lengths += torch.randint(1, 60, (32,), generator=generator).tolist()
-    return [torch.randint(0, 131, (length,), generator=generator).tolist() for length in lengths[:count]]
-
-
 def evaluator(path: Path, layout: Layout) -> ShardedModel:
     model = ShardedModel(config_for(path, layout), Mesh(layout.tensor, layout.pipeline))
     load_first_weights(model)
     return model
-
-
-class Call(NamedTuple):
-    """Of Generator.generate."""
-
-    requests: Sequence[Request]
-    max_sequences: int
-    cache_bytes: int | None = None
 
 
 def write_on_rank(path: Path, layout: Layout, calls: Sequence[Call]) -> list[list[list[Reply]]]:
@@ -136,17 +93,6 @@ def recorded_on_rank(
     return told_as_written(plain, call), told_as_written(recording, call), record
 
 
-def told_as_written(generator: Generator, call: Call) -> list[list[Reply]]:
-    told: dict[tuple[int, int], list[int]] = {}
-    replies = generator.generate(
-        *call, lambda request, reply, token: told.setdefault((request, reply), []).append(token)
-    )
-    for number, several in enumerate(replies):
-        for reply, found in enumerate(several):
-            assert told[number, reply] == found.tokens, "each token is told once, in order"
-    return replies
-
-
 def write_all(path: Path, layout: Layout, *calls: Call) -> list[list[list[Reply]]]:
     """What every rank knows in the end, for each call."""
     first, *others = pool.run(write_on_rank, layout.world_size, path, layout, calls)
@@ -157,10 +103,6 @@ def write_all(path: Path, layout: Layout, *calls: Call) -> list[list[list[Reply]
 def write(path: Path, layout: Layout, *arguments: Any) -> list[list[Reply]]:
     (replies,) = write_all(path, layout, Call(*arguments))
     return replies
-
-
-def ends(tokens: Sequence[int]) -> bool:
-    return tokens[-1] in ENDS
 
 
 def never_ends(tokens: Sequence[int]) -> bool:
@@ -199,21 +141,6 @@ def test_greedy_replies_are_those_of_transformers(name: str, models: dict[str, P
             assert [reply.tokens for (reply,) in replies] == wanted, (layout, call.max_sequences)
             for (reply,) in replies:
                 assert reply.reason == ("stop" if reply.tokens[-1] in ENDS else "length")
-
-
-def drawn(count: int = 12, num_replies: int = 1) -> list[Request]:
-    """Requests that differ in all that they ask for."""
-    samplings = [
-        Sampling(),
-        Sampling(temperature=0.7, top_k=20),
-        Sampling(top_p=0.9, repetition_penalty=1.2),
-        Sampling(temperature=1.3, min_p=0.1),
-        Sampling(temperature=0),
-    ]
-    return [
-        Request(prompt, 5 + i % 9, ends, samplings[i % 5], num_replies, seed=i)
-        for i, prompt in enumerate(prompts(count))
-    ]
 
 
 def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, Path]) -> None:

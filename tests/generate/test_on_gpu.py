@@ -12,7 +12,7 @@ from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator, Reply
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import ShardedModel
-from tests.generate.test_engine import MODELS, SHAPE, Call, drawn, told_as_written
+from tests.generate.harness import MODELS, SHAPE, Call, drawn, told_as_written
 from tests.gpu import RUNS_ON_GPU
 from tests.models.layouts import Layout, config_for
 

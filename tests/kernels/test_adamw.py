@@ -9,24 +9,9 @@ from torch import Tensor
 from llm3d.kernels.adamw import adamw_
 from tests.kernels.backends import needs_native
 from tests.kernels.exactness import assert_exact, randn
+from tests.kernels.references import ADAMW, adamw_by_torch, adamw_scalars
 
-HYPER = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 SIZES = [0, 1, 13, 512, 5003]
-
-
-def scalars(step: int, lr: float = 0.01, scale: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
-    fp64 = torch.float64
-    return torch.tensor(step), torch.tensor(lr, dtype=fp64), torch.tensor(scale, dtype=fp64)
-
-
-def by_torch(master: Tensor, gradients: list[Tensor]) -> Tensor:
-    """Torch's AdamW in the dtype of master."""
-    leaf = master.clone().requires_grad_()
-    optimizer = torch.optim.AdamW([leaf], lr=0.01, **HYPER)
-    for gradient in gradients:
-        leaf.grad = gradient.to(leaf.dtype) * 0.25
-        optimizer.step()
-    return leaf.detach()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3], ids="misaligned by {}".format)
@@ -40,10 +25,10 @@ def test_steps_are_those_of_torch(size: int, dtype: torch.dtype, offset: int) ->
     parameter = torch.zeros(size + offset, dtype=torch.bfloat16)[offset:]
     for step, gradient in enumerate(gradients, 1):
         kept = gradient.clone()
-        adamw_(master, exp_avg, exp_avg_sq, gradient, parameter, *scalars(step), **HYPER)
+        adamw_(master, exp_avg, exp_avg_sq, gradient, parameter, *adamw_scalars(step), **ADAMW)
         assert torch.equal(gradient, kept)
         assert torch.equal(parameter, master.bfloat16())
-    exact, theirs = by_torch(start, gradients), by_torch(start.float(), gradients)
+    exact, theirs = adamw_by_torch(start, gradients), adamw_by_torch(start.float(), gradients)
     if size:
         allowed = max(2 * float((theirs - exact).abs().max()), 2e-7 * float(exact.abs().max()))
         assert float((master - exact).abs().max()) <= allowed
@@ -52,9 +37,9 @@ def test_steps_are_those_of_torch(size: int, dtype: torch.dtype, offset: int) ->
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999), (0.99, 0.9999)], ids=str)
 def test_moments_and_update_are_as_exact_for_betas_near_one(betas: tuple[float, float]) -> None:
     """From weights of 0, in which the whole update shows."""
-    gradient, hyper = randn(4096), {**HYPER, "betas": betas}
+    gradient, hyper = randn(4096), {**ADAMW, "betas": betas}
     state = [torch.zeros(4096) for _ in range(3)]
-    adamw_(*state, gradient.float(), None, *scalars(1, lr=1.0, scale=1.0), **hyper)
+    adamw_(*state, gradient.float(), None, *adamw_scalars(1, lr=1.0, scale=1.0), **hyper)
 
     def by_torch(dtype: torch.dtype) -> list[Tensor]:
         leaf = torch.zeros(4096, dtype=dtype, requires_grad=True)
@@ -71,7 +56,7 @@ def test_moments_and_update_are_as_exact_for_betas_near_one(betas: tuple[float, 
 def test_nothing_changes_where_the_scale_is_not_finite(scale: float) -> None:
     tensors = [torch.full((9,), value) for value in (1.0, 2.0, 3.0)]
     parameter = torch.full((9,), 4.0).bfloat16()
-    adamw_(*tensors, torch.ones(9), parameter, *scalars(1, scale=scale), **HYPER)
+    adamw_(*tensors, torch.ones(9), parameter, *adamw_scalars(1, scale=scale), **ADAMW)
     assert [float(t.float().mean()) for t in (*tensors, parameter)] == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -81,7 +66,7 @@ def test_moments_in_bf16_are_rounded_up_and_down_with_the_right_mean() -> None:
     rounded = [torch.zeros(size, dtype=torch.bfloat16) for _ in range(2)]
     gradient = torch.full((size,), 1.001)  # 0.2 and 0.05 of it and its square lie between numbers of bf16
     for moments in (state, rounded):
-        adamw_(torch.ones(size), *moments, gradient, None, *scalars(1, scale=1.0), **HYPER, seed=7)
+        adamw_(torch.ones(size), *moments, gradient, None, *adamw_scalars(1, scale=1.0), **ADAMW, seed=7)
     for exact, narrow in zip(state, rounded, strict=True):
         neighbours = narrow.unique()
         assert len(neighbours) == 2
@@ -96,7 +81,9 @@ def test_stochastic_rounding_is_a_function_of_seed_step_and_index() -> None:
         state = [torch.zeros(size, dtype=torch.bfloat16) for _ in range(2)]
         gradient = torch.linspace(0.1, 1, 1000)[part].contiguous()
         offset = 10**10 + (part.start or 0)
-        adamw_(torch.ones(size), *state, gradient, None, *scalars(step), **HYPER, seed=seed, offset=offset)
+        adamw_(
+            torch.ones(size), *state, gradient, None, *adamw_scalars(step), **ADAMW, seed=seed, offset=offset
+        )
         return torch.stack(state)
 
     whole = moments(1, 1)
@@ -112,8 +99,14 @@ def test_both_back_ends_draw_the_same_bits() -> None:
     def moments(backend: str) -> Tensor:
         state = [torch.zeros(1000, dtype=torch.bfloat16) for _ in range(2)]
         with using(backend):
-            arguments = torch.ones(1000), *state, torch.linspace(0.1, 1, 1000), None, *scalars(3, scale=1.0)
-            adamw_(*arguments, **HYPER, seed=5, offset=2**33)
+            arguments = (
+                torch.ones(1000),
+                *state,
+                torch.linspace(0.1, 1, 1000),
+                None,
+                *adamw_scalars(3, scale=1.0),
+            )
+            adamw_(*arguments, **ADAMW, seed=5, offset=2**33)
         return torch.stack(state)
 
     # The last place of fp32 may fall either way; where it does, a draw in 65536 falls with it.

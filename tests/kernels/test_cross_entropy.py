@@ -9,17 +9,10 @@ from torch import Tensor
 from llm3d.kernels import cross_entropy
 from llm3d.kernels.cross_entropy import cross_entropy_backward_, softmax_stats
 from tests.kernels.exactness import assert_close, randn
+from tests.kernels.references import targets_of
 
 SHAPES = [(1, 1), (1, 13), (17, 5), (31, 97), (3, 8003), (2, 33000)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def targets_of(tokens: int, vocabulary: int) -> Tensor:
-    """Every third target is elsewhere: before, or behind."""
-    targets = torch.arange(tokens) * 7 % vocabulary
-    targets[2::3] = -1
-    targets[5::6] = vocabulary + 3
-    return targets
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,23 +8,15 @@ from torch import Tensor
 
 from llm3d.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
+from tests.kernels.references import RMS_NORM_EPS, rms_norm_by_autograd
 
-EPS = 1e-5
 SHAPES = [(1, 1), (1, 7), (13, 31), (3, 128), (257, 96)]
 
 
 def ours(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    y, inverse_rms = rms_norm_forward(x, weight, EPS)
+    y, inverse_rms = rms_norm_forward(x, weight, RMS_NORM_EPS)
     assert inverse_rms.dtype == torch.float32 and inverse_rms.shape == (len(x), 1)
     return (y, *rms_norm_backward(grad, x, weight, inverse_rms))
-
-
-def by_autograd(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As Hugging Face's LLaMA computes it: in fp32 or more, rounded before it meets the weight."""
-    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    wide = x if x.dtype == torch.float64 else x.float()
-    y = (wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()).to(x.dtype) * weight
-    return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
@@ -32,7 +24,7 @@ def by_autograd(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
 def test_fp32_is_the_definition(shape: tuple[int, int], scale: float) -> None:
     x, weight, grad = randn(*shape, scale=scale), randn(shape[1], seed=1), randn(*shape, seed=2)
     results = ours(x.float(), weight.float(), grad.float())
-    exact = by_autograd(x, weight, grad)
+    exact = rms_norm_by_autograd(x, weight, grad)
     for actual, expected, size in zip(results, exact, (1.0, 1 / scale, 1.0), strict=True):
         assert actual.dtype == torch.float32
         assert float((actual - expected).abs().max()) <= 1e-5 * max(float(expected.abs().max()), size)
@@ -43,7 +35,7 @@ def test_bf16_is_as_exact_as_torch(shape: tuple[int, int]) -> None:
     inputs = randn(*shape), randn(shape[1], seed=1), randn(*shape, seed=2)
     narrow = [value.bfloat16() for value in inputs]
     y, grad_x, grad_weight = ours(*narrow)
-    exact, theirs = by_autograd(*inputs), by_autograd(*narrow)
+    exact, theirs = rms_norm_by_autograd(*inputs), rms_norm_by_autograd(*narrow)
     assert_as_exact_as(theirs[0], y, exact[0])
     assert_as_exact_as(theirs[1], grad_x, exact[1])
     assert_close(grad_weight, exact[2])  # stays in fp32, whatever the storage
@@ -53,5 +45,5 @@ def test_a_token_of_zeros_stays_finite() -> None:
     x, weight = torch.zeros(2, 5), torch.ones(5)
     y, grad_x, grad_weight = ours(x, weight, torch.ones(2, 5))
     assert torch.equal(y, x)
-    assert torch.allclose(grad_x, torch.full((2, 5), EPS**-0.5))
+    assert torch.allclose(grad_x, torch.full((2, 5), RMS_NORM_EPS**-0.5))
     assert torch.equal(grad_weight, torch.zeros(5))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from llm3d.kernels.swiglu import swiglu
 from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
+from tests.kernels.references import swiglu_by_autograd
 
 SHAPES = [(1, 1), (1, 13), (17, 31), (3, 344)]
 
@@ -18,19 +19,14 @@ def ours(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
 
 
-def by_autograd(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = gate_up.clone().requires_grad_()
-    gate, up = leaf.chunk(2, dim=-1)
-    out = torch.nn.functional.silu(gate) * up
-    return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
-
-
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fp32_is_the_definition(shape: tuple[int, int], scale: float) -> None:
     tokens, intermediate = shape
     gate_up, grad = randn(tokens, 2 * intermediate, scale=scale), randn(tokens, intermediate, seed=1)
-    for actual, exact in zip(ours(gate_up.float(), grad.float()), by_autograd(gate_up, grad), strict=True):
+    for actual, exact in zip(
+        ours(gate_up.float(), grad.float()), swiglu_by_autograd(gate_up, grad), strict=True
+    ):
         assert_close(actual, exact)
 
 
@@ -39,7 +35,9 @@ def test_bf16_is_as_exact_as_torch(shape: tuple[int, int]) -> None:
     tokens, intermediate = shape
     inputs = randn(tokens, 2 * intermediate), randn(tokens, intermediate, seed=1)
     narrow = [value.bfloat16() for value in inputs]
-    for actual, theirs, exact in zip(ours(*narrow), by_autograd(*narrow), by_autograd(*inputs), strict=True):
+    for actual, theirs, exact in zip(
+        ours(*narrow), swiglu_by_autograd(*narrow), swiglu_by_autograd(*inputs), strict=True
+    ):
         assert_as_exact_as(theirs, actual, exact)
 
 

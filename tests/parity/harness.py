@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ MODEL = {
     "rope_theta": 10000.0,
     "max_position_embeddings": 64,
 }
+TIED = (("tie_word_embeddings", True),)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,16 @@ class Run:
 def train(layout: Layout, steps: int = 3) -> Run:
     """Train on the pool's first ranks and put the parts together."""
     return put_together(pool.run(train_on_rank, layout.world_size, layout, steps))
+
+
+@functools.cache
+def trained(layout: Layout) -> Run:
+    return train(layout)
+
+
+@functools.cache
+def one_process(model: tuple[tuple[str, object], ...]) -> Run:
+    return train(Layout(model=model))
 
 
 OnRank = tuple[Run, dict[str, list[tuple[Any, Tensor]]]]
@@ -181,3 +193,7 @@ def owned_pieces(trainer: Trainer, shards: list[Tensor]) -> list[tuple[Any, Tens
     if trainer.flat.replica_rank:
         return []
     return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(shards) if piece.owned]
+
+
+def relative_norm(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.parity.harness import Layout, Run, train
-
-TIED = (("tie_word_embeddings", True),)
+from tests.parity.harness import TIED, Layout, one_process, relative_norm, trained
 
 LAYOUTS = [
     Layout(tensor=2, micro=4),
@@ -43,20 +39,6 @@ LAYOUTS = [
     Layout(tensor=2, pipeline=2, data=2, schedule="1f1b", sequence=True, model=TIED),
     Layout(tensor=2, pipeline=2, data=2, chunks=2, schedule="interleaved", recompute="selective", micro=2),
 ]
-
-
-@functools.cache
-def one_process(model: tuple[tuple[str, object], ...]) -> Run:
-    return train(Layout(model=model))
-
-
-@functools.cache
-def trained(layout: Layout) -> Run:
-    return train(layout)
-
-
-def relative_norm(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

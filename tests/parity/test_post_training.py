@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from llm3d.config import STAGES, Config
 from llm3d.data.conversations import ChatData
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import Sample, SampleSet, Tokens
@@ -28,26 +25,13 @@ from tests.parity.harness import (
     OnRank,
     Run,
     put_together,
-    sections,
+    relative_norm,
     take_steps,
 )
-from tests.parity.test_parity import relative_norm
+from tests.parity.stage_settings import STAGE_SETTINGS, settings
 from tests.stages.common import trained_model
 
 TIED = (("tie_word_embeddings", True),)
-STAGE_SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"loss": {"z_loss": 0.01}, "sft": {}},
-    "reward": {"reward": {"margin": True, "center": 0.1}},
-    "dpo": {"dpo": {"rpo_alpha": 0.5, "rpo_mean": "token", "reference": "none"}},
-    "orpo": {"orpo": {"beta": 0.7}},
-    "kto": {"kto": {"beta": 0.3, "undesirable_weight": 1.3}},
-    "sft-lora": {"loss": {}, "sft": {"neftune_alpha": 5}, "lora": {"rank": 4, "dropout": 0.2}},
-    "reward-lora": {
-        "reward": {},
-        "lora": {"rank": 3, "alpha": 5, "targets": ["q_proj", "v_proj", "down_proj"]},
-    },
-    "dpo-lora": {"dpo": {"loss": "ipo", "reference": "none"}, "lora": {"rank": 4, "rslora": True}},
-}
 LAYOUTS = [
     Layout(tensor=2, micro=4, sequence=True),
     Layout(tensor=4, micro=4, recompute="full", model=TIED),
@@ -59,11 +43,6 @@ LAYOUTS = [
     Layout(tensor=2, pipeline=2, data=2, micro=4, sequence=True, zero=3, model=TIED),
     Layout(tensor=2, pipeline=4, micro=4, zero=0),
 ]
-
-
-def settings(stage: str, layout: Layout) -> Config:
-    given = sections(layout) | STAGE_SETTINGS[stage]
-    return STAGES[stage.partition("-")[0]].model_validate_json(json.dumps(given))
 
 
 def random_samples(stage: str, count: int = 3 * GLOBAL_BATCH + 1) -> SampleSet:

@@ -25,8 +25,7 @@ from llm3d.text.tokenizer import load_tokenizer
 from llm3d.train.trainer import StepResult, Trainer
 from tests import pool
 from tests.closeness import assert_same_numbers
-from tests.parity.harness import owned_pieces
-from tests.parity.test_parity import relative_norm
+from tests.parity.harness import owned_pieces, relative_norm
 from tests.stages.common import trained_model
 from tests.stages.post_training import conversations, settings, write_model, write_rows
 

@@ -17,8 +17,18 @@ from llm3d.parallel.boxes import Box
 from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Trainer
 from tests import pool
-from tests.parity.harness import GLOBAL_BATCH, Layout, Run, microbatches, settings, train, train_on_rank
-from tests.parity.test_parity import TIED, one_process, relative_norm
+from tests.parity.harness import (
+    GLOBAL_BATCH,
+    TIED,
+    Layout,
+    Run,
+    microbatches,
+    one_process,
+    relative_norm,
+    settings,
+    train,
+    train_on_rank,
+)
 
 AXES = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 1, 4), (1, 2, 2), (1, 2, 4), (2, 2, 2)]  # tensor, pipeline, data
 

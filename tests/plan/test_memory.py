@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -29,7 +28,8 @@ from llm3d.train.host_memory import PeakAllocated
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.parity.harness import GLOBAL_BATCH, LEARNING_RATE, Layout, settings
-from tests.parity.test_post_training import settings as stage_settings
+from tests.parity.stage_settings import settings as stage_settings
+from tests.plan.live import live_bytes
 from tests.stages import post_training
 from tests.stages.common import trained_model
 from tests.stages.post_training import write_model
@@ -71,17 +71,6 @@ def as_planned(config: C, layout: Layout) -> C:
 def plan(config: Config, world_size: int, device_type: str) -> list[Memory]:
     trained, *frozen = stage_of(config).models(config).roles
     return memory_of_stages(trained, world_size, device_type, frozen)
-
-
-def live_bytes() -> int:
-    """Of all CPU tensors of this process."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def config_of_stage(stage: str, layout: Layout) -> Config:

@@ -20,7 +20,7 @@ from llm3d.stages.ppo import open_stage
 from llm3d.stages.stage import stage_of
 from llm3d.train.trainer import ShardedModel, Trainer
 from tests import pool
-from tests.plan.test_memory import live_bytes
+from tests.plan.live import live_bytes
 from tests.stages.common import Settings
 from tests.stages.post_training import settings, write_model, write_reward_model, write_rows
 

@@ -20,7 +20,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.rl.rollout import score_sequences
 from tests import pool
 from tests.closeness import ROUNDING, assert_same_numbers
-from tests.stages.common import Settings, command, evaluated, metrics, silent
+from tests.stages.common import Settings, command, evaluated, examples, metrics, silent
 from tests.stages.post_training import (
     answer,
     conversations,
@@ -168,12 +168,6 @@ def weights(given: Settings, folder: str = "", step: int = 2) -> dict[str, Tenso
         for file in sorted(directory.glob("[ma]*/*.safetensors"))
         for name, x in load_file(file).items()
     }
-
-
-def examples(given: Settings) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (Path(given["run"]["dir"]) / "examples.jsonl").read_text().splitlines()
-    ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

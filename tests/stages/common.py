@@ -117,6 +117,19 @@ def metrics(given: Settings) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def examples(given: Settings) -> list[dict[str, Any]]:
+    text = (Path(given["run"]["dir"]) / "examples.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    """Every file's content; None for a directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in directory.rglob("*")
+    }
+
+
 def trained_model(config: Config) -> ModelRole:
     """The model that a run of these settings is about."""
     return stage_of(config).models(config).roles[0]

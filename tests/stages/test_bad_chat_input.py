@@ -12,7 +12,7 @@ import tokenizers
 
 from llm3d.errors import InputError
 from tests import pool
-from tests.stages.common import Settings, command
+from tests.stages.common import Settings, command, snapshot
 from tests.stages.post_training import (
     Row,
     comparisons,
@@ -23,7 +23,6 @@ from tests.stages.post_training import (
     write_model,
     write_rows,
 )
-from tests.stages.test_bad_input import snapshot
 
 Spoil = Callable[[Path, Settings], None]  # spoils a directory and the settings of a run in it
 ALL = ("sft", "reward", "dpo")

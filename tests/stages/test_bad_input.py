@@ -17,6 +17,7 @@ from tests.stages.common import (
     pretrain_on_rank,
     settings,
     silent,
+    snapshot,
     write_corpus,
     write_empty_corpus,
 )
@@ -293,14 +294,6 @@ CASES = [
     for wrong in TABLE
     for command_name in wrong.commands
 ]
-
-
-def snapshot(directory: Path) -> dict[str, bytes | None]:
-    """Every file's content; None for a directory."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
-        for path in directory.rglob("*")
-    }
 
 
 @pytest.fixture

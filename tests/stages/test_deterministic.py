@@ -13,12 +13,12 @@ from llm3d.config import PPOConfig, make_config
 from llm3d.kernels import backend
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.stage import stage_of
-from tests.generate.test_sampling import CASES, drawn
+from tests.generate.drawing import CASES, drawn
 from tests.paper import NEEDS_KERNELS, step_on_paper
 from tests.parity.harness import Layout
 from tests.parity.harness import settings as settings_of_pretraining
-from tests.parity.test_post_training import STAGE_SETTINGS
-from tests.parity.test_post_training import settings as settings_of_stage
+from tests.parity.stage_settings import STAGE_SETTINGS
+from tests.parity.stage_settings import settings as settings_of_stage
 from tests.stages import common
 from tests.stages.common import Settings, trained_model, write_corpus
 from tests.stages.post_training import (

@@ -11,8 +11,7 @@ import torch
 from llm3d.parallel.mesh import Mesh
 from llm3d.stages.run import train_task
 from tests.gpu import RUNS_ON_GPU
-from tests.rl.test_ppo import examples
-from tests.stages.common import Settings, metrics, silent
+from tests.stages.common import Settings, examples, metrics, silent
 from tests.stages.post_training import (
     answer,
     opened_task,

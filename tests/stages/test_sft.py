@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests import pool
-from tests.commands.test_generate import generate
+from tests.commands.generating import generate
 from tests.stages.common import Settings
 from tests.stages.post_training import conversations, settings, train_on_rank, write_model, write_rows
 

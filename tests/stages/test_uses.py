@@ -17,7 +17,7 @@ from llm3d.config.uses import config_for_evaluation, config_for_generation, conf
 from llm3d.errors import InputError
 from llm3d.text.templates import BUILT_IN
 from tests import pool
-from tests.commands.test_generate import by_transformers, user
+from tests.commands.generating import by_transformers, user
 from tests.stages.common import Ended
 from tests.stages.post_training import conversations, settings, train_on_rank, write_model, write_rows
 

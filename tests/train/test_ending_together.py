@@ -22,7 +22,7 @@ from llm3d.train.trainer import Trainer
 from tests.parity.harness import microbatches, settings
 from tests.pool import spawn
 from tests.train.conftest import heed_signals
-from tests.train.test_loop import LAYOUT, Data
+from tests.train.data import LAYOUT, Data
 
 LAYOUTS = {"data": replace(LAYOUT, data=4, micro=2), "model": replace(LAYOUT, tensor=2, pipeline=2)}
 

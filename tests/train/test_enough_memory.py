@@ -14,7 +14,7 @@ from llm3d.train import trainer as trainer_module
 from llm3d.train.trainer import ShardedModel, Trainer, host_bytes
 from tests import pool
 from tests.parity.harness import Layout, settings
-from tests.parity.test_post_training import settings as stage_settings
+from tests.parity.stage_settings import settings as stage_settings
 
 LAYOUTS = [
     Layout(),

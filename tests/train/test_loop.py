@@ -17,7 +17,6 @@ from torch import Tensor
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
 from llm3d.data.prompts import Prompt
-from llm3d.data.steps import Consumed, Steps
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.best import Best
@@ -26,10 +25,8 @@ from llm3d.train.loop import in_pinned_memory, read_microbatches, train
 from llm3d.train.objective import NextToken
 from llm3d.train.report import METRICS, Report
 from llm3d.train.trainer import Trainer
-from tests.parity.harness import Layout, microbatches, settings
-
-LAYOUT = Layout(micro=4, model=(("num_hidden_layers", 1), ("hidden_size", 24), ("intermediate_size", 16)))
-TOKENS = 8 * 24  # a step
+from tests.parity.harness import settings
+from tests.train.data import LAYOUT, TOKENS, Data
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +35,6 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     start_process_group()
     yield
     dist.destroy_process_group()
-
-
-class Data:
-    def __init__(self, last_step: int = 5, samples_a_pass: float | None = None) -> None:
-        self.steps = Steps(8, last_step, a_pass=samples_a_pass)
-
-    def consumed(self, step: int) -> Consumed:
-        return Consumed(step * 8, step * TOKENS)
-
-    def microbatches(self, step: int, mesh: Mesh) -> list[Microbatch]:
-        return microbatches(LAYOUT, step, mesh.data_rank)
-
-    def evaluation(self, mesh: Mesh) -> Iterator[list[Microbatch]]:
-        yield self.microbatches(1000, mesh)
-        yield self.microbatches(1001, mesh)[:1]
 
 
 class Watched(Trainer):

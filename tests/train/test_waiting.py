@@ -7,7 +7,7 @@ import pytest
 from tests.paper import NEEDS_KERNELS, step_on_paper
 from tests.parity.harness import Layout
 from tests.parity.harness import settings as settings_of_pretraining
-from tests.parity.test_post_training import settings as settings_of_stage
+from tests.parity.stage_settings import settings as settings_of_stage
 from tests.stages.common import trained_model
 
 LAYOUTS = [
