@@ -28,8 +28,8 @@ Spoil = Callable[[Path, Settings], None]  # spoils a directory and the settings 
 class Wrong(NamedTuple):
     name: str
     spoil: Spoil
-    cause: tuple[str, ...]  # parts of the message
-    remedy: str
+    named: str  # in the message: the setting or the file
+    keyword: str  # that tells this fault from others
     commands: tuple[str, ...] = ("pretrain",)
     overrides: tuple[str, ...] = ()
 
@@ -177,113 +177,101 @@ def nothing(directory: Path, given: Settings) -> None:
 
 BOTH = ("pretrain", "eval")
 TABLE = [
-    Wrong("empty corpus", empty_corpus, ("train.idx", "empty"), "tokenise a file that has text"),
-    Wrong(
-        "less than a batch", shorter_than_a_batch, ("data.train: 3 sequences", "batch.global 4"), "add text"
-    ),
+    Wrong("empty corpus", empty_corpus, "train.idx", "empty"),
+    Wrong("less than a batch", shorter_than_a_batch, "data.train", "batch.global"),
     Wrong(
         "less than a sequence",
         shorter_than_a_sequence,
-        ("train.bin: 16 tokens",),
-        "lower data.sequence_length",
+        "train.bin",
+        "data.sequence_length",
     ),
     Wrong(
         "large tokenizer",
         after_training(large_tokenizer),
-        ("data.tokenizer", "model.vocab_size 61"),
-        "larger vocab_size",
+        "data.tokenizer",
+        "model.vocab_size",
         BOTH,
     ),
-    Wrong("no tokenizer", no_tokenizer, ("data.tokenizer", "no file or directory"), "tokenizer", BOTH),
-    Wrong("no vocabulary", no_vocabulary, ("model.vocab_size: missing",), "data.tokenizer", BOTH),
+    Wrong("no tokenizer", no_tokenizer, "data.tokenizer", "no file", BOTH),
+    Wrong("no vocabulary", no_vocabulary, "model.vocab_size", "missing", BOTH),
     Wrong(
         "foreign tokens",
         tokens_outside_the_vocabulary,
-        ("train.bin", "token 6", "vocabulary has 61"),
-        "at least",
+        "train.bin",
+        "vocabulary",
     ),
-    Wrong("no tokens", no_tokens, ("train.bin: no such file",), "tokenise the corpus"),
-    Wrong("no index", no_index, ("train.idx: no such file",), "tokenise the corpus"),
-    Wrong(
-        "truncated tokens", truncated_tokens, ("train.bin: 1993 bytes", "2000"), "copy or tokenise it again"
-    ),
-    Wrong(
-        "truncated index", truncated_index, ("train.idx", "truncated or damaged"), "copy or tokenise it again"
-    ),
-    Wrong("not an index", not_an_index, ("train.idx: not a Megatron index",), "tokenise again"),
+    Wrong("no tokens", no_tokens, "train.bin", "no such file"),
+    Wrong("no index", no_index, "train.idx", "no such file"),
+    Wrong("truncated tokens", truncated_tokens, "train.bin", "1993"),
+    Wrong("truncated index", truncated_index, "train.idx", "truncated"),
+    Wrong("not an index", not_an_index, "train.idx", "Megatron"),
     Wrong(
         "long sequences",
         long_sequences,
-        ("data.sequence_length: 33",),
-        "model.max_position_embeddings 32",
+        "data.sequence_length",
+        "model.max_position_embeddings",
         BOTH,
     ),
     Wrong(
         "another width",
         trained_wider,
-        ("model.intermediate_size: 20", "step-00000002", ", 36;"),
-        "run.dir",
+        "model.intermediate_size",
+        "36",
     ),
     Wrong(
         "another depth",
         trained_deeper,
-        ("model.num_hidden_layers: 4", "step-00000002", ", 6;"),
-        "run.dir",
+        "model.num_hidden_layers",
+        "6",
     ),
     Wrong(
         "later checkpoints",
         later_checkpoints,
-        ("run.dir", "step-00000002, later than step 1"),
-        "another run.dir",
+        "run.dir",
+        "step-00000002",
     ),
-    Wrong("none wanted", later_checkpoints_but_none_wanted, ("later than step 0",), "another run.dir"),
-    Wrong("damaged", damaged, ("model.safetensors", "step-00000002"), "remove this checkpoint", BOTH),
-    Wrong("resume from nowhere", resume_from_nowhere, ("checkpoint.resume", "nowhere"), "auto, none", BOTH),
-    Wrong(
-        "resume from a folder", resume_from_a_folder, ("folder: not a complete checkpoint",), "name another"
-    ),
-    Wrong(
-        "model from nowhere", model_from_nowhere, ("model.path: no directory", "nowhere"), "model.path", BOTH
-    ),
-    Wrong(
-        "no weights", model_without_weights, ("model.safetensors: missing",), "remove this checkpoint", BOTH
-    ),
-    Wrong("file in the way", file_in_the_way, ("run.dir", "File exists"), "name a directory"),
+    Wrong("none wanted", later_checkpoints_but_none_wanted, "run.dir", "later"),
+    Wrong("damaged", damaged, "model.safetensors", "step-00000002", BOTH),
+    Wrong("resume from nowhere", resume_from_nowhere, "checkpoint.resume", "nowhere", BOTH),
+    Wrong("resume from a folder", resume_from_a_folder, "folder", "complete"),
+    Wrong("model from nowhere", model_from_nowhere, "model.path", "nowhere", BOTH),
+    Wrong("no weights", model_without_weights, "model.safetensors", "missing", BOTH),
+    Wrong("file in the way", file_in_the_way, "run.dir", "File exists"),
     Wrong(
         "no valid files",
         after_training(no_valid_files),
-        ("valid.bin: no such file",),
-        "tokenise the corpus",
+        "valid.bin",
+        "no such file",
         BOTH,
     ),
     Wrong(
         "short valid",
         after_training(short_valid),
-        ("valid.bin: 5 tokens",),
-        "lower data.sequence_length",
+        "valid.bin",
+        "data.sequence_length",
         BOTH,
     ),
-    Wrong("no valid", no_valid, ("data.valid: empty",), "name the data", ("eval",)),
+    Wrong("no valid", no_valid, "data.valid", "empty", ("eval",)),
     Wrong(
         "no valid in training",
         nothing,
-        ("train.eval_every: 2 needs data.valid",),
+        "train.eval_every",
         "data.valid",
         overrides=("train.eval_every=2", "data.valid=[]"),
     ),
-    Wrong("nothing to evaluate", nothing, ("has no checkpoint",), "train first", ("eval",)),
+    Wrong("nothing to evaluate", nothing, "run.dir", "no checkpoint", ("eval",)),
     Wrong(
         "unknown setting",
         nothing,
-        ("optim.learning_rate: unknown setting",),
-        "did you mean optim.lr?",
+        "optim.learning_rate",
+        "optim.lr",
         BOTH,
         ("optim.learning_rate=1",),
     ),
     Wrong(
         "not enough ranks",
         nothing,
-        ("world size 1 is not a multiple",),
+        "world size",
         "tensor 2",
         BOTH,
         ("parallel.tensor=2",),
@@ -312,8 +300,7 @@ def test_wrong_input_ends_with_one_line_and_changes_nothing(
     ended = command(command_name, run_settings, *wrong.overrides)
     assert (ended.code, ended.stdout) == (2, "")
     assert [line.startswith("llm3d: ") for line in ended.stderr.splitlines()] == [True]
-    for part in (*wrong.cause, wrong.remedy):
-        assert part in ended.stderr
+    assert wrong.named in ended.stderr and wrong.keyword in ended.stderr
     after = snapshot(tmp_path)
     assert sorted(after) == sorted(before), "nothing is left behind"
     assert after == before, "what was there is as it was"
