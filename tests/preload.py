@@ -3,9 +3,15 @@
 import gc
 
 import torch
+import torch._dynamo
 import torch.distributed
 
+import llm3d.rl.learner
+import llm3d.stages.run
 import llm3d.train.trainer  # noqa: F401
+
+# torch._dynamo is what the first operation under a TorchDispatchMode imports, as that which counts memory is one, and
+# the first message of a gathered tensor imports sympy: seconds of every rank of every pool.
 
 torch.set_num_threads(1)
 

@@ -59,7 +59,7 @@ def measured_on_rank(given: Settings, world_size: int) -> tuple[Kept, int]:
     load_first_weights(learner.policy)
     prompts = task.data.microbatches(1, learner.mesh)
     learner.step(prompts, 1e-4)
-    peaks = []
+    peaks: list[int] = []
     choose = engine.choose
 
     def seen(*args: Any) -> Any:
