@@ -41,6 +41,14 @@ LAYOUTS = [
 ]
 
 
+def some(*chosen: int) -> list[Any]:
+    """All layouts, of which those that are not chosen are left to the tests of all layouts."""
+    return [
+        pytest.param(layout, id=str(i), marks=[] if i in chosen else pytest.mark.all_layouts)
+        for i, layout in enumerate(LAYOUTS)
+    ]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,26 +151,33 @@ def test_greedy_replies_are_those_of_transformers(name: str, models: dict[str, P
                 assert reply.reason == ("stop" if reply.tokens[-1] in ENDS else "length")
 
 
-def test_what_is_drawn_depends_on_neither_layout_nor_company(models: dict[str, Path]) -> None:
-    path = models["llama-2"]
-    expected = [reply for (reply,) in write_all(path, Layout(), *(Call([request], 1) for request in drawn()))]
-    assert len({tuple(reply.tokens) for (reply,) in expected}) == len(expected)
-    for layout in LAYOUTS:
-        for replies, wanted in zip(write(path, layout, drawn(), 5), expected, strict=True):
-            assert replies[0].tokens == wanted[0].tokens
-            assert replies[0].log_probabilities == pytest.approx(wanted[0].log_probabilities, abs=1e-4)
+@functools.cache
+def drawn_alone(path: Path) -> list[Reply]:
+    """By one process, each request by itself."""
+    return [reply for ((reply,),) in write_all(path, Layout(), *(Call([request], 1) for request in drawn()))]
 
 
-def test_recorded_steps_write_what_steps_write(models: dict[str, Path]) -> None:
-    for layout in LAYOUTS:
-        call = Call(drawn(), 5)
-        for plain, recording, record in pool.run(
-            recorded_on_rank, layout.world_size, models["llama-2"], layout, call
-        ):
-            assert [[r.tokens for r in several] for several in recording] == [
-                [r.tokens for r in several] for several in plain
-            ]
-            assert 0 < record.recorded <= 4 * layout.chunks < record.played, "for each size of 1, 2, 4 and 8"
+# That every layout has the same logits the greedy replies show; a draw adds what tensor ranks do together.
+@pytest.mark.parametrize("layout", some(0, 2, 4, 6, 8))
+def test_what_is_drawn_depends_on_neither_layout_nor_company(layout: Layout, models: dict[str, Path]) -> None:
+    expected = drawn_alone(models["llama-2"])
+    assert len({tuple(reply.tokens) for reply in expected}) == len(expected)
+    for (reply,), wanted in zip(write(models["llama-2"], layout, drawn(), 5), expected, strict=True):
+        assert reply.tokens == wanted.tokens
+        assert reply.log_probabilities == pytest.approx(wanted.log_probabilities, abs=1e-4)
+
+
+# What is recorded is a pipeline stage's part of a step: alone, first, last, of two chunks, with gathered weights.
+@pytest.mark.parametrize("layout", some(0, 5, 8, 9))
+def test_recorded_steps_write_what_steps_write(layout: Layout, models: dict[str, Path]) -> None:
+    call = Call(drawn(), 5)
+    for plain, recording, record in pool.run(
+        recorded_on_rank, layout.world_size, models["llama-2"], layout, call
+    ):
+        assert [[r.tokens for r in several] for several in recording] == [
+            [r.tokens for r in several] for several in plain
+        ]
+        assert 0 < record.recorded <= 4 * layout.chunks < record.played, "for each size of 1, 2, 4 and 8"
 
 
 def test_several_replies_to_a_prompt_are_as_if_drawn_apart(models: dict[str, Path]) -> None:

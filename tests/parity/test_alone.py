@@ -31,7 +31,7 @@ def train_alone(layout: Layout, device: str, as_on_a_gpu: bool = False) -> tuple
     def counting(name: str, collective: object) -> object:
         def counted(*args: object, **kwargs: object) -> object:
             taken.append(name)
-            return collective(*args, **kwargs)  # type: ignore[operator]
+            return collective(*args, **kwargs)
 
         return counted
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +141,18 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
 }
 
-
-# The layouts in which the parts of a variant meet.
+# Those in which the parts of a variant meet; the others of VARIANTS and LAYOUTS are left to the tests of all layouts.
 MEETING = {
-    "adapters": ("tensor", "sharded", "handed over"),
-    "grpo": ("interleaved", "all"),
-    "texts": ("tensor", "all"),
+    "ppo": ("interleaved", "sharded", "handed over"),
+    "adapters": ("sharded", "handed over"),
+    "grpo": ("all",),
+    "texts": ("tensor",),
 }
+CASES = [
+    pytest.param(variant, name, id=f"{variant}-{name}", marks=[] if name in met else pytest.mark.all_layouts)
+    for variant, met in MEETING.items()
+    for name in LAYOUTS
+]
 
 
 def with_layout(changes: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
@@ -170,23 +177,35 @@ def weights(given: Settings, folder: str = "", step: int = 2) -> dict[str, Tenso
     }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_layout_learns_the_same(variant: str, files: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def of_one_process(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Settings]:
+    """Settings of a variant's run, which is there: one for all layouts."""
+
+    @functools.cache
+    def trained(variant: str) -> Settings:
+        given = given_settings(files, tmp_path_factory.mktemp("one process") / "run", **VARIANTS[variant])
+        pool.run(train_on_rank, 1, "ppo", given)
+        return given
+
+    return trained
+
+
+@pytest.mark.parametrize(("variant", "name"), CASES)
+def test_every_layout_learns_the_same(
+    variant: str, name: str, of_one_process: Callable[[str], Settings], files: Path, tmp_path: Path
+) -> None:
     """Replies, their scores, losses, gradient norms, and the weights of policy and critic."""
-    layouts = LAYOUTS if variant == "ppo" else {name: LAYOUTS[name] for name in MEETING[variant]}
-    plain = given_settings(files, tmp_path / "plain", **VARIANTS[variant])
-    pool.run(train_on_rank, 1, "ppo", plain)
-    for name, (world_size, layout) in layouts.items():
-        given = given_settings(files, tmp_path / name, **with_layout(VARIANTS[variant], layout))
-        pool.run(train_on_rank, world_size, "ppo", given)
-        for line, expected in zip(said(given), said(plain), strict=True):
-            assert_same_numbers(line, expected, relative=2e-4, absolute=1e-5)
-        assert [e["reply"] for e in examples(given)] == [e["reply"] for e in examples(plain)]
-        for folder in ("", "critic") if variant != "grpo" else ("",):
-            theirs, ours = weights(plain, folder), weights(given, folder)
-            assert ours.keys() == theirs.keys() and ours
-            for key, expected_weight in theirs.items():
-                torch.testing.assert_close(ours[key], expected_weight, rtol=1e-4, atol=1e-5)
+    plain, (world_size, layout) = of_one_process(variant), LAYOUTS[name]
+    given = given_settings(files, tmp_path / "run", **with_layout(VARIANTS[variant], layout))
+    pool.run(train_on_rank, world_size, "ppo", given)
+    for line, expected in zip(said(given), said(plain), strict=True):
+        assert_same_numbers(line, expected, relative=2e-4, absolute=1e-5)
+    assert [e["reply"] for e in examples(given)] == [e["reply"] for e in examples(plain)]
+    for folder in ("", "critic") if variant != "grpo" else ("",):
+        theirs, ours = weights(plain, folder), weights(given, folder)
+        assert ours.keys() == theirs.keys() and ours
+        for key, expected_weight in theirs.items():
+            torch.testing.assert_close(ours[key], expected_weight, rtol=1e-4, atol=1e-5)
 
 
 def test_examples_and_metrics_say_how_replies_differ(files: Path, tmp_path: Path) -> None:
@@ -257,7 +276,11 @@ def test_a_resumed_run_is_the_unbroken_one(files: Path, tmp_path: Path) -> None:
     [
         (1, {}),
         (2, {"zero": {"stage": 3}}),
-        (4, {"zero": {"stage": 1}, "parallel": {"pipeline": 2}, "precision": {"compute": "bf16"}}),
+        pytest.param(
+            4,
+            {"zero": {"stage": 1}, "parallel": {"pipeline": 2}, "precision": {"compute": "bf16"}},
+            marks=pytest.mark.all_layouts,
+        ),
     ],
     ids=["one process", "sharded", "narrow"],
 )
@@ -389,6 +412,7 @@ def test_replies_that_a_reward_is_centered_on_score_nothing_on_average(files: Pa
         assert offset == pytest.approx(found[0][1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reward_rises(files: Path, tmp_path: Path) -> None:
     rewards = [{"function": f"{files}/rewards.py:share_of_e"}]
     given = given_settings(

@@ -117,7 +117,11 @@ def test_a_run_uses_nothing_that_raises(stage: str, tmp_path: Path) -> None:
 @NEEDS_KERNELS
 @pytest.mark.parametrize("stage", ["pretrain", *STAGE_SETTINGS])
 def test_a_step_as_a_gpu_takes_it_uses_nothing_that_raises(stage: str) -> None:
-    for layout in (Layout(micro=2, compute="bf16", recompute="selective"), Layout(tensor=2, data=2, zero=3)):
+    few = (("num_hidden_layers", 2),)  # of which each does what the other does
+    for layout in (
+        Layout(micro=2, compute="bf16", recompute="selective", model=few),
+        Layout(tensor=2, data=2, zero=3, model=few),
+    ):
         config = settings_of_pretraining(layout) if stage == "pretrain" else settings_of_stage(stage, layout)
         role = trained_model(config)
         step_on_paper(config, role.objective, role.microbatch, layout.world_size, watched=Deterministic())
