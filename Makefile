@@ -1,17 +1,20 @@
 # Each target does its own set-up; a stamp in .venv keeps it from being done twice.
 #   make demo     from text to a trained model, on two CPU cores
 #   make demo-chat   that model learns to answer questions: fine-tuning, a reward model, DPO
-#   make test     every test
-#   make parity-all   the many layouts that make test leaves out; ten minutes
+#   make test-fast   the tests that start no second process and compile nothing: for the inner loop
+#   make test     those before a commit: of each law some cases, in which between them all that matters meets
+#   make test-all   every test
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch; of which
 #                 KERNELS=reference and PARITY=tests/parity/test_parity.py are a part
 PYTHON ?= python3
 KERNELS ?= native reference
 PARITY ?= tests/parity
+FAST := tests/config tests/data tests/kernels tests/parallel tests/text tests/test_imports.py \
+        tests/test_wording.py
 PIP := .venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INPUTS := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*)
 
-.PHONY: install demo demo-chat test parity parity-all lint format clean
+.PHONY: install demo demo-chat test test-fast test-all parity lint format clean
 .DELETE_ON_ERROR:
 
 install: .venv/installed-all
@@ -36,18 +39,23 @@ demo: .venv/installed
 demo-chat: .venv/installed
 	.venv/bin/python launch/demo_chat.py
 
-# One thread a process: the tests start many. Each of the two workers takes whole files, and has its own eight ranks.
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+# One thread a process: the tests start many. Each of the two workers takes whole files, in the order that
+# tests/conftest.py gives them, and has its own eight ranks.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+          --durations=25
 
 test: install
 	$(PYTEST)
 
+test-fast: install
+	$(PYTEST) -m "not distributed and not slow and not all_layouts" $(FAST)
+
+test-all: install
+	$(PYTEST) -m ""
+
 parity: install
 	for kernels in $(KERNELS); do \
 	    LLM3D_KERNELS=$$kernels $(PYTEST) $(PARITY) || exit 1; done
-
-parity-all: install
-	$(PYTEST) -m all_layouts tests/parity
 
 lint: install
 	.venv/bin/ruff check .

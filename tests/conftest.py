@@ -17,6 +17,31 @@ if TYPE_CHECKING:
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
+# Files that take longest, the longest first: where one of them came last, a worker would run it while the other waits.
+LONGEST_FIRST = (
+    "rl/test_ppo.py",
+    "plan/test_memory.py",
+    "csrc/test_cuda_compiles.py",
+    "parity/test_zero.py",
+    "checkpoint/test_checkpoint.py",
+    "stages/test_dpo.py",
+    "parity/test_post_training.py",
+    "generate/test_engine.py",
+    "parity/test_parity.py",
+    "plan/test_phases.py",
+    "parity/test_samples.py",
+    "train/test_waiting.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that know the pool of ranks, and put files that take long first."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+    for item in items:
+        if isinstance(item, pytest.Function) and {"pool", "spawn", "trained"} & vars(item.module).keys():
+            item.add_marker(pytest.mark.distributed)
+
 
 @pytest.fixture
 def world_of_one() -> Iterator[None]:

@@ -21,6 +21,7 @@ from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import process_group
 from llm3d.train.signals import StopSignals
 
+pytestmark = pytest.mark.distributed  # in processes of its own
 SIZE = 3
 LIMIT_SECONDS = 300  # far above what any of it takes, below the half hour after which gloo gives up
 
