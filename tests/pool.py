@@ -56,7 +56,7 @@ def spawn(world_size: int, **layout: int) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
-def _run_test(module: str, name: str, layout: dict[str, int], arguments: dict[str, Any]) -> None:
+def _run_test(module: str, name: str, layout: dict[str, Any], arguments: dict[str, Any]) -> None:
     from llm3d.parallel.mesh import Mesh
 
     getattr(importlib.import_module(module), name).__wrapped__(Mesh(**layout), **arguments)
@@ -79,7 +79,9 @@ class _Pool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], world_size: int, args: tuple[Any, ...]) -> list[Any]:
-        waiting = {connection: rank for rank, connection in enumerate(self.connections[:world_size])}
+        waiting: dict[Any, int] = {
+            connection: rank for rank, connection in enumerate(self.connections[:world_size])
+        }
         self.tasks += 1
         store = os.path.join(self.directory.name, f"store-{self.tasks}")
         for connection in waiting:
@@ -89,10 +91,11 @@ class _Pool:
             ready = wait(list(waiting), timeout=TIMEOUT_SECONDS)
             if not ready:
                 raise WorkerFailed(f"ranks {sorted(waiting.values())} did not answer in {TIMEOUT_SECONDS} s")
-            for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+            answered: Any
+            for answered in ready:
+                rank = waiting.pop(answered)
                 try:
-                    results[rank], error = connection.recv()  # type: ignore[union-attr]
+                    results[rank], error = answered.recv()
                 except EOFError:
                     error = f"process ended with exit code {self.processes[rank].exitcode}"
                 if error:
@@ -112,6 +115,7 @@ def _work(rank: int, connection: Connection) -> None:
             store, world_size, function, args = connection.recv()
         except EOFError:
             return
+        answer: tuple[Any, str | None]
         try:
             answer = (_in_a_new_world(rank, store, world_size, function, args), None)
         except BaseException:

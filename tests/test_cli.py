@@ -52,7 +52,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> list[Config | Exception | type[Bas
 
     def run(config: Config) -> None:
         if seen:
-            raise seen[0]  # type: ignore[misc]
+            raise seen[0]
         seen.append(config)
 
     module = ModuleType("llm3d.stages.run")

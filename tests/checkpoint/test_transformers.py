@@ -67,7 +67,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def samples() -> list[Window]:
     """Two samples; the first packs three documents."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(SHAPE["vocab_size"], (2, LENGTH + 1), generator=generator)
+    tokens = torch.randint(int(SHAPE["vocab_size"]), (2, LENGTH + 1), generator=generator)
     return [Window(tokens[0], [0, 5, 30]), Window(tokens[1], [0])]
 
 
@@ -212,9 +212,8 @@ def test_transformers_loads_what_any_layout_saved(
     transformers.logging.enable_propagation()
     with warnings.catch_warnings(), caplog.at_level("WARNING"):
         warnings.simplefilter("error")
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    model, report = loaded
     assert [record.message for record in caplog.records] == []
     assert not any(report.values()), report
     assert model.dtype == (torch.bfloat16 if layout.compute == "bf16" else torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -30,7 +31,7 @@ def by_transformers(model: Path, messages: list[dict[str, str]] | str) -> tuple[
     if isinstance(messages, str):
         ids, ends = tokenizer(messages, return_tensors="pt")["input_ids"], [tokenizer.eos_token_id]
     else:
-        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        asked: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
         ids = torch.tensor([asked["input_ids"]])
         ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     out = network.generate(
@@ -42,7 +43,7 @@ def by_transformers(model: Path, messages: list[dict[str, str]] | str) -> tuple[
         pad_token_id=0,
     )
     tokens = out[0, ids.shape[1] :].tolist()
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    text: Any = tokenizer.decode(tokens, skip_special_tokens=True)
     return text, "stop" if tokens[-1] in ends else "length"
 
 

@@ -76,7 +76,7 @@ LISTS = [
     (stage, name, setting)
     for stage, kind in STAGES.items()
     for name, section in kind.model_fields.items()
-    if hasattr(section.annotation, "model_fields")
+    if section.annotation is not None and hasattr(section.annotation, "model_fields")
     for setting, field in section.annotation.model_fields.items()
     if any(isinstance(mark, OneOrMore) for mark in field.metadata)
 ]
@@ -96,7 +96,8 @@ ENTRIES: list[Any] = [
 def test_one_entry_or_a_list_of_them_fits_where_it_is_accepted(stage: str, name: str, setting: str) -> None:
     section: Any = STAGES[stage].model_fields[name].annotation
     field, schema = section.model_fields[setting], json_schema(STAGES[stage])
-    kind: Any = TypeAdapter(Annotated[(field.annotation, *field.metadata)], config=ConfigDict(strict=True))
+    annotated = (field.annotation, *field.metadata)
+    kind: Any = TypeAdapter(Annotated[annotated], config=ConfigDict(strict=True))
     described = schema["$defs"][section.__name__]["properties"][setting]
     alone = 0
     for value in (*ENTRIES, *([entry] for entry in ENTRIES), ["x", {"path": "x"}], []):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.csrc.emulation import ROOT, build
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 
 
-def torch_of(root: Path, version: str = "2.11.0", cuda: str | None = "13.0") -> build.Torch:
+def torch_of(root: Path, version: str = "2.11.0", cuda: str | None = "13.0") -> Any:
     """A torch as far as the build looks at one."""
     (root / "include/torch/csrc/stable").mkdir(parents=True)
     (root / "include/torch/csrc/stable/library.h").touch()

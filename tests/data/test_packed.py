@@ -18,7 +18,7 @@ IGNORED = -100
 
 @st.composite
 def samples(draw: st.DrawFn) -> list[Sample]:
-    made = []
+    made: list[Sample] = []
     for _ in range(draw(st.integers(0, 4))):
         sequences = []
         for _ in range(draw(st.integers(1, 4))):

@@ -178,7 +178,7 @@ def test_columns_of_parquet_mean_the_same_whatever_their_types(tmp_path):
         pa.list_(pa.json_())
     )  # as datasets does
     parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
-    rows = [record.row for record in read_records(tmp_path / "a.parquet")]
+    rows = [record.row for record in read_records(tmp_path / "a.parquet") if isinstance(record, Record)]
     for row, text, expected in zip(rows, "ab", messages, strict=True):
         assert row == dict.fromkeys(("plain", "large", "view", "few"), text) | dict.fromkeys(
             ("messages", "large_messages", "maps", "own_fields"), expected

@@ -24,9 +24,9 @@ def written(path: Path, device: str, graphs: bool) -> list[Reply]:
     mesh = Mesh(device=device)
     model = ShardedModel(config_for(path, Layout()), mesh)
     model.initialise()
-    graphs = graphs_for(mesh.device, graphs)
-    assert (graphs is not None) == graphs
-    generator = Generator(model.config.model, model.stages, mesh, model.dtype, graphs)
+    recorder = graphs_for(mesh.device, graphs)
+    assert (recorder is not None) == graphs
+    generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)
     calls = Call(drawn(), 5), Call(drawn(12)[::-1], 7)
     return [reply for call in calls for several in told_as_written(generator, call) for reply in several]
 

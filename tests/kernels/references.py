@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ def rms_norm_by_autograd(x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tenso
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     wide = x if x.dtype == torch.float64 else x.float()
     y = (wide * (wide.square().mean(-1, keepdim=True) + RMS_NORM_EPS).rsqrt()).to(x.dtype) * weight
-    return (y.detach(), *torch.autograd.grad(y, (x, weight), grad))
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+    return y.detach(), grad_x, grad_weight
 
 
 def swiglu_by_autograd(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +35,7 @@ def swiglu_by_autograd(gate_up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
 
 
-ADAMW = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
 
 def adamw_scalars(step: int, lr: float = 0.01, scale: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:

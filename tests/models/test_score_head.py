@@ -74,7 +74,7 @@ def test_transformers_gives_the_rewards_that_were_trained(case: str, tmp_path: P
     # As users do: the tokenizer that was saved pads.
     for side in ("right", "left"):
         tokenizer.padding_side = side
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             CONVERSATIONS, tokenize=True, padding=True, return_dict=True, return_tensors="pt"
         )
         mask = inputs["attention_mask"].bool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -65,13 +66,14 @@ def count_warm_ups(device: str) -> list[bool]:
     batches = microbatches(layout, 0, 0)
     warm_up = trainer.pipeline.warm_up
 
-    def counted(*args: object) -> None:
+    def counted(*args: Any) -> None:
         seen.append(torch.is_grad_enabled())
         warm_up(*args)
 
-    trainer.pipeline.warm_up = counted  # type: ignore[method-assign]
+    trainer.pipeline.warm_up = counted  # type: ignore[assignment, method-assign]
     looks_like = mock.Mock(wraps=trainer.mesh, device=torch.device(device), pipeline_size=2)
-    cold = property(lambda self: Pipeline.is_cold.fget(mock.Mock(mesh=looks_like, _warm=self._warm)))
+    is_cold: Any = Pipeline.is_cold
+    cold = property(lambda self: is_cold.fget(mock.Mock(mesh=looks_like, _warm=self._warm)))
     kind = type("On" + device, (Pipeline,), {"is_cold": cold})
     trainer.pipeline.__class__ = kind
     for _ in range(2):

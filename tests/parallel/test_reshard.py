@@ -161,8 +161,8 @@ class PeakOfTensors(TorchDispatchMode):
         for storage in (x.untyped_storage() for x in out):
             if storage._cdata not in there:
                 self.made[storage._cdata] = weakref.ref(storage)
-        alive = [storage for made in self.made.values() if (storage := made()) is not None]
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive))
+        alive = [found for made in self.made.values() if (found := made()) is not None]
+        self.peak = max(self.peak, sum(found.nbytes() for found in alive))
         return result
 
 

@@ -125,11 +125,11 @@ def test_group_advantages_by_hand() -> None:
 @given(st.integers(0, 99), st.sampled_from(["grpo", "rloo"]))
 def test_a_group_is_judged_by_itself(seed: int, kind: str) -> None:
     scores = torch.randn(12, generator=torch.Generator().manual_seed(seed))
-    together = group_advantages(scores, 4, kind)  # type: ignore[arg-type]
-    apart = torch.cat([group_advantages(part, 4, kind) for part in scores.split(4)])  # type: ignore[arg-type]
+    together = group_advantages(scores, 4, kind)
+    apart = torch.cat([group_advantages(part, 4, kind) for part in scores.split(4)])
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(together.view(3, 4).sum(1), torch.zeros(3), atol=1e-5, rtol=0)
-    shifted = group_advantages(scores + torch.tensor([1.0, 5.0, -2.0]).repeat_interleave(4), 4, kind)  # type: ignore[arg-type]
+    shifted = group_advantages(scores + torch.tensor([1.0, 5.0, -2.0]).repeat_interleave(4), 4, kind)
     torch.testing.assert_close(shifted, together, atol=1e-4, rtol=1e-4)
 
 

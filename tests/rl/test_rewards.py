@@ -236,7 +236,7 @@ def test_what_is_wrong_is_said_before_anything_is_scored(name: str, tmp_path: Pa
 
 
 def test_a_column_that_some_prompts_lack_is_none_there(tmp_path: Path) -> None:
-    rows = ({"answer": "a"}, {}, {"answer": "c"})
+    rows: tuple[dict[str, str], ...] = ({"answer": "a"}, {}, {"answer": "c"})
     source = """
 def score(prompts, replies, answer=None, other=7):
     assert other == 7

@@ -255,9 +255,8 @@ def test_its_tokens_are_the_same_in_transformers(case: tuple[Case, Path]) -> Non
         return
     assert encoder_of(directory, raw=True).tokens([Message("user", TEXT)]) == theirs(TEXT)["input_ids"]
     if made.template is not None:
-        theirs_of_chat = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        of_chat: Any = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)
+        theirs_of_chat = of_chat["input_ids"]
         assert encoder_of(directory, raw=False).tokens([Message(**CHAT[0])]) == theirs_of_chat
 
 

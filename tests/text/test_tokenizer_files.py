@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from tests.corpora import documents
 sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
 SPECIAL, PLAIN = "<|im_end|>", "<tool>"
-BESIDE = {
+BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "null": {"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}},
     "no bos": {"tokenizer_config.json": {"add_bos_token": False}},

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def heed_signals() -> dict[signal.Signals, object]:
+def heed_signals() -> dict[signal.Signals, Any]:
     """Have this process heed what ends a run, as one does that a terminal starts; -> what it did before."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
+    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in STOPPING}
     for number in STOPPING:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     return before
@@ -24,4 +25,4 @@ def signals_heeded() -> Iterator[None]:
     before = heed_signals()
     yield
     for number, handler in before.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)

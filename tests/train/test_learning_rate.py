@@ -160,7 +160,7 @@ def test_a_run_too_short_for_its_schedule_shortens_it_and_says_so(
 
 def test_known_values() -> None:
     def at(step: int, **settings: object) -> float:
-        return learning_rate(step, 100, OptimConfig(lr=1.0, min_lr=0.1, **settings))  # type: ignore[arg-type]
+        return learning_rate(step, 100, OptimConfig(lr=1.0, min_lr=0.1, **settings))
 
     assert at(1) == 1.0 and at(51) == pytest.approx(0.55)
     assert at(26) == pytest.approx(0.1 + 0.9 * (1 + 2**-0.5) / 2)

@@ -286,8 +286,8 @@ def test_a_signal_in_the_last_step_is_not_an_interruption(tmp_path: Path) -> Non
 
 def test_what_goes_to_a_gpu_is_pinned_where_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     class OnGpu(NamedTuple):
-        data_rank = 0
         device: torch.device
+        data_rank: int = 0
 
     pinned: list[Tensor] = []
 
@@ -296,7 +296,7 @@ def test_what_goes_to_a_gpu_is_pinned_where_it_is_read(monkeypatch: pytest.Monke
         return pinned[-1]
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
-    plain, (batch, *_) = (read_microbatches(Data(), OnGpu(torch.device(kind)), 1) for kind in ("cpu", "cuda"))  # type: ignore[arg-type]
+    plain, (batch, *_) = (read_microbatches(Data(), OnGpu(torch.device(kind)), 1) for kind in ("cpu", "cuda"))
     for name, value in vars(plain[0]).items():
         there = getattr(batch, name)
         if isinstance(value, Tensor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,8 +17,8 @@ from tests.pool import spawn
 SHAPES = {"matrix": (5, 3), "norm": (7,), "other": (2, 9)}
 
 
-def module() -> torch.nn.Module:
-    made = torch.nn.Module()
+def module() -> Any:
+    made: Any = torch.nn.Module()
     for name, shape in SHAPES.items():
         made.register_parameter(name, ShardedParameter.on_meta([Piece(Box.whole(name, shape))]))
     made.units = lambda: [made]
@@ -72,7 +74,7 @@ def both(flat: FlatParameters, optimizer: Optimizer) -> zip:
 
 def trained(mesh: Mesh, zero: ZeroConfig, moments: torch.dtype, seed: int = 0) -> Optimizer:
     """Three steps of three units of 4,096 elements in bf16."""
-    stage = torch.nn.Module()
+    stage: Any = torch.nn.Module()
     for name in "abc":
         part = torch.nn.Module()
         part.register_parameter("weight", ShardedParameter.on_meta([Piece(Box.whole(name, (64, 64)))]))

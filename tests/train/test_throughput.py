@@ -34,7 +34,7 @@ def batch(*lengths: int) -> Microbatch:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_are_those_of_a_hand_count(tied: bool) -> None:
-    model = ModelConfig(**MODEL, tie_word_embeddings=tied)  # type: ignore[arg-type]
+    model = ModelConfig(**MODEL, tie_word_embeddings=tied)
     tokens, lengths = 16, [(10,), (1, 5)]
     # Multiplications a token: queries, keys and values, output; gate, up and down; the head. Norms by the formula.
     layer = 12 * 24 + 2 * 12 * 12 + 24 * 12 + 3 * 12 * 20

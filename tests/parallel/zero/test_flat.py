@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -40,9 +41,9 @@ class Toy(nn.Module):
         self.layer = Part(vector=(5,))
         fused = stack([Piece(Box.whole("upper", (2, 3))), Piece(Box.whole("lower", (1, 3)))])
         self.layer.fused = ShardedParameter.on_meta(fused)
-        self.head = nn.Module()
+        self.head: Any = nn.Module()
         self.head.weight = self.embedding.first
-        self.embedding.first.uses = 2
+        self.embedding.first.uses = 2  # type: ignore[union-attr]
         self.register_buffer("table", torch.arange(3.0))
 
     def units(self) -> list[nn.Module]:
@@ -91,7 +92,8 @@ def test_parameters_and_gradients_are_views_of_flat_tensors(mesh: Mesh) -> None:
     assert torch.equal(toy.layer.fused, torch.arange(9).view(3, 3).bfloat16())
     assert torch.equal(toy.layer.vector, torch.arange(9, 14).bfloat16())
     assert (first.num_decayed, layer.num_decayed, layer.num_elements) == (12, 9, 14)
-    for parameter in toy.parameters():
+    parameters: list[Any] = list(toy.parameters())
+    for parameter in parameters:
         assert torch.equal(parameter.main_grad, parameter.float())
     named = {piece.box.name: view for piece, view in flat.pieces(flat.parameters)}
     assert list(named) == ["first", "upper", "lower", "vector"]
@@ -170,7 +172,7 @@ def test_a_step_takes_the_backward_passes_that_were_announced(mesh: Mesh) -> Non
     flat.finish_gradients()
     with pytest.raises(AssertionError, match="more backward passes"):
         toy.backward(1.0)
-    linear = nn.Linear(2, 2)
+    linear: Any = nn.Linear(2, 2)
     linear.units = lambda: [linear]
     with pytest.raises(AssertionError, match="models are built of parallel layers"):
         FlatParameters([linear], mesh, torch.float32)
@@ -187,7 +189,7 @@ def test_the_norm_counts_every_element_of_the_model_once(pipeline: int, data: in
 def norm_on_rank(pipeline: int, stage: int) -> float:
     """A matrix cut in two over the tensor group, and a vector that both hold as partial sums."""
     mesh = Mesh(2, pipeline)
-    module = nn.Module()
+    module: Any = nn.Module()
     half = Box.whole(f"matrix {mesh.pipeline_rank}", (4, 2)).rows(2 * mesh.tensor_rank, 2)
     module.matrix = ShardedParameter.on_meta([Piece(half)])
     copied = Piece(Box.whole("vector", (3,)), owned=mesh.tensor_rank == 0, partial=mesh.tensor)
@@ -298,7 +300,8 @@ def test_whole_gradients_are_never_all_there(mesh: Mesh, stage: int) -> None:
     flat.finish_gradients()
     assert max(there) == 2, "one being computed, one on its way"
     assert all(unit.whole_gradients is None for unit in flat.units)
-    assert all(parameter.main_grad is None for parameter in made.parameters())
+    parameters: list[Any] = list(made.parameters())
+    assert all(parameter.main_grad is None for parameter in parameters)
 
 
 @contextmanager

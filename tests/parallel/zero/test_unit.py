@@ -73,7 +73,8 @@ def test_a_piece_is_where_the_parameter_has_it(made: list[ShardedParameter], num
             )
             rows = parameter[piece.row : piece.row + piece.box.size[0]]
             within = piece.box.slices_within(origin.box)[1:]
-            assert torch.equal(rows[(slice(None), *within)], view)
+            everywhere = (slice(None), *within)
+            assert torch.equal(rows[everywhere], view)
 
 
 def test_padding_of_new_gradients_is_zero() -> None:
