@@ -34,6 +34,7 @@ LONGEST_FIRST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of modules that know the pool of ranks, and put files that take long first."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}

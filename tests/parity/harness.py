@@ -22,6 +22,9 @@ from tests import pool
 SEQUENCE_LENGTH = 24
 GLOBAL_BATCH = 8
 LEARNING_RATE = 3e-4
+NUM_STEPS = (
+    2  # the second starts from weights and moments that the first has made; a third does what the second did
+)
 VOCAB_SIZE = 515
 
 # Grouped queries, nothing a power of two, a vocabulary that two does not divide, more stages than divide the layers.
@@ -80,7 +83,7 @@ class Run:
     weights: dict[str, Tensor] = field(default_factory=dict)  # after the last
 
 
-def train(layout: Layout, steps: int = 3) -> Run:
+def train(layout: Layout, steps: int = NUM_STEPS) -> Run:
     """Train on the pool's first ranks and put the parts together."""
     return put_together(pool.run(train_on_rank, layout.world_size, layout, steps))
 

@@ -19,6 +19,7 @@ from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.parity.harness import (
     GLOBAL_BATCH,
+    NUM_STEPS,
     SEQUENCE_LENGTH,
     VOCAB_SIZE,
     Layout,
@@ -65,7 +66,7 @@ def _tokens(random: np.random.Generator, low: int, high: int, learned: bool) -> 
     return Tokens(ids, np.full(len(ids), learned))
 
 
-def train_on_rank(stage: str, layout: Layout, steps: int = 3) -> OnRank:
+def train_on_rank(stage: str, layout: Layout, steps: int = NUM_STEPS) -> OnRank:
     config, mesh = settings(stage, layout), Mesh(layout.tensor, layout.pipeline)
     data = ChatData(config, [random_samples(stage)], [], mismatched=stage == "kto")
     trainer = Trainer(config, mesh, trained_model(config).objective)

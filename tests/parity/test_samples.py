@@ -215,8 +215,16 @@ def few_on_rank(
     return *found_by(trainer, trainer.step(batches, lr=0.0)), empty
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout[1]))
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        pytest.param(
+            stage, layout, id=f"{stage}-{layout[1]}", marks=[] if i == j else pytest.mark.all_layouts
+        )
+        for i, stage in enumerate(("sft", "reward", "dpo"))
+        for j, layout in enumerate(LAYOUTS)
+    ],
+)
 def test_a_step_of_fewer_samples_than_ranks_is_that_of_one_process(
     stage: str, layout: tuple[int, dict[str, Any]], model: Path
 ) -> None:
