@@ -250,7 +250,7 @@ def short_prompts() -> SampleSet:
 def orpo_on_rank(policy: Path) -> Any:
     given = given_settings(policy, orpo={"beta": BETA})
     trainer, _ = loaded("orpo", policy, lambda config: ORPOObjective(config.orpo), given)
-    return step_of(trainer, ChatData(trainer.config, [short_prompts()], []))  # type: ignore[arg-type]
+    return step_of(trainer, ChatData(trainer.config, [short_prompts()], []))
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -309,7 +309,7 @@ def kto_on_rank(models: tuple[Path, Path]) -> Any:
     batch = {"global": 2 * NUM_PAIRS, "micro": 5}
     given = given_settings(policy, kto=settings) | {"batch": batch}
     trainer, _ = loaded("kto", policy, lambda config: KTOObjective(config.kto), given)
-    data = ChatData(trainer.config, [], [labelled()], mismatched=True)  # type: ignore[arg-type]
+    data = ChatData(trainer.config, [], [labelled()], mismatched=True)
     reference = KTOReference(trainer)
     load_pretrained(other, reference.frozen.model)
     (batches,) = data.evaluation(trainer.mesh)  # in the order that they are stored in
