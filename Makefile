@@ -3,7 +3,7 @@
 #   make demo-chat   that model learns to answer questions: fine-tuning, a reward model, DPO
 #   make test-fast   the tests that start no second process and compile nothing: for the inner loop
 #   make test     those before a commit: of each law some cases, in which between them all that matters meets
-#   make test-all   every test
+#   make test-all   every test, and pretraining's layouts again without kernels, which the later stages share with it
 #   make parity   the layouts against one process, once with the native kernels and once in plain PyTorch; of which
 #                 KERNELS=reference and PARITY=tests/parity/test_parity.py are a part
 PYTHON ?= python3
@@ -52,6 +52,7 @@ test-fast: install
 
 test-all: install
 	$(PYTEST) -m ""
+	$(MAKE) parity KERNELS=reference PARITY=tests/parity/test_parity.py
 
 parity: install
 	for kernels in $(KERNELS); do \
