@@ -1,9 +1,9 @@
-"""Reinforcement learning from rewards: the model writes, what it wrote is scored, what scored well becomes likelier.
+"""Reinforcement learning from rewards: the policy generates, replies are scored, and their advantages are learned from.
 
 PPO, Schulman et al. 2017, for language models as in Ziegler et al. 2019, Stiennon et al. 2020 and Ouyang et al. 2022:
-four models on the same devices, under any layout. The policy is trained, and so is the critic, which foretells rewards;
-the reference, which is the starting model, and the reward model are asked. GRPO (Shao et al. 2024) and RLOO (Ahmadian
-et al. 2024) are the same with other advantages, and without a critic.
+four models on the same devices, under any layout. The policy and the critic, which predicts returns, are trained; the
+reference, which is the starting model, and the reward model are frozen. GRPO (Shao et al. 2024) and RLOO (Ahmadian et
+al. 2024) are the same with other advantages, and without a critic.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Scored(NamedTuple):
     reference: Tensor
 
 
-class Models(NamedTuple):
+class PPOModels(NamedTuple):
     """The models of a run, under one layout.
 
     policy, critic: trained, but in an evaluation.  critic: None: advantages come from groups.  scorers: for each of
@@ -104,7 +104,7 @@ class PPOLearner:
 
     def __init__(
         self,
-        models: Models,
+        models: PPOModels,
         replies: Replies,
         template: Template,
         texts: PretrainingData | None,
@@ -138,7 +138,7 @@ class PPOLearner:
         return {} if self.critic is None else {"critic": self.critic}
 
     def prepare(self) -> None:
-        """Load the critic, the reference and the reward models, and freeze those that are only asked."""
+        """Load the critic, the reference and the reward models, and freeze those that are not trained."""
         load_first_adapters(self.policy)
         companions = dict.fromkeys([*self.others.values(), *(frozen.model for frozen in self.frozen)])
         for model in companions:

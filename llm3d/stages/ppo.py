@@ -18,8 +18,7 @@ from llm3d.data.prompts import PromptData, read_prompt_sets
 from llm3d.data.run_tokenizer import check_token_ids, corpora, end_ids, open_tokenizer
 from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
-from llm3d.rl.learner import VALIDATED, PPOLearner
-from llm3d.rl.learner import Models as LoadedModels
+from llm3d.rl.learner import VALIDATED, PPOLearner, PPOModels
 from llm3d.rl.losses import PolicyObjective, ValueObjective
 from llm3d.rl.models import (
     companion_config,
@@ -80,7 +79,7 @@ class PPOTask:
             if config.lora.rank
             else FrozenModel(ShardedModel(config, mesh, objective), own)
         )
-        models = LoadedModels(policy, critic, reference, [scorer(source) for source in self.rewards])
+        models = PPOModels(policy, critic, reference, [scorer(source) for source in self.rewards])
         return PPOLearner(models, self.replies, self.tokenizer.template, self.texts, self.data.record)
 
 
