@@ -16,7 +16,11 @@ ROUNDING = 1e-6  # of what was subtracted: fp32's 6e-8, added up over layers and
 # By the name of a difference, the names of the numbers that say how large what was subtracted is.
 SUBTRACTED = {
     **dict.fromkeys(
-        ("rewards/chosen", "rewards/rejected", "rewards/margins"), ("logps/chosen", "logps/rejected")
+        (
+            *(f"rewards/{name}" for name in ("chosen", "rejected", "margins")),
+            *("log_odds_chosen", "log_odds_ratio", "kl"),
+        ),
+        ("logps/chosen", "logps/rejected"),
     ),
     **dict.fromkeys(("margin", "mean_reward"), ("max_reward", "min_reward")),
     **dict.fromkeys(
