@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is said of a family once, and asked for by settings, checks, files and plans.
+    """A model family, described once for settings, checks, files and plans.
 
     model_type: in config.json.
     defaults: the fields of config.json that are settings of the model, by their name in both, with what transformers

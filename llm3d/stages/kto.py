@@ -20,13 +20,7 @@ from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
 from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.cross_entropy import TokenTerms
-from llm3d.stages.dpo import (
-    load_starting_model,
-    sequence_log_probabilities,
-    starting_model,
-    with_starting_model,
-    without_noise,
-)
+from llm3d.stages.reference import LiveReference, sequence_log_probabilities, with_reference_model
 from llm3d.stages.stage import ModelTask, Stage
 from llm3d.train.trainer import ShardedModel
 
@@ -87,39 +81,28 @@ class KTOObjective:
 
 
 class KTOReference:
-    """The starting model, which completes microbatches with its log-probabilities and the step's KL divergence."""
+    """A `LiveReference` that completes microbatches with the step's KL divergence as well."""
 
     def __init__(self, model: ShardedModel) -> None:
-        self.model, self.frozen = model, starting_model(model)
+        self.model, self.live = model, LiveReference(model)
 
     def prepare(self) -> None:
-        load_starting_model(self.frozen, self.model)
+        self.live.prepare()
 
     def complete(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
-        """Both are known on the last pipeline stage alone."""
         others = [batch.mismatched for batch in microbatches if batch.mismatched is not None]
         policy = self.model.outputs(others, sequence_log_probabilities)
-        with self.frozen.loaded() as reference:
-            known = reference.outputs(without_noise(microbatches), sequence_log_probabilities)
-            ratios = reference.outputs(others, sequence_log_probabilities)
-        kl = self._mean_difference(policy, ratios, microbatches[0].step_samples).clamp(min=0.0)
-        if known is None:
-            return microbatches
-        return [
-            replace(batch, reference=log_p, kl=kl) for batch, log_p in zip(microbatches, known, strict=True)
-        ]
+        kl = self._kl(policy, self.live.log_probabilities(others), microbatches[0].step_samples)
+        return [replace(batch, kl=kl) for batch in self.live.complete(microbatches)]
 
-    def _mean_difference(
-        self, policy: list[Tensor] | None, reference: list[Tensor] | None, num_samples: int
-    ) -> Tensor:
-        """Over all samples of the step, on every rank: fp32 scalar."""
+    def _kl(self, policy: list[Tensor] | None, reference: list[Tensor] | None, num_samples: int) -> Tensor:
+        """Estimated over all samples of the step, not below 0; on every rank: fp32 scalar."""
         mesh = self.model.mesh
         total = torch.zeros((), device=mesh.device)
-        if (
-            policy is not None and reference is not None and mesh.tensor_rank == 0
-        ):  # all tensor ranks have the same
+        # All tensor ranks have the same.
+        if policy is not None and reference is not None and mesh.tensor_rank == 0:
             total += (torch.cat(policy) - torch.cat(reference)).sum()
-        return all_reduce_sum(total, mesh.everyone) / num_samples
+        return (all_reduce_sum(total, mesh.everyone) / num_samples).clamp(min=0.0)
 
 
 def open_stage(config: KTOConfig, training: bool = True) -> ModelTask:
@@ -128,4 +111,4 @@ def open_stage(config: KTOConfig, training: bool = True) -> ModelTask:
     return ModelTask(config, tokenizer, data, KTOObjective(config.kto), KTOReference)
 
 
-STAGE = Stage(KTOConfig, open_stage, lambda config: with_starting_model(KTOObjective(config.kto), config))
+STAGE = Stage(KTOConfig, open_stage, lambda config: with_reference_model(KTOObjective(config.kto), config))

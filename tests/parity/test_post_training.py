@@ -87,7 +87,7 @@ def train_on_rank(stage: str, layout: Layout, steps: int = NUM_STEPS) -> OnRank:
 def reference_of(trainer: Trainer) -> KTOReference:
     """A model with larger weights, so that replies are more, or less, likely than by the trained one."""
     reference = KTOReference(trainer)
-    model = reference.frozen.model
+    model = reference.live.frozen.model
     model.initialise()
     for _, weight in model.weights():
         weight.mul_(1.5)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm3d.stages import dpo
+from llm3d.stages import reference
 from tests import pool
 from tests.closeness import assert_same_numbers
 from tests.models.adapted import trained_and_said_on_rank
@@ -71,13 +71,13 @@ def stored(given: Settings) -> dict[str, Tensor]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by an entry for each set of samples of which the reference is computed."""
     calls: list[int] = []
-    compute = dpo.reference_log_probabilities
+    compute = reference.reference_log_probabilities
 
     def counted(model: Any, data: Any, number: int) -> Tensor:
         calls.append(number)
         return compute(model, data, number)
 
-    monkeypatch.setattr(dpo, "reference_log_probabilities", counted)
+    monkeypatch.setattr(reference, "reference_log_probabilities", counted)
     return calls
 
 

@@ -17,9 +17,10 @@ from llm3d.config import STAGES, make_config
 from llm3d.data.conversations import ChatData
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.parallel.mesh import Mesh
-from llm3d.stages.dpo import PreferenceObjective, reference_log_probabilities
+from llm3d.stages.dpo import PreferenceObjective
 from llm3d.stages.kto import KTOObjective, KTOReference
 from llm3d.stages.orpo import ORPOObjective
+from llm3d.stages.reference import reference_log_probabilities
 from llm3d.stages.reward import RewardObjective
 from llm3d.train.trainer import Trainer
 from tests import pool
@@ -311,7 +312,7 @@ def kto_on_rank(models: tuple[Path, Path]) -> Any:
     trainer, _ = loaded("kto", policy, lambda config: KTOObjective(config.kto), given)
     data = ChatData(trainer.config, [], [labelled()], mismatched=True)
     reference = KTOReference(trainer)
-    load_pretrained(other, reference.frozen.model)
+    load_pretrained(other, reference.live.frozen.model)
     (batches,) = data.evaluation(trainer.mesh)  # in the order that they are stored in
     result = trainer.step(reference.complete(batches), lr=0.0)
     gradients = {box.name: value for box, value in owned_pieces(trainer, trainer.flat.gradients)}
