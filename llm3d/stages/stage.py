@@ -45,10 +45,6 @@ class Stage(Generic[C]):
     open: OpenStage[C]
     models: Callable[[C], Models]
 
-    @property
-    def name(self) -> str:
-        return self.config.stage
-
 
 def stage_of(config: Config) -> Stage[Any]:
     """The stage whose settings these are."""
