@@ -314,23 +314,35 @@ def _special_tokens(name: str, source: str, tokenizer: Tokenizer) -> dict[str, s
 
 
 def _template_beside(directory: Path) -> tuple[str, str] | None:
-    """The name and the text of the template in a tokenizer's directory."""
+    """The name and the text of the template in a tokenizer's directory.
+
+    One named tool_use beside the default one is for conversations that have tools, as in transformers.
+    """
     file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
     if file.is_file():
-        return str(file), _read_text(file)
-    template = read_json(config).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        if "default" not in named:
-            raise InputError(
-                f"{config}: no chat_template is named default; choose a template by name or path"
-            )
-        template = named["default"]
-    if template is None:
-        return None
-    if not isinstance(template, str):
+        name, more = str(file), directory / "additional_chat_templates/tool_use.jinja"
+        named: dict[str, Any] = {"default": _read_text(file)}
+        named |= {"tool_use": _read_text(more)} if more.is_file() else {}
+    else:
+        name, template = f"{config} chat_template", read_json(config).get("chat_template")
+        if template is None:
+            return None
+        entries = template if isinstance(template, list) else [{"name": "default", "template": template}]
+        named = {
+            str(entry.get("name")): entry.get("template") for entry in entries if isinstance(entry, dict)
+        }
+    if "default" not in named:
+        raise InputError(f"{config}: no chat_template is named default; choose a template by name or path")
+    default, with_tools = named["default"], named.get("tool_use")
+    if not isinstance(default, str) or not isinstance(with_tools, str | None):
         raise InputError(f"{config}: chat_template is no text; choose a template by name or path")
-    return f"{config} chat_template", template
+    return name, default if with_tools is None else _by_tools(with_tools, default)
+
+
+def _by_tools(with_tools: str, default: str) -> str:
+    """One template of two. The signs keep the white space between them; Jinja drops one line's end after each."""
+    first, second = (source.removesuffix("\n") for source in (with_tools, default))
+    return f"{{% if tools is not none +%}}{first}{{%+ else +%}}{second}{{%+ endif %}}"
 
 
 def _read_text(path: Path) -> str:

@@ -419,6 +419,37 @@ def test_auto_is_the_template_beside_the_tokenizer_or_else_alpaca(chat_directory
     assert auto(chat_template=CHATML) == named("llama2")
 
 
+WITH_TOOLS = "\n  {% for tool in tools %}{{ tool.function.name }}\n{% endfor %}\n" + CHATML + "  \n"
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["in files", "in tokenizer_config.json"])
+def test_a_tool_use_template_is_for_conversations_with_tools(chat_directory, tmp_path, beside):
+    """As in transformers, from what others wrote and from what is saved of it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
+    load_tokenizer(chat_directory).save_to(tmp_path)
+    named = {"default": "\n" + CHATML + "\n", "tool_use": WITH_TOOLS}
+    if beside:
+        (tmp_path / "chat_template.jinja").write_text(named["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates/tool_use.jinja").write_text(WITH_TOOLS)
+    else:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config["chat_template"] = [{"name": name, "template": source} for name, source in named.items()]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    template = load_template("auto", load_tokenizer(tmp_path))
+    chat, saved = [message._asdict() for message in CHAT], tmp_path / "saved"
+    template.tokenizer.save_to(saved)
+    template.save_to(saved)
+    for directory in (tmp_path, saved):
+        reference = transformers.AutoTokenizer.from_pretrained(directory)
+        for tools in (None, [], TOOLS):
+            expected = reference.apply_chat_template(chat, tools=tools, return_dict=True)["input_ids"]
+            kwargs = {} if tools is None else {"tools": tools}
+            assert template.encode(CHAT, template_kwargs=kwargs).tokens.tolist() == expected
+    assert template.encode(CHAT, template_kwargs={"tools": TOOLS}).is_target.any()
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_saved_template_is_found_by_auto_and_by_transformers(chat_tokenizer, tmp_path, name):
     transformers = pytest.importorskip("transformers", reason="transformers is the reference here")
