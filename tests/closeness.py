@@ -42,6 +42,23 @@ def assert_same_numbers(
     assert not wrong, wrong
 
 
+def assert_same_tensors(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], relative: float = 1e-4
+) -> None:
+    """By name, each to `relative` of its norm.
+
+    One element alone is not held to more: where its gradient is nothing but rounding, AdamW's step, which is the
+    gradient over its own size, is anywhere within the learning rate.
+    """
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    errors = {name: relative_norm(actual[name], tensor) for name, tensor in expected.items()}
+    assert {name: error for name, error in errors.items() if not error < relative} == {}
+
+
+def relative_norm(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
 def assert_same_logits(actual: Tensor, expected: Tensor) -> None:
     """To 1e-5. A logit is a sum whose terms are as large where it is near 0 as where it is large."""
     scale = max(1.0, float(expected.abs().max()))

@@ -196,7 +196,3 @@ def owned_pieces(trainer: Trainer, shards: list[Tensor]) -> list[tuple[Any, Tens
     if trainer.flat.replica_rank:
         return []
     return [(piece.box, view.clone()) for piece, view in trainer.flat.pieces(shards) if piece.owned]
-
-
-def relative_norm(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.parity.harness import TIED, Layout, one_process, relative_norm, train, trained
+from tests.closeness import assert_same_tensors
+from tests.parity.harness import TIED, Layout, one_process, train, trained
 
 LAYOUTS = [
     Layout(tensor=2, micro=4),
@@ -50,18 +51,12 @@ def test_loss_and_gradient_norm_do_not_depend_on_the_layout(layout: Layout) -> N
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_gradients_do_not_depend_on_the_layout(layout: Layout) -> None:
-    expected, actual = one_process(layout.model).gradients, trained(layout).gradients
-    assert actual.keys() == expected.keys()
-    errors = {name: relative_norm(actual[name], gradient) for name, gradient in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+    assert_same_tensors(trained(layout).gradients, one_process(layout.model).gradients, 1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_weights_after_some_steps_do_not_depend_on_the_layout(layout: Layout) -> None:
-    expected, actual = one_process(layout.model).weights, trained(layout).weights
-    assert actual.keys() == expected.keys()
-    errors = {name: relative_norm(actual[name], weight) for name, weight in expected.items()}
-    assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
+    assert_same_tensors(trained(layout).weights, one_process(layout.model).weights)
 
 
 def test_training_changes_every_weight_and_lowers_the_loss() -> None:

@@ -24,8 +24,8 @@ from llm3d.text.templates import BUILT_IN, load_template
 from llm3d.text.tokenizer import load_tokenizer
 from llm3d.train.trainer import StepResult, Trainer
 from tests import pool
-from tests.closeness import assert_same_numbers
-from tests.parity.harness import owned_pieces, relative_norm
+from tests.closeness import assert_same_numbers, relative_norm
+from tests.parity.harness import owned_pieces
 from tests.stages.common import trained_model
 from tests.stages.post_training import conversations, settings, write_model, write_rows
 

@@ -21,7 +21,7 @@ from llm3d.errors import InputError
 from llm3d.parallel.mesh import Mesh
 from llm3d.rl.rollout import score_sequences
 from tests import pool
-from tests.closeness import ROUNDING, assert_same_numbers
+from tests.closeness import ROUNDING, assert_same_numbers, assert_same_tensors
 from tests.stages.common import Settings, command, evaluated, examples, metrics, silent
 from tests.stages.post_training import (
     answer,
@@ -202,10 +202,7 @@ def test_every_layout_learns_the_same(
         assert_same_numbers(line, expected, relative=2e-4, absolute=1e-5)
     assert [e["reply"] for e in examples(given)] == [e["reply"] for e in examples(plain)]
     for folder in ("", "critic") if variant != "grpo" else ("",):
-        theirs, ours = weights(plain, folder), weights(given, folder)
-        assert ours.keys() == theirs.keys() and ours
-        for key, expected_weight in theirs.items():
-            torch.testing.assert_close(ours[key], expected_weight, rtol=1e-4, atol=1e-5)
+        assert_same_tensors(weights(given, folder), weights(plain, folder))
 
 
 def test_examples_and_metrics_say_how_replies_differ(files: Path, tmp_path: Path) -> None:
@@ -369,8 +366,7 @@ def test_the_average_of_the_weights_is_a_model(files: Path, tmp_path: Path) -> N
             expected = 0.25 * (0.25 * first[key] + 0.75 * after[0][key]) + 0.75 * after[1][key]
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert (exported / "config.json").is_file() and (exported / "tokenizer.json").is_file()
-    for key, found in averages[1].items():
-        torch.testing.assert_close(found, averages[0][key], rtol=1e-4, atol=1e-5)
+    assert_same_tensors(averages[1], averages[0])
     with pytest.raises(InputError, match="neither a checkpoint"):
         export(files / "model", tmp_path / "nothing", average=True)
 
