@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(LLM3D_NAMESPACE, m) {
       "rms_norm_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor inverse_rms, Tensor? grad_sum)"
       " -> (Tensor, Tensor)");
   // csrc/rope
-  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor cu_seqlens, bool inverse) -> ()");
+  m.def("rope_(Tensor(a!) x, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> ()");
   // csrc/swiglu
   m.def("swiglu_forward(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward_(Tensor grad_out, Tensor(a!) gate_up) -> ()");

@@ -23,14 +23,12 @@ void rotate_head(T* __restrict first, T* __restrict second, const float* __restr
   }
 }
 
-void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seqlens, bool inverse) {
-  const RopeShape shape = rope_shape(x, cos, sin, cu_seqlens);
-  const int32_t* starts = data<int32_t>(cu_seqlens);
-  check(starts[0] == 0 && starts[shape.sequences] == shape.tokens, "cu_seqlens goes from ", starts[0], " to ",
-        starts[shape.sequences], ", not over the ", shape.tokens, " tokens");
-  for (int64_t i = 0; i < shape.sequences; i++)
-    check(starts[i] <= starts[i + 1] && starts[i + 1] - starts[i] <= shape.positions, "sequence ", i, " has ",
-          starts[i + 1] - starts[i], " tokens, the tables have ", shape.positions, " positions");
+void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& positions, bool inverse) {
+  const RopeShape shape = rope_shape(x, cos, sin, positions);
+  const int32_t* at = data<int32_t>(positions);
+  for (int64_t token = 0; token < shape.tokens; token++)
+    check(0 <= at[token] && at[token] < shape.positions, "token ", token, " is at position ", at[token],
+          ", the tables have ", shape.positions);
   for_floating_type(x.scalar_type(), "rope_", [&](auto type) {
     using T = typename decltype(type)::type;
     T* heads = data<T>(x);
@@ -38,8 +36,7 @@ void rope_(Tensor x, const Tensor& cos, const Tensor& sin, const Tensor& cu_seql
     const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, shape.heads * shape.half));
     parallel_ranges(shape.tokens, grain, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++) {
-        const int64_t position = position_of(token, starts, shape.sequences);
-        const float *c = cosines + position * shape.half, *s = sines + position * shape.half;
+        const float *c = cosines + at[token] * shape.half, *s = sines + at[token] * shape.half;
         for (int64_t head = 0; head < shape.heads; head++) {
           T* first = heads + token * shape.token_stride + head * shape.head_stride;
           rotate_head<T>(first, first + shape.half, c, s, shape.half, direction);

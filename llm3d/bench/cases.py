@@ -242,15 +242,16 @@ def _rope(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Iterator[Cas
     """Of queries and keys, in two sequences."""
     head_dim = sizes.hidden // sizes.heads
     x, grad = numbers(2, sizes.tokens, 2 * sizes.heads, head_dim)
-    starts = torch.tensor([0, sizes.tokens // 3, sizes.tokens], dtype=torch.int32, device=numbers.device)
     tables = rope_tables(sizes.tokens, inverse_frequencies(head_dim, 10000.0).to(numbers.device))
-    positions = torch.cat([torch.arange(int(n)) for n in starts.diff()]).to(numbers.device)
+    first = sizes.tokens // 3
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in (first, sizes.tokens - first)])
+    positions = positions.to(numbers.device)
     cos, sin = (table[positions].to(numbers.dtype).repeat(1, 2)[:, None] for table in tables)
     moved = _nbytes(x, x) + 4 * sizes.tokens * head_dim
     yield Case(
         "RoPE forward",
         "rope_",
-        _in_place(x, lambda x: rotate_(x, *tables, starts)),
+        _in_place(x, lambda x: rotate_(x, *tables, positions)),
         _forward(functions.rope, x, cos, sin),
         moved,
         moved,
@@ -258,7 +259,7 @@ def _rope(sizes: Sizes, numbers: _Numbers, functions: Functions) -> Iterator[Cas
     yield Case(
         "RoPE backward",
         "rope_",
-        _in_place(grad, lambda grad: rotate_(grad, *tables, starts, inverse=True)),
+        _in_place(grad, lambda grad: rotate_(grad, *tables, positions, inverse=True)),
         _backward(functions.rope, (grad,), (x,), cos, sin),
         moved,
         moved,

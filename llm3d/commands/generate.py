@@ -26,7 +26,7 @@ from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import gather_bytes
 from llm3d.parallel.mesh import Mesh, device_of_this_process, process_group, whole_world
 from llm3d.text.conversations import Fields, Message
-from llm3d.text.streaming import Replies, StreamPrinter
+from llm3d.text.streaming import Detokenizer, StreamPrinter
 from llm3d.text.templates import Template, load_template
 from llm3d.text.tokenizer import Tokenizer
 from llm3d.text.unicode import has_half_a_pair
@@ -72,7 +72,7 @@ class PromptEncoder:
         if not raw:
             self.template = template_of(config, tokenizer)
         ids = end_ids(self.config, tokenizer, self.template)
-        self.replies = Replies(tokenizer, ids, config.generate.stop)
+        self.detokenizer = Detokenizer(tokenizer, ids, config.generate.stop)
 
     def tokens(self, messages: Sequence[Message], template_kwargs: Fields | None = None) -> list[int]:
         """What the model is to go on from. Raises InputError where it cannot.
@@ -108,7 +108,7 @@ class PromptEncoder:
 
     def request(self, tokens: Sequence[int], number: int) -> Request:
         """number: of the prompt."""
-        return request_for(self.config, self.replies, tokens, number)
+        return request_for(self.config, self.detokenizer, tokens, number)
 
 
 def template_of(config: Config, tokenizer: Tokenizer) -> Template | None:
@@ -182,7 +182,7 @@ class TextGenerator:
         )
 
     def _written(self, prompt: int, reply: Reply) -> Completion:
-        text = self.encoder.replies.text(reply.tokens)
+        text = self.encoder.detokenizer.text(reply.tokens)
         return Completion(prompt, text, reply.reason, len(reply.tokens), sum(reply.log_probabilities))
 
 
@@ -259,7 +259,7 @@ def reply_to_one(writer: TextGenerator, prompts: Sequence[Sequence[int]]) -> Non
 
 def show_as_written(writer: TextGenerator, prompts: Sequence[Sequence[int]], number: int = 0) -> str:
     """The reply, on every rank; rank 0 has shown it."""
-    shown, speaks = StreamPrinter(writer.encoder.replies), writer.mesh.rank == 0
+    shown, speaks = StreamPrinter(writer.encoder.detokenizer), writer.mesh.rank == 0
 
     def told(tokens: Sequence[int]) -> None:
         if speaks:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from llm3d.data.pretraining import IGNORED
+from llm3d.data.pretraining import IGNORED, positions_of
 from llm3d.data.samples import Sample
 
 B = TypeVar("B", bound="PackedBatch")
@@ -20,6 +20,7 @@ class PackedBatch:
     """Samples' sequences laid end to end, T tokens; each sequence is a segment that attention keeps apart.
 
     tokens: int64 [T].  targets: int64 [T], the next token where it is learned, else -100.
+    positions: int32 [T], of each token in its segment.
     cu_seqlens: int32 [segments + 1]; padding, if any, is a segment of its own at the end.
     last_tokens: int64 [sequences], where each sequence ends.  sequence_of: int64 [T], padding counted to the last.
     better, worse: int64 [pairs], which sequences are compared: all pairs of a sample's replies that differ in rank.
@@ -36,6 +37,7 @@ class PackedBatch:
 
     tokens: Tensor
     targets: Tensor
+    positions: Tensor
     cu_seqlens: Tensor
     last_tokens: Tensor
     sequence_of: Tensor
@@ -100,11 +102,13 @@ def collate(samples: Sequence[Sample], multiple_of: int = 1, reference: Tensor |
     segments = torch.tensor([*lengths, *([padding] if padding else [])])
     ends = segments.cumsum(0)
     sequence_of = torch.arange(len(segments)).repeat_interleave(segments)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
     pairs = list(_pairs(samples))
     return PackedBatch(
         tokens=tokens,
         targets=targets,
-        cu_seqlens=torch.cat([ends.new_zeros(1), ends]).int(),
+        positions=positions_of(cu_seqlens),
+        cu_seqlens=cu_seqlens,
         last_tokens=ends[: len(sequences)] - 1,
         sequence_of=sequence_of.clamp(max=max(0, len(sequences) - 1)),
         ranks=torch.tensor([rank for sample in samples for rank in sample.ranks], dtype=torch.float32),
@@ -126,9 +130,8 @@ def with_noise(batch: PackedBatch, keys: Sequence[int], alpha: float = 0.0) -> P
     falls with the square root of the length.
     """
     lengths = batch.cu_seqlens.diff().long()
-    position = torch.arange(len(batch.tokens)) - batch.cu_seqlens[:-1].long().repeat_interleave(lengths)
     of_segment = torch.tensor([*keys, *[0] * (len(lengths) - len(keys))])
-    token_keys = of_segment.repeat_interleave(lengths) ^ position << 40
+    token_keys = of_segment.repeat_interleave(lengths) ^ batch.positions.long() << 40
     if not alpha:
         return replace(batch, keys=token_keys)
     return replace(batch, keys=token_keys, noise=(alpha / lengths.float().sqrt()).repeat_interleave(lengths))

@@ -38,12 +38,13 @@ class Microbatch:
     """Samples laid end to end, T tokens, with the segments that attention keeps apart.
 
     tokens: int64 [T].  targets: int64 [T], -100 where ignored (what follows a document's last token belongs
-    to another document).  cu_seqlens: int32 [segments + 1], where segments start, then T.  max_seqlen: the longest
-    segment.  num_targets: targets that count.
+    to another document).  positions: int32 [T], of each token in its segment.  cu_seqlens: int32 [segments + 1], where
+    segments start, then T.  max_seqlen: the longest segment.  num_targets: targets that count.
     """
 
     tokens: Tensor
     targets: Tensor
+    positions: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     num_targets: int
@@ -55,6 +56,7 @@ class Microbatch:
             self,
             tokens=self.tokens.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
             cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
         )
 
@@ -75,10 +77,17 @@ def collate(samples: Sequence[Window]) -> Microbatch:
     return Microbatch(
         tokens=tokens,
         targets=targets,
+        positions=positions_of(cu_seqlens),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
         num_targets=len(tokens) - len(last),
     )
+
+
+def positions_of(cu_seqlens: Tensor) -> Tensor:
+    """Of tokens in their segments, int32 [T]. cu_seqlens: int32 [segments + 1], where segments start, then T."""
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return torch.arange(len(starts), dtype=torch.int32) - starts
 
 
 class PretrainingData:

@@ -25,7 +25,7 @@ from llm3d.wording import counted
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """number: of its replies' random numbers.  tokens: int32 [length].  shown, row: see PlacedPrompt."""
 
     number: int
@@ -40,7 +40,7 @@ class PromptSet:
     """What a file has."""
 
     path: str
-    prompts: list[Prompt]
+    prompts: list[TokenizedPrompt]
     counts: Counts
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
     """The prompts in a file that leave room for a reply. Raises InputError where there are none, or one is bad."""
     data, room = config.data, config.data.sequence_length - config.generate.max_new_tokens
     placed, counts = read_prompts(path, data.columns, data.skip_bad)
-    found = list[Prompt]()
+    found = list[TokenizedPrompt]()
     for prompt in placed:
         try:
             tokens = np.array(template.encode_prompt(prompt.messages, prompt.template_kwargs), np.int32)
@@ -96,7 +96,7 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
         if len(tokens) > room:
             tokens = _cut(tokens, room, template.tokenizer)
             counts.cut += 1
-        found.append(Prompt(len(found), tokens, prompt.shown, prompt.row, prompt.where))
+        found.append(TokenizedPrompt(len(found), tokens, prompt.shown, prompt.row, prompt.where))
     if not found:
         raise InputError(
             f"{path}: holds no prompt of at most {counted(room, 'token')}, data.sequence_length "
@@ -138,12 +138,12 @@ class PromptData:
         """Prompts, and tokens with those of replies, that the run has read when `step`, which is done, is done."""
         return Consumed(self.steps.read_by(step), self._tokens[step])
 
-    def microbatches(self, step: int, mesh: Mesh) -> list[Prompt]:
+    def microbatches(self, step: int, mesh: Mesh) -> list[TokenizedPrompt]:
         """All prompts of a step, numbered over the run."""
         places = ((k, self.order.place(k)) for k in self.steps.numbers(step))
         return [replace(self.train[source].prompts[i], number=k) for k, (source, i) in places]
 
-    def evaluation(self, mesh: Mesh) -> Iterator[list[Prompt]]:
+    def evaluation(self, mesh: Mesh) -> Iterator[list[TokenizedPrompt]]:
         """train.eval_steps batches as large as a step's, or all validation prompts."""
         found = (prompt for some in self.valid for prompt in some.prompts)
         numbered = (replace(prompt, number=-1 - i) for i, prompt in enumerate(found))

@@ -22,8 +22,8 @@ BLOCK_SIZE = 16
 class Inputs(NamedTuple):
     """What a stage needs to run some work, on its device.
 
-    tokens: int64 [tokens].  positions: of each in its sequence.  slots: where its keys and values go; -1: nowhere.
-    starts: int32, 0 and the number of tokens.  cu_seqlens: int32, of prompts laid end to end.
+    tokens: int64 [tokens].  positions: int32, of each in its sequence.  slots: int64, where its keys and values go; -1:
+    nowhere.  cu_seqlens: int32, of prompts laid end to end.
     block_table, lengths: of replies that get a token more; None where prompts are read.
     rows: int64 [sequences], after which token each sequence goes on.
     copies: blocks that are to be copied, int64 [2, blocks]: part of a prompt, for its replies after the first.
@@ -32,7 +32,6 @@ class Inputs(NamedTuple):
     tokens: Tensor
     positions: Tensor
     slots: Tensor
-    starts: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
     block_table: Tensor | None
@@ -73,9 +72,8 @@ def _prefill(work: Prefill, multiple_of: int) -> Inputs:
     ]
     return Inputs(
         tokens=_padded(prompts, padding, 0),
-        positions=_padded(positions, padding, 0),
+        positions=_padded(positions, padding, 0).int(),
         slots=_padded(slots, padding, -1),
-        starts=torch.tensor([0, sum(segments)], dtype=torch.int32),
         cu_seqlens=torch.tensor([0, *np.cumsum(segments)], dtype=torch.int32),
         max_seqlen=max(segments),
         block_table=None,
@@ -110,9 +108,8 @@ def _decode(work: Decode, multiple_of: int, width: int | None) -> Inputs:
     none = [0] * padding
     return Inputs(
         tokens=torch.tensor([r.tokens[-1] for r in running] + none),
-        positions=torch.tensor(places + none),
+        positions=torch.tensor(places + none, dtype=torch.int32),
         slots=torch.tensor(slots + [-1] * padding),
-        starts=torch.tensor([0, len(running) + padding], dtype=torch.int32),
         cu_seqlens=torch.empty(0, dtype=torch.int32),
         max_seqlen=0,
         block_table=torch.from_numpy(table),

@@ -33,7 +33,7 @@ from llm3d.parallel.collectives import all_reduce_max
 from llm3d.parallel.mesh import Mesh
 
 MAX_PREFILL_TOKENS = 8192
-_READ = ("tokens", "positions", "slots", "starts", "block_table", "lengths")  # of Inputs, by layers
+_READ = ("tokens", "positions", "slots", "block_table", "lengths")  # of Inputs, by layers
 _SHARE_OF_FREE_MEMORY = 0.8  # of a GPU, that the cache may take; activations need some
 
 OnToken = Callable[[int, int, int], None]  # request, reply, token
@@ -220,11 +220,11 @@ class _Run:
         return self.graph_runner(stage, layers, changing if hidden is None else changing | {"hidden": hidden})
 
     def _layers(self, stage: DecoderStage, inputs: Inputs, hidden: Tensor | None) -> Tensor:
-        cos, sin = (table[inputs.positions] for table in self.tables)
         if hidden is None:
             assert stage.embedding is not None
             hidden = stage.embedding(inputs.tokens)
-        return stage.through_layers(hidden, Context(cos, sin, inputs.starts, self.cache.attention(inputs)))
+        context = Context(*self.tables, inputs.positions, self.cache.attention(inputs))
+        return stage.through_layers(hidden, context)
 
     def _choose(
         self, head: nn.Module, hidden: Tensor, inputs: Inputs, sequences: Sequence[Running]

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from llm3d.config import Config
 from llm3d.generate.sampling import Sampling
 from llm3d.permutation import derive_key
-from llm3d.text.streaming import Replies
+from llm3d.text.streaming import Detokenizer
 
 Reason = Literal["stop", "length"]
 
@@ -188,9 +188,9 @@ class Scheduler:
                 self.free.append(block)
 
 
-def request_for(config: Config, replies: Replies, tokens: Sequence[int], number: int) -> Request:
+def request_for(config: Config, detokenizer: Detokenizer, tokens: Sequence[int], number: int) -> Request:
     """What `generate` asks for, of one prompt; the same number and run.seed draw the same."""
     asked = config.generate
     sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
     seed = derive_key(config.run.seed, number) >> 1
-    return Request(tokens, asked.max_new_tokens, replies.ends, sampling, asked.num_replies, seed)
+    return Request(tokens, asked.max_new_tokens, detokenizer.ends, sampling, asked.num_replies, seed)

@@ -33,9 +33,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | N
     return kept * frequencies + (1 - kept) * frequencies / scaling["factor"]
 
 
-def rope_tables(positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(num_positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at positions 0, 1, ...: fp32 [positions, head_dim / 2] each."""
-    at = torch.arange(positions, device=frequencies.device, dtype=torch.float32)
+    at = torch.arange(num_positions, device=frequencies.device, dtype=torch.float32)
     angles = torch.outer(at, frequencies)
     return angles.cos(), angles.sin()
 
@@ -46,25 +46,23 @@ class RopeTables:
     def __init__(self) -> None:
         self._tables: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, num_positions: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Of so many positions or more; the frequencies are the same in every call."""
         kept = self._tables
-        if kept is None or len(kept[0]) < positions or kept[0].device != frequencies.device:
-            kept = self._tables = rope_tables(positions, frequencies)
+        if kept is None or len(kept[0]) < num_positions or kept[0].device != frequencies.device:
+            kept = self._tables = rope_tables(num_positions, frequencies)
         return kept
 
 
-def rope(
-    qkv: Tensor, head_dim: int, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, num_rotated: int
-) -> Tensor:
+def rope(qkv: Tensor, head_dim: int, cos: Tensor, sin: Tensor, positions: Tensor, num_rotated: int) -> Tensor:
     """Rotate the first `num_rotated` heads (queries and keys) of qkv, in place.
 
     qkv: [tokens, heads * head_dim], contiguous, and no view, which autograd would copy.
-    cu_seqlens: int32 [sequences + 1], where each sequence starts, from 0, and the number of tokens. cos, sin: of
-    rope_tables, for the longest sequence or more. Backward: the inverse rotation, over
-    the gradient that it is given, which `attention` has made: the result is to be used for nothing else.
+    positions: int32 [tokens], of each token in its sequence.  cos, sin: of rope_tables, for all of them.
+    Backward: the inverse rotation, over the gradient that it is given, which `attention` has made: the result is to be
+    used for nothing else.
     """
-    return _Rope.of(qkv, head_dim, cos, sin, cu_seqlens, num_rotated)
+    return _Rope.of(qkv, head_dim, cos, sin, positions, num_rotated)
 
 
 class _Rope(Operation):
@@ -75,12 +73,12 @@ class _Rope(Operation):
         head_dim: int,
         cos: Tensor,
         sin: Tensor,
-        cu_seqlens: Tensor,
+        positions: Tensor,
         num_rotated: int,
     ) -> Tensor:
-        ctx.save_for_backward(cos, sin, cu_seqlens)
+        ctx.save_for_backward(cos, sin, positions)
         ctx.num_rotated, ctx.head_dim = num_rotated, head_dim
-        rotate_(qkv.unflatten(1, (-1, head_dim))[:, :num_rotated], cos, sin, cu_seqlens)
+        rotate_(qkv.unflatten(1, (-1, head_dim))[:, :num_rotated], cos, sin, positions)
         ctx.mark_dirty(qkv)
         return qkv
 
@@ -88,23 +86,21 @@ class _Rope(Operation):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         grad = grads[0].contiguous()  # made by attention's backward just now, so it may be overwritten
-        cos, sin, cu_seqlens = ctx.saved_tensors
+        cos, sin, positions = ctx.saved_tensors
         heads = grad.unflatten(1, (-1, ctx.head_dim))[:, : ctx.num_rotated]
-        rotate_(heads, cos, sin, cu_seqlens, inverse=True)
+        rotate_(heads, cos, sin, positions, inverse=True)
         return grad, None, None, None, None, None
 
 
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool = False) -> None:
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool = False) -> None:
     """Turn the pairs (x[..., i], x[..., i + head_dim / 2]), in place, by the angles of their tokens' positions.
 
     x: [tokens, heads, head_dim], of any strides but a last of 1; the rest as in `rope`.
     """
     if op := fused("rope_", x):
-        op(x, cos, sin, cu_seqlens, inverse)
+        op(x, cos, sin, positions, inverse)
         return
-    token = torch.arange(len(x), device=x.device)
-    starts = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    cos, sin = cos[token - starts][:, None], sin[token - starts][:, None]
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
     first, second = x.chunk(2, dim=-1)
     if inverse:
         sin = -sin
@@ -114,5 +110,5 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bo
 
 
 @fake("rope_")
-def _(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool) -> None:
+def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> None:
     return None

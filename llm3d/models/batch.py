@@ -17,11 +17,13 @@ class Batch(Protocol):
     @property
     def tokens(self) -> Tensor: ...  # int64 [tokens]
     @property
+    def positions(self) -> Tensor: ...  # int32 [tokens], of each in its sequence
+    @property
     def targets(self) -> Tensor: ...  # int64 [tokens], -100 where there is none
     @property
     def cu_seqlens(self) -> Tensor: ...  # int32 [sequences + 1]
     @property
-    def max_seqlen(self) -> int: ...
+    def max_seqlen(self) -> int: ...  # of the longest sequence; all positions are below it
     @property
     def keys(self) -> Tensor | None: ...  # int64 [tokens], a number for each token; None: nothing is random
     @property
@@ -55,6 +57,6 @@ class Context(NamedTuple):
 
     cos: Tensor  # fp32 [positions, head_dim / 2]
     sin: Tensor
-    starts: Tensor  # int32 [n + 1]: where positions start from 0 again, and the number of tokens
+    positions: Tensor  # int32 [tokens], of each in its sequence
     attend: Attend
     keys: Tensor | None = None  # int64 [tokens], of the tokens' random numbers; None: nothing is random

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from llm3d.config import LoRASettings, ModelConfig, ParallelConfig
-from llm3d.models.building import Build, Family, key_value_replicas
 from llm3d.models.decoder import DecoderStage
+from llm3d.models.family import Build, Family, key_value_replicas
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.llama import LLAMA
 from llm3d.parallel.boxes import Box, Piece

@@ -17,8 +17,8 @@ from llm3d.kernels.counter_rng import symmetric_noise
 from llm3d.kernels.rope import RopeTables, inverse_frequencies
 from llm3d.models.adapters import is_adapter
 from llm3d.models.batch import Batch, Context, WithinSequences
-from llm3d.models.building import Build, Family
-from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, Objective, ScoreHead
+from llm3d.models.family import Build, Family
+from llm3d.models.heads import SCORE, HeadName, LanguageModelHead, OutputFunction, ScoreHead
 from llm3d.parallel.boxes import Box, ShardedParameter
 from llm3d.parallel.layers import VocabParallelEmbedding
 
@@ -71,7 +71,7 @@ class DecoderStage(nn.Module):
             tied = self.embedding.weight
         return LanguageModelHead(table, build.mesh.tensor, build.sequence_parallel, tied, shared, recompute)
 
-    def forward(self, hidden: Tensor | None, batch: Batch, objective: Objective) -> Tensor:
+    def forward(self, hidden: Tensor | None, batch: Batch, objective: OutputFunction) -> Tensor:
         """hidden: None on the first stage, else the stage before's output.
 
         -> [tokens, hidden_size] ([tokens / n, hidden_size] under sequence parallelism); from the last stage the
@@ -95,7 +95,7 @@ class DecoderStage(nn.Module):
         assert isinstance(self.rope_frequencies, Tensor)
         tables = self.rope_tables(batch.max_seqlen, self.rope_frequencies)
         attend = WithinSequences(batch.cu_seqlens, batch.max_seqlen)
-        return self.through_layers(hidden, Context(*tables, batch.cu_seqlens, attend, batch.keys))
+        return self.through_layers(hidden, Context(*tables, batch.positions, attend, batch.keys))
 
     def through_layers(self, hidden: Tensor, context: Context) -> Tensor:
         """The layers, and the final norm where this stage has it. hidden: the whole residual stream."""

@@ -1,6 +1,6 @@
 """What stands on top of the transformer: a projection to token logits, or to a number a token.
 
-A head does not know what it is trained for: it gives its output to an `Objective`.
+A head does not know what it is trained for: it gives its output to an `OutputFunction`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HeadName = Literal["language", "score"]
 SCORE = "score.weight"  # the name in transformers' LlamaForSequenceClassification
 
 
-class Objective(Protocol):
+class OutputFunction(Protocol):
     """Turns what the head says of a microbatch into numbers."""
 
     def __call__(self, output: Any, batch: Any) -> Tensor:
@@ -94,7 +94,7 @@ class LanguageModelHead(nn.Module):
         terms = token_terms(logits, targets, first_id, self.group)
         return terms._replace(entropy=lambda: entropy_of_logits(logits, self.group))
 
-    def forward(self, hidden: Tensor, batch: Any, objective: Objective | OfLogits) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Any, objective: OutputFunction | OfLogits) -> Tensor:
         """What the objective makes of the targets' log-probabilities, or of the logits."""
         if isinstance(objective, OfLogits):
             return objective.function(self.logits(hidden))
@@ -123,7 +123,7 @@ class ScoreHead(nn.Module):
         self.group = group if sequence_parallel else None
         self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=self.group)])
 
-    def forward(self, hidden: Tensor, batch: Any, objective: Objective) -> Tensor:
+    def forward(self, hidden: Tensor, batch: Any, objective: OutputFunction) -> Tensor:
         """What the objective makes of the scores. Sequence parallelism: all_gather of [tokens], fp32."""
         scores = _Score.apply(hidden, self.weight)
         return objective(scores if self.group is None else gather_equal_gradients(scores, self.group), batch)

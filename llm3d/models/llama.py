@@ -11,7 +11,7 @@ from llm3d.config import ModelConfig
 from llm3d.kernels.rope import rope
 from llm3d.kernels.swiglu import swiglu, swiglu_forward
 from llm3d.models.batch import Context
-from llm3d.models.building import Build, Family, recomputed
+from llm3d.models.family import Build, Family, recomputed
 from llm3d.parallel.boxes import Box, Piece, stack
 from llm3d.parallel.layers import RMSNorm, Source, split_evenly
 
@@ -68,7 +68,7 @@ class Attention(nn.Module):
             self.head_dim,
             context.cos,
             context.sin,
-            context.starts,
+            context.positions,
             rotated,
         )
         heads = context.attend(self.layer, qkv.unflatten(1, (-1, self.head_dim)), self.num_heads)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.schedules import Action, Kind, Schedule
 
-Objective = Callable[[Any, Any], Tensor]  # see llm3d.models.heads.Objective
+OutputFunction = Callable[[Any, Any], Tensor]  # see llm3d.models.heads.OutputFunction
 
 
 class _Transfer(NamedTuple):
@@ -48,7 +48,7 @@ class Pipeline:
         concerned = self.mesh.device.type == "cuda" and self.mesh.pipeline_size > 1
         return concerned and torch.is_grad_enabled() not in self._warm
 
-    def warm_up(self, microbatch: Any, objective: Objective) -> None:
+    def warm_up(self, microbatch: Any, objective: OutputFunction) -> None:
         """Run this rank's stages on zeros, forward and, with gradients, backward; add zeros to the gradients.
 
         A kernel is loaded when it is first launched, which may take until the device is idle; it is not while a message
@@ -67,7 +67,7 @@ class Pipeline:
         self._warm.add(training)
 
     def run(
-        self, microbatches: Sequence[Any], objective: Objective, scale: float | Tensor = 1.0
+        self, microbatches: Sequence[Any], objective: OutputFunction, scale: float | Tensor = 1.0
     ) -> list[Tensor] | None:
         """Run this rank's part of the schedule, with gradients or, where autograd is off, without.
 
@@ -100,7 +100,7 @@ class _Step:
         self,
         pipeline: Pipeline,
         microbatches: Sequence[Any],
-        objective: Objective,
+        objective: OutputFunction,
         scale: float | Tensor,
         arrivals: dict[Action, list[Action]],
     ) -> None:

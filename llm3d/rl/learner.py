@@ -20,7 +20,7 @@ from llm3d.checkpoint.starting import load_first_adapters, load_first_weights
 from llm3d.config import PPOConfig
 from llm3d.data.packed import PackedBatch
 from llm3d.data.pretraining import PretrainingData
-from llm3d.data.prompts import Prompt
+from llm3d.data.prompts import TokenizedPrompt
 from llm3d.models.heads import SCORE, LanguageModelHead
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.permutation import derive_key, permute
@@ -46,7 +46,7 @@ from llm3d.rl.rollout import (
     training_batches,
 )
 from llm3d.rl.timing import Timing
-from llm3d.text.streaming import Replies
+from llm3d.text.streaming import Detokenizer
 from llm3d.text.templates import Template
 from llm3d.train.frozen import FrozenModel
 from llm3d.train.learner import Evaluation
@@ -105,7 +105,7 @@ class PPOLearner:
     def __init__(
         self,
         models: PPOModels,
-        replies: Replies,
+        detokenizer: Detokenizer,
         template: Template,
         texts: PretrainingData | None,
         record: Callable[[int], None],
@@ -116,7 +116,7 @@ class PPOLearner:
         self.config, self.settings, self.mesh = config, config.ppo, self.policy.mesh
         self.frozen, self.template, self.texts, self.record = models.frozen, template, texts, record
         self.rewards = Rewards(self.settings.rewards, self.mesh, scorers)
-        self.rollout = RolloutGenerator(self.policy, replies)
+        self.rollout = RolloutGenerator(self.policy, detokenizer)
         self.kl_coefficient = self.settings.kl_coefficient
         self.score_moments = RunningMoments()
         if self.settings.ema and isinstance(self.policy, Trainer):
@@ -165,7 +165,7 @@ class PPOLearner:
         return ()
 
     def step(
-        self, batch: Sequence[Prompt], lr: float, tell: Callable[[], Notice] | None = None
+        self, batch: Sequence[TokenizedPrompt], lr: float, tell: Callable[[], Notice] | None = None
     ) -> StepResult:
         """Write replies to a batch of prompts, the same on every rank, score them, and learn from them.
 
@@ -210,7 +210,7 @@ class PPOLearner:
         examples = self.rewards.examples(rollouts, scored.raw, scored.scores, found.advantages)
         return result._replace(metrics=metrics, examples=examples)
 
-    def _scored(self, prompts: Sequence[Prompt], timing: Timing) -> Scored:
+    def _scored(self, prompts: Sequence[TokenizedPrompt], timing: Timing) -> Scored:
         """Replies, and what the models say of them."""
         with timing("gen"):
             rollouts = self.rollout.generate(prompts)
@@ -343,7 +343,7 @@ class PPOLearner:
         )
         return [*lines, f"the policy writes {where}"]
 
-    def evaluate(self, batches: Iterable[Sequence[Prompt]]) -> Evaluation:
+    def evaluate(self, batches: Iterable[Sequence[TokenizedPrompt]]) -> Evaluation:
         """Of replies to the validation prompts: their scores, how far the policy has gone, how long they are."""
         found = list[dict[str, float]]()
         counts, num_prompts = list[int](), 0

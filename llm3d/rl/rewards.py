@@ -21,7 +21,7 @@ from torch import Tensor
 from llm3d.config import PPOConfig, RewardSource
 from llm3d.config.explain import nearest
 from llm3d.data.chat import read_samples
-from llm3d.data.prompts import Prompt
+from llm3d.data.prompts import TokenizedPrompt
 from llm3d.errors import InputError
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum
@@ -45,7 +45,7 @@ class RewardFunction:
     Raises InputError where it cannot be loaded, or needs a column that not all prompts have.
     """
 
-    def __init__(self, source: RewardSource, setting: str, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, source: RewardSource, setting: str, prompts: Sequence[TokenizedPrompt]) -> None:
         """setting: its path among the settings.  prompts: all that it may be asked about."""
         assert source.function is not None
         self.setting, self.named, self.time_limit = setting, source.function, source.time_limit
@@ -77,7 +77,7 @@ class RewardFunction:
         """What of a prompt's row the function takes."""
         return {name: value for name, value in row.items() if self.takes is None or name in self.takes}
 
-    def _check_columns(self, prompts: Sequence[Prompt], needs: Sequence[str]) -> None:
+    def _check_columns(self, prompts: Sequence[TokenizedPrompt], needs: Sequence[str]) -> None:
         for prompt in prompts:
             for name in _TAKEN & prompt.row.keys():
                 raise InputError(

@@ -21,17 +21,17 @@ from llm3d.config.uses import generation_layout
 from llm3d.data.packed import PackedBatch, collate
 from llm3d.data.packing import pack
 from llm3d.data.pretraining import Window
-from llm3d.data.prompts import Prompt
+from llm3d.data.prompts import TokenizedPrompt
 from llm3d.data.samples import Sample, Tokens
 from llm3d.generate.cuda_graphs import graphs_for
 from llm3d.generate.engine import Generator, Reply
 from llm3d.generate.scheduler import request_for
-from llm3d.models.heads import Objective
+from llm3d.models.heads import OutputFunction
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.collectives import all_reduce_sum, gather_bytes
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.reshard import SyncStats, WeightSync
-from llm3d.text.streaming import Replies
+from llm3d.text.streaming import Detokenizer
 from llm3d.train.frozen import released_storage
 from llm3d.train.trainer import ShardedModel, Trainer
 
@@ -42,7 +42,7 @@ class Rollouts:
     ended: whether the model ended it.  rollout_log_probs: fp32 [replies, tokens], as it was written.
     """
 
-    prompts: list[Prompt]
+    prompts: list[TokenizedPrompt]
     tokens: list[np.ndarray]
     texts: list[str]
     ended: list[bool]
@@ -75,7 +75,7 @@ class Rollouts:
 
 
 def all_gather_rollouts(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[TokenizedPrompt],
     mine: Sequence[int],
     replies: Sequence[Sequence[Reply]],
     text_of: Callable[[Sequence[int]], str],
@@ -127,8 +127,8 @@ class RolloutGenerator:
     layout of its own: whose weights are there, handed over, for the time of the writing. Gradients then take no memory.
     """
 
-    def __init__(self, policy: ShardedModel, replies: Replies) -> None:
-        self.policy, self.replies, config = policy, replies, policy.config
+    def __init__(self, policy: ShardedModel, detokenizer: Detokenizer) -> None:
+        self.policy, self.detokenizer, config = policy, detokenizer, policy.config
         assert isinstance(config, PPOConfig)
         self.config, self.layout = config, generation_config(config)
         degrees = (self.layout.parallel.tensor, self.layout.parallel.pipeline)
@@ -138,17 +138,17 @@ class RolloutGenerator:
         self.weight_sync: WeightSync | None = None
         self.synced: SyncStats | None = None  # by the last hand-over
 
-    def generate(self, prompts: Sequence[Prompt]) -> Rollouts:
+    def generate(self, prompts: Sequence[TokenizedPrompt]) -> Rollouts:
         """generate.num_replies to each prompt, which alone, with its number and run.seed, says what is drawn."""
         settings, mine = self.config.generate, range(self.mesh.data_rank, len(prompts), self.mesh.data_size)
         requests = [
-            request_for(self.config, self.replies, prompts[i].tokens.tolist(), prompts[i].number)
+            request_for(self.config, self.detokenizer, prompts[i].tokens.tolist(), prompts[i].number)
             for i in mine
         ]
         idle = self.policy.flat.kept_gradients if isinstance(self.policy, Trainer) else []
         with released_storage(idle), self._generator() as generator, input_errors_on_all(self.mesh.everyone):
             found = generator.generate(requests, settings.max_sequences, settings.cache_bytes)
-        return all_gather_rollouts(prompts, mine, found, self.replies.text, self.mesh)
+        return all_gather_rollouts(prompts, mine, found, self.detokenizer.text, self.mesh)
 
     @contextmanager
     def _generator(self) -> Iterator[Generator]:
@@ -185,7 +185,7 @@ def generation_config(config: PPOConfig) -> PPOConfig:
 # ---- what models make of replies ----
 
 
-def token_values(model: ShardedModel, rollouts: Rollouts, function: Objective) -> Tensor:
+def token_values(model: ShardedModel, rollouts: Rollouts, function: OutputFunction) -> Tensor:
     """A table of a number for each token of each reply, on every rank.
 
     function: what is wanted of the head's output, fp32 [tokens of the microbatch]; read where the token is predicted.
@@ -211,7 +211,7 @@ def score_sequences(model: ShardedModel, samples: Sequence[Sample]) -> Tensor:
 
 
 def _outputs(
-    model: ShardedModel, samples: Sequence[Sample], function: Objective
+    model: ShardedModel, samples: Sequence[Sample], function: OutputFunction
 ) -> list[tuple[list[int], Tensor]]:
     """Of this rank's microbatches: which samples are in each, and the numbers; on the ranks that tell the others."""
     mesh = model.mesh

@@ -31,7 +31,7 @@ from llm3d.rl.rewards import RewardFunction, Scorer, reward_names, spread_of_sco
 from llm3d.rl.rollout import blank_rollout_batch, generation_config, shares_layout
 from llm3d.stages.stage import ModelRole, Models, Stage, largest_microbatch
 from llm3d.text.chat_tokenizer import ChatTokenizer
-from llm3d.text.streaming import Replies
+from llm3d.text.streaming import Detokenizer
 from llm3d.text.templates import load_template
 from llm3d.text.tokenizer import Tokenizer
 from llm3d.train.frozen import FrozenModel, Kept
@@ -49,7 +49,7 @@ class PPOTask:
     config: PPOConfig
     tokenizer: ChatTokenizer
     data: PromptData
-    replies: Replies
+    detokenizer: Detokenizer
     rewards: list[PPOConfig | RewardFunction]
     critic: PPOConfig | None
     texts: PretrainingData | None
@@ -80,7 +80,7 @@ class PPOTask:
             else FrozenModel(ShardedModel(config, mesh, objective), own)
         )
         models = PPOModels(policy, critic, reference, [scorer(source) for source in self.rewards])
-        return PPOLearner(models, self.replies, self.tokenizer.template, self.texts, self.data.record)
+        return PPOLearner(models, self.detokenizer, self.tokenizer.template, self.texts, self.data.record)
 
 
 def open_stage(config: PPOConfig, training: bool = True) -> PPOTask:
@@ -95,7 +95,7 @@ def open_stage(config: PPOConfig, training: bool = True) -> PPOTask:
             )
     template = load_template(config.data.template, tokenizer)
     train, valid = read_prompt_sets(template, config, training)
-    replies = Replies(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
+    detokenizer = Detokenizer(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
     prompts = [prompt for found in (*train, *valid) for prompt in found.prompts]
     rewards = [
         model or RewardFunction(source, f"ppo.rewards[{i}].function", prompts)
@@ -105,7 +105,7 @@ def open_stage(config: PPOConfig, training: bool = True) -> PPOTask:
         config,
         ChatTokenizer(tokenizer, template),
         PromptData(config, train, valid),
-        replies,
+        detokenizer,
         rewards,
         critic if training else None,
         _open_texts(config, tokenizer) if training else None,

@@ -15,7 +15,7 @@ from llm3d.generate.sampling import Sampling
 from llm3d.generate.scheduler import Request
 from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.text.chat_tokenizer import ChatTokenizer
-from llm3d.text.streaming import Replies
+from llm3d.text.streaming import Detokenizer
 from llm3d.train.trainer import ShardedModel, next_token
 
 
@@ -33,12 +33,12 @@ def sample_reply(
     prompt = first_prompt(data)
     if not config.sft.sample_tokens or not len(prompt):
         return ()
-    replies = Replies(tokenizer.tokenizer, end_ids(config, tokenizer.tokenizer, tokenizer.template))
-    request = Request(prompt, config.sft.sample_tokens, replies.ends, Sampling(temperature=0))
+    detokenizer = Detokenizer(tokenizer.tokenizer, end_ids(config, tokenizer.tokenizer, tokenizer.template))
+    request = Request(prompt, config.sft.sample_tokens, detokenizer.ends, Sampling(temperature=0))
     writer = Generator(config.model, model.stages, model.mesh, model.dtype)
     ((reply,),) = writer.generate([request], max_sequences=1)
-    question = Replies(tokenizer.tokenizer, ()).text(prompt).strip()
-    return [f"to ...{question[-60:]!r} it replies {replies.text(reply.tokens)!r}"]
+    question = Detokenizer(tokenizer.tokenizer, ()).text(prompt).strip()
+    return [f"to ...{question[-60:]!r} it replies {detokenizer.text(reply.tokens)!r}"]
 
 
 def first_prompt(data: ChatData) -> Sequence[int]:

@@ -19,8 +19,8 @@ class Decoder(Protocol):
     def control_ids(self) -> frozenset[int]: ...
 
 
-class Replies:
-    """What is text in replies, and what ends them.
+class Detokenizer:
+    """From the tokens of replies to their text, and what ends a reply.
 
     end_ids: tokens after which a reply is done.  stop: strings at which it is; they are no part of the text.
     """
@@ -77,12 +77,12 @@ class Replies:
 class StreamPrinter:
     """A reply as it is written: what is new of it, and never again what was there."""
 
-    def __init__(self, replies: Replies) -> None:
-        self.replies, self.so_far = replies, ""
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.detokenizer, self.so_far = detokenizer, ""
 
     def more(self, tokens: Sequence[int]) -> str:
         """What the tokens so far add."""
-        return self.up_to(self.replies.settled(tokens))
+        return self.up_to(self.detokenizer.settled(tokens))
 
     def up_to(self, text: str) -> str:
         if not text.startswith(self.so_far):

@@ -127,7 +127,7 @@ class ShardedModel:
         return [batch.to(self.mesh.device) for batch in microbatches]
 
     @torch.no_grad()
-    def outputs(self, microbatches: Sequence[Batch], objective: heads.Objective) -> list[Tensor] | None:
+    def outputs(self, microbatches: Sequence[Batch], objective: heads.OutputFunction) -> list[Tensor] | None:
         """What the objective makes of each of this data rank's microbatches; None but on the last pipeline stage."""
         if self.pipeline.is_cold:
             self.pipeline.warm_up(microbatches[0], objective)

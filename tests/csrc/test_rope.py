@@ -12,7 +12,7 @@ from tests.csrc.conftest import Ops
 from tests.csrc.placing import DTYPES, PLACES, placed
 from tests.kernels.exactness import assert_close, assert_exact, randn
 
-# Lengths of sequences, some empty, so that blocks of tokens begin and end anywhere; heads; head_dim.
+# Lengths of sequences, so that blocks of tokens begin and end anywhere; heads; head_dim.
 SHAPES = [
     ([0], 3, 16),
     ([1], 1, 2),
@@ -24,8 +24,8 @@ SHAPES = [
 
 
 def tables(lengths: list[int], head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    return *rope_tables(max(lengths) + 1, inverse_frequencies(head_dim, 100.0)), cu_seqlens
+    positions = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
+    return *rope_tables(max(lengths) + 1, inverse_frequencies(head_dim, 100.0)), positions
 
 
 def rotated(ops: Ops, x: Tensor, place: str, *arguments: Tensor, inverse: bool = False) -> Tensor:
@@ -34,10 +34,10 @@ def rotated(ops: Ops, x: Tensor, place: str, *arguments: Tensor, inverse: bool =
     return x.clone()
 
 
-def reference(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor, inverse: bool) -> Tensor:
+def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
     x = x.clone()
     with backend.using("reference"):
-        rotate_(x, cos.to(x.dtype), sin.to(x.dtype), cu_seqlens, inverse)
+        rotate_(x, cos.to(x.dtype), sin.to(x.dtype), positions, inverse)
     return x
 
 
@@ -64,11 +64,11 @@ def test_rope_is_that_of_the_cpu(cuda: Ops, native: Ops, dtype: torch.dtype) -> 
 
 
 def test_tables_need_no_more_than_sixteen_bytes_of_alignment(cuda: Ops) -> None:
-    x, (cos, sin, starts) = randn(7, 3, 64).bfloat16(), tables([7], 64)
-    expected = rotated(cuda, x, "contiguous", cos, sin, starts)
+    x, (cos, sin, positions) = randn(7, 3, 64).bfloat16(), tables([7], 64)
+    expected = rotated(cuda, x, "contiguous", cos, sin, positions)
     for before in (4, 8, 12):
         shifted = (torch.cat([t.new_zeros(before), t.flatten()])[before:].view(t.shape) for t in (cos, sin))
-        assert torch.equal(rotated(cuda, x, "contiguous", *shifted, starts), expected)
+        assert torch.equal(rotated(cuda, x, "contiguous", *shifted, positions), expected)
 
 
 def test_only_the_heads_that_are_given_turn(cuda: Ops) -> None:
@@ -79,9 +79,10 @@ def test_only_the_heads_that_are_given_turn(cuda: Ops) -> None:
     assert torch.equal(qkv, expected)
 
 
-def test_tokens_without_a_position_stay_as_they_are(cuda: Ops) -> None:
-    """Behind the last sequence, and beyond the tables, where a CPU raises an error."""
+def test_tokens_at_positions_without_an_angle_stay_as_they_are(cuda: Ops) -> None:
+    """Where a CPU raises an error."""
     x, (cos, sin, _) = randn(6, 2, 8).float(), tables([3], 8)
-    turned = rotated(cuda, x, "contiguous", cos[:2], sin[:2], torch.tensor([0, 3, 5], dtype=torch.int32))
+    positions = torch.tensor([0, 1, 2, 0, 1, -1], dtype=torch.int32)
+    turned = rotated(cuda, x, "contiguous", cos[:2], sin[:2], positions)
     assert torch.equal(turned[[2, 5]], x[[2, 5]])
     assert not torch.equal(turned[[1, 4]], x[[1, 4]])

@@ -124,10 +124,10 @@ class AddRMSNorm(torch.autograd.Function):
 
 
 def test_gradients_are_derivatives_in_fp64() -> None:
-    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    positions = torch.tensor([0, 1, 0, 3, 2], dtype=torch.int32)
     tables = rope_tables(4, inverse_frequencies(6, 10000.0))
     assert torch.autograd.gradcheck(AddRMSNorm.apply, (leaf(3, 7), leaf(3, 7, seed=1), leaf(7, seed=2)))
-    assert torch.autograd.gradcheck(lambda x: rope(x * 1, 6, *tables, starts, 3) * 1, (leaf(5, 24),))
+    assert torch.autograd.gradcheck(lambda x: rope(x * 1, 6, *tables, positions, 3) * 1, (leaf(5, 24),))
 
 
 def test_the_gradient_of_swiglu_is_its_derivative_in_fp64() -> None:
@@ -164,14 +164,14 @@ def calls(dtype: torch.dtype) -> dict[str, tuple]:
     """Arguments for each operation as PyTorch sees it."""
     x, y = randn(5, 8).to(dtype), randn(5, 8, seed=1).to(dtype)
     weight, per_row, targets = torch.ones(8, dtype=dtype), torch.rand(5), torch.arange(5)
-    heads, starts = randn(5, 3, 4).to(dtype), torch.tensor([0, 2, 5], dtype=torch.int32)
+    heads, positions = randn(5, 3, 4).to(dtype), torch.tensor([0, 1, 0, 1, 2], dtype=torch.int32)
     one = torch.ones((), dtype=torch.float64)
     state = [torch.rand(9) for _ in range(3)]
     return {
         "rms_norm_forward": (x, weight, 1e-5),
         "add_rms_norm_forward": (x.clone(), y, weight, 1e-5),
         "rms_norm_backward": (y, x, weight, per_row[:, None], y),
-        "rope_": (heads, torch.rand(3, 2), torch.rand(3, 2), starts, False),
+        "rope_": (heads, torch.rand(3, 2), torch.rand(3, 2), positions, False),
         "swiglu_forward": (x,),
         "swiglu_backward_": (x[:, :4].contiguous(), x.clone()),
         "softmax_stats": (x, targets),
@@ -231,11 +231,14 @@ def test_a_wrong_call_is_an_error_that_says_what_is_wrong(backend: str) -> None:
         "weight has dtype float32, not bfloat16": lambda: rms_norm_forward(x.bfloat16(), weight, 1e-5),
         "x has 3 in dimension 0, total 4": lambda: accumulate_(torch.zeros(4, 3), x.bfloat16()),
         "targets has 2 elements, not 3": lambda: softmax_stats(x, targets[:2]),
-        "the tables have 5 positions": lambda: rope(
-            torch.zeros(6, 2), 2, table, table, torch.tensor([0, 6], dtype=torch.int32), 1
+        "token 5 is at position 5, the tables have 5": lambda: rope(
+            torch.zeros(6, 2), 2, table, table, torch.arange(6, dtype=torch.int32), 1
         ),
-        "not over the 6 tokens": lambda: rope(
-            torch.zeros(6, 2), 2, table, table, torch.tensor([0, 5], dtype=torch.int32), 1
+        "token 1 is at position -1": lambda: rope(
+            torch.zeros(2, 2), 2, table, table, torch.tensor([0, -1], dtype=torch.int32), 1
+        ),
+        "positions has 5 elements, not 6": lambda: rope(
+            torch.zeros(6, 2), 2, table, table, torch.arange(5, dtype=torch.int32), 1
         ),
     }.items():
         with pytest.raises(RuntimeError, match=message):

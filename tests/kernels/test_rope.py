@@ -69,16 +69,17 @@ def rotated(qkv: Tensor, positions: Tensor, frequencies: Tensor, num_rotated: in
     return torch.cat([whole.real, whole.imag], dim=-1)
 
 
-def sequences(tokens: int) -> tuple[Tensor, Tensor]:
-    """cu_seqlens of sequences of up to 11 tokens, one of them empty, and each token's position."""
-    starts = [0, 0, *range(11, tokens, 11), tokens]
-    return torch.tensor(starts, dtype=torch.int32), torch.arange(tokens) % 11
+def positions_of(tokens: int) -> Tensor:
+    """In sequences of up to 11 tokens, and the first token's elsewhere, as a part of a sequence has it."""
+    positions = torch.arange(tokens, dtype=torch.int32) % 11
+    positions[0] = 7
+    return positions
 
 
 def ours(qkv: Tensor, frequencies: Tensor, num_rotated: int, grad: Tensor) -> tuple[Tensor, Tensor]:
     leaf, tables = qkv.clone().requires_grad_(), rope_tables(12, frequencies)
     head_dim = qkv.shape[2]
-    out = rope((leaf * 1).flatten(1).clone(), head_dim, *tables, sequences(len(qkv))[0], num_rotated)
+    out = rope((leaf * 1).flatten(1).clone(), head_dim, *tables, positions_of(len(qkv)), num_rotated)
     out = out.unflatten(1, (-1, head_dim))
     return out.detach(), torch.autograd.grad(out, leaf, grad.clone())[0]
 
@@ -90,7 +91,7 @@ SHAPES = [(1, 1, 1, 2), (5, 3, 2, 4), (13, 7, 5, 10), (31, 6, 4, 64)]  # tokens,
 def test_fp32_rotates_forth_and_gradients_back(shape: tuple[int, int, int, int]) -> None:
     tokens, heads, num_rotated, head_dim = shape
     qkv, grad = randn(tokens, heads, head_dim), randn(tokens, heads, head_dim, seed=1)
-    positions, frequencies = sequences(tokens)[1], inverse_frequencies(head_dim, 10000.0)
+    positions, frequencies = positions_of(tokens), inverse_frequencies(head_dim, 10000.0)
     out, grad_input = ours(qkv.float(), frequencies, num_rotated, grad.float())
     assert_close(out, rotated(qkv, positions, frequencies, num_rotated))
     assert_close(grad_input, rotated(grad, -positions, frequencies, num_rotated))
@@ -100,7 +101,7 @@ def test_fp32_rotates_forth_and_gradients_back(shape: tuple[int, int, int, int])
 def test_bf16_is_as_exact_as_torch(shape: tuple[int, int, int, int]) -> None:
     tokens, heads, num_rotated, head_dim = shape
     qkv, grad = randn(tokens, heads, head_dim), randn(tokens, heads, head_dim, seed=1)
-    positions, frequencies = sequences(tokens)[1], inverse_frequencies(head_dim, 10000.0)
+    positions, frequencies = positions_of(tokens), inverse_frequencies(head_dim, 10000.0)
     out, grad_input = ours(qkv.bfloat16(), frequencies, num_rotated, grad.bfloat16())
     cos, sin = (table.bfloat16()[positions][:, None] for table in rope_tables(12, frequencies))
 
@@ -138,7 +139,7 @@ def test_scores_depend_on_distance_alone(query_at: int, key_at: int, shift: int)
     def score(query_at: int, key_at: int) -> float:
         qk = torch.zeros(8001, 2, 16)
         qk[query_at, 0], qk[key_at, 1] = q[0, 0], k[0, 0]
-        rope(qk.flatten(1), 16, *tables, torch.tensor([0, 8001], dtype=torch.int32), 2)
+        rope(qk.flatten(1), 16, *tables, torch.arange(8001, dtype=torch.int32), 2)
         return float(qk[query_at, 0] @ qk[key_at, 1])
 
     assert score(query_at + shift, key_at + shift) == pytest.approx(score(query_at, key_at), abs=5e-3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm3d.config import RewardSource
-from llm3d.data.prompts import Prompt
+from llm3d.data.prompts import TokenizedPrompt
 from llm3d.errors import InputError
 from llm3d.rl.rewards import RewardFunction
 from llm3d.rl.rollout import Rollouts
@@ -25,7 +25,9 @@ LENGTHS = [1.0, 2.0, 3.0]
 def rollouts(*rows: dict[str, Any]) -> Rollouts:
     """REPLIES to three prompts with these rows, or none."""
     none = np.zeros(0, dtype=np.int32)
-    prompts = [Prompt(i, none, "?", row, f"x.jsonl line {i + 1}") for i, row in enumerate(rows or ({},) * 3)]
+    prompts = [
+        TokenizedPrompt(i, none, "?", row, f"x.jsonl line {i + 1}") for i, row in enumerate(rows or ({},) * 3)
+    ]
     return Rollouts(prompts, [none] * 3, REPLIES, [True] * 3, torch.zeros(3, 0))
 
 

@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm3d.text.streaming import Replies, StreamPrinter
+from llm3d.text.streaming import Detokenizer, StreamPrinter
 from llm3d.text.tokenizer import Tokenizer, load_tokenizer
 from tests.stages.post_training import write_tokenizer
 
@@ -47,7 +47,7 @@ def byte_fallback(directory: Path) -> Tokenizer:
 
 @given(text=TEXT, stop=STOPS)
 def test_what_is_shown_grows_into_the_text(tokenizer: Tokenizer, text: str, stop: list[str]) -> None:
-    replies = Replies(tokenizer, [], stop)
+    replies = Detokenizer(tokenizer, [], stop)
     shown, printed = StreamPrinter(replies), ""
     tokens = tokenizer.encode_next(text).tolist()
     for i in range(1, len(tokens) + 1):
@@ -64,7 +64,7 @@ def test_what_is_shown_grows_into_the_text(tokenizer: Tokenizer, text: str, stop
 def test_a_reply_ends_with_the_token_that_completes_a_stop(
     tokenizer: Tokenizer, text: str, stop: list[str]
 ) -> None:
-    replies = Replies(tokenizer, [], stop)
+    replies = Detokenizer(tokenizer, [], stop)
     tokens = tokenizer.encode_next(text).tolist()
     for i in range(1, len(tokens) + 1):
         so_far = tokenizer.decode_next(tokens[:i])
@@ -77,7 +77,7 @@ def test_a_reply_ends_with_the_token_that_completes_a_stop(
 def test_end_tokens_end_it_and_are_no_text(tokenizer: Tokenizer) -> None:
     end = tokenizer.special_id("<|im_end|>")
     assert end is not None and tokenizer.eos_id is not None
-    replies = Replies(tokenizer, [end], ())
+    replies = Detokenizer(tokenizer, [end], ())
     tokens = tokenizer.encode("one")
     assert not replies.ends(tokens) and replies.ends([*tokens, end])
     assert not replies.ends([*tokens, end, tokens[0]]), "only the last token counts"
@@ -94,8 +94,8 @@ def test_added_tokens_that_are_text_stay_and_unknown_ones_do_not(tmp_path: Path)
     think = tokenizer.special_id("<think>")
     assert think is not None
     tokens = [*tokenizer.encode("one"), think, tokenizer.vocab_size, tokenizer.vocab_size + 3]
-    assert Replies(tokenizer, []).text(tokens) == "one<think>"
-    assert Replies(tokenizer, [], ["<think>"]).ends(tokens[:-2])
+    assert Detokenizer(tokenizer, []).text(tokens) == "one<think>"
+    assert Detokenizer(tokenizer, [], ["<think>"]).ends(tokens[:-2])
 
 
 def test_a_reply_keeps_the_space_that_it_starts_with(tmp_path: Path) -> None:
@@ -107,5 +107,5 @@ def test_a_reply_keeps_the_space_that_it_starts_with(tmp_path: Path) -> None:
     made.decoder = tokenizers.decoders.Metaspace()
     made.add_special_tokens(["</s>"])
     made.save(str(tmp_path / "tokenizer.json"))
-    replies = Replies(load_tokenizer(tmp_path), [4])
+    replies = Detokenizer(load_tokenizer(tmp_path), [4])
     assert replies.text([2, 2, 4]) == " a a"

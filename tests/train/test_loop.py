@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llm3d.config import PretrainConfig
 from llm3d.data.pretraining import Microbatch
-from llm3d.data.prompts import Prompt
+from llm3d.data.prompts import TokenizedPrompt
 from llm3d.errors import InputError, Interrupted, TrainingAborted
 from llm3d.parallel.mesh import Mesh, start_process_group
 from llm3d.train.best import Best
@@ -303,7 +303,7 @@ def test_what_goes_to_a_gpu_is_pinned_where_it_is_read(monkeypatch: pytest.Monke
             assert torch.equal(there, value) and any(there is each for each in pinned)
         else:
             assert there == value
-    prompt = Prompt(3, np.arange(4, dtype=np.int32), "shown", {}, "file line 1")
+    prompt = TokenizedPrompt(3, np.arange(4, dtype=np.int32), "shown", {}, "file line 1")
     assert in_pinned_memory(prompt) == prompt
 
 
