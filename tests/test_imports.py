@@ -1,4 +1,4 @@
-"""Who may enter which room; and what asking for help does not wait for."""
+"""Who may enter which room, that a name is one class, and what asking for help does not wait for."""
 
 from __future__ import annotations
 
@@ -69,6 +69,15 @@ def test_nothing_imports_upward(path: Path) -> None:
     allowed = FOR_ALL if own in FOR_ALL else FOR_ALL | {own} | below(own)
     entered = {room(module) for module in imports(path) if module.startswith("llm3d.")}
     assert entered - {"__version__"} <= allowed
+
+
+def test_no_two_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: places for name, places in found.items() if len(places) > 1}
 
 
 def loaded_by(module: str) -> set[str]:

@@ -23,7 +23,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Piece(_Part):
+class StoredPiece(_Part):
     """A box of a tensor: where it lies in the tensor and in which file."""
 
     file: str
@@ -36,7 +36,7 @@ class Piece(_Part):
 class StoredTensor(_Part):
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StoredPiece, ...]
 
 
 class Manifest(_Part):

@@ -45,7 +45,7 @@ BEST = "best"  # beside the checkpoints, a link to one
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|deleted)")
 
 
-class Tokenizer(Protocol):
+class SavedTokenizer(Protocol):
     """What a checkpoint asks of a tokenizer; `llm3d.text.tokenizer.Tokenizer` is one."""
 
     @property
@@ -66,7 +66,7 @@ def save_checkpoint(
     step: int,
     trainer: Trainer,
     state: dict[str, Any],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: SavedTokenizer | None = None,
     keep: int | None = None,
     best: int | None = None,
     others: Mapping[str, Trainer] = ALONE,
@@ -110,7 +110,7 @@ def _write(
     step: int,
     trainer: Trainer,
     state: dict[str, Any],
-    tokenizer: Tokenizer | None,
+    tokenizer: SavedTokenizer | None,
 ) -> None:
     """All of one trainer, the manifest last."""
     trainer.flat.wait_all_gathers()
@@ -181,7 +181,7 @@ def _entry(state: str, box: Box, values: Tensor) -> tuple[str, Box, Tensor]:
 
 
 def _write_small_files(
-    writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: Tokenizer | None
+    writer: BoxWriter, trainer: Trainer, state: dict[str, Any], tokenizer: SavedTokenizer | None
 ) -> None:
     writer.text("state.json", json.dumps({**state, **trainer.state}, indent=1) + "\n")
     writer.text(meaning.FILE, json.dumps(trainer.meaning, indent=1) + "\n")
@@ -196,7 +196,7 @@ def _write_small_files(
         _write_tokenizer(writer, weights_folder(trainer), tokenizer)
 
 
-def _write_tokenizer(writer: BoxWriter, folder: str, tokenizer: Tokenizer) -> None:
+def _write_tokenizer(writer: BoxWriter, folder: str, tokenizer: SavedTokenizer) -> None:
     """Into a place of its own first: in the folder, other ranks are writing weights meanwhile."""
     apart = writer.directory / "tokenizer"
     with writer.keeping_failure(apart):

@@ -94,7 +94,7 @@ def _check_fits_a_microbatch(path: str, samples: SampleSet, config: PostTraining
         )
 
 
-class Place(NamedTuple):
+class SampleIndex(NamedTuple):
     """Of a sample: the number of its set, and its own in the set."""
 
     number: int
@@ -189,33 +189,33 @@ class ChatData:
             f"rank, of any length; padding them to the longest would add {padded / tokens - 1:.2%}"
         )
 
-    def in_order(self, split: Literal["train", "valid"]) -> Iterator[Place]:
+    def in_order(self, split: Literal["train", "valid"]) -> Iterator[SampleIndex]:
         """Samples in the order in which training reads them, pass after pass, or an evaluation."""
         if split == "train":
-            return (Place(*self.order.place(k)) for k in count())
+            return (SampleIndex(*self.order.place(k)) for k in count())
         return (place for places in self._stored(self._valid) for place in places)
 
-    def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[Place], PackedBatch]]]:
+    def everything(self, number: int, mesh: Mesh) -> Iterator[list[tuple[list[SampleIndex], PackedBatch]]]:
         """This rank's share of a set, as many samples at a time as a step has: which are in each microbatch."""
         for places in self._stored([number]):
             yield [([places[i] for i in items], batch) for items, batch in self._packed(places, mesh)]
 
     # ---- steps ----
 
-    def _step(self, step: int) -> list[Place]:
-        return [Place(*self.order.place(k)) for k in self.steps.numbers(step)]
+    def _step(self, step: int) -> list[SampleIndex]:
+        return [SampleIndex(*self.order.place(k)) for k in self.steps.numbers(step)]
 
     @property
     def _valid(self) -> range:
         return range(self.num_train, len(self.sets))
 
-    def _stored(self, numbers: Sequence[int]) -> Iterator[list[Place]]:
+    def _stored(self, numbers: Sequence[int]) -> Iterator[list[SampleIndex]]:
         """All samples of some sets, as stored, as many at a time as a step has."""
-        places = (Place(number, i) for number in numbers for i in range(len(self.sets[number])))
+        places = (SampleIndex(number, i) for number in numbers for i in range(len(self.sets[number])))
         while some := list(islice(places, self.config.batch.global_size)):
             yield some
 
-    def _lengths(self, places: Sequence[Place]) -> np.ndarray:
+    def _lengths(self, places: Sequence[SampleIndex]) -> np.ndarray:
         return np.array([self.lengths[place.number][place.sample] for place in places], dtype=np.int64)
 
     def _bins(self, lengths: np.ndarray, data_size: int) -> list[np.ndarray]:
@@ -230,7 +230,7 @@ class ChatData:
             derive_key(seed, k, number) >> 1 for k, span in counts for number in range(span.stop - span.start)
         ]
 
-    def _packed(self, places: Sequence[Place], mesh: Mesh) -> list[tuple[np.ndarray, PackedBatch]]:
+    def _packed(self, places: Sequence[SampleIndex], mesh: Mesh) -> list[tuple[np.ndarray, PackedBatch]]:
         """This data rank's microbatches of the samples, and which of them are in each."""
         bins = self._bins(self._lengths(places), mesh.data_size)[mesh.data_rank :: mesh.data_size]
         total = chosen_targets([self.sets[place.number][place.sample] for place in places])
@@ -248,7 +248,7 @@ class ChatData:
             for items, batch in zip(bins, batches, strict=True)
         ]
 
-    def _mismatched(self, places: Sequence[Place], items: np.ndarray) -> PackedBatch | None:
+    def _mismatched(self, places: Sequence[SampleIndex], items: np.ndarray) -> PackedBatch | None:
         """Prompts of some of a step's samples, each with the reply of the sample before it in the step."""
         if not self.mismatched:
             return None
@@ -256,7 +256,7 @@ class ChatData:
         pairs = (mismatched(sequences[i], sequences[i - 1], self.config.data.sequence_length) for i in items)
         return collate([Sample((pair,)) for pair in pairs], self.config.parallel.token_multiple)
 
-    def _collated(self, places: Sequence[Place]) -> PackedBatch:
+    def _collated(self, places: Sequence[SampleIndex]) -> PackedBatch:
         reference = None
         if self.reference is not None:
             parts = [self.reference[place.number][self.sequences(place)] for place in places]
@@ -264,7 +264,7 @@ class ChatData:
         samples = [self.sets[place.number][place.sample] for place in places]
         return collate(samples, self.config.parallel.token_multiple, reference)
 
-    def sequences(self, place: Place) -> slice:
+    def sequences(self, place: SampleIndex) -> slice:
         """Which of its set's sequences a sample has."""
         first, last = self.sets[place.number].sample_starts[place.sample : place.sample + 2]
         return slice(int(first), int(last))

@@ -84,7 +84,7 @@ def attention(qkv: Tensor, num_heads: int, cu_seqlens: Tensor, max_seqlen: int) 
     equally_long = (len(cu_seqlens) - 1) * max_seqlen == len(qkv)  # cuDNN is asked where it needs no padding
     if qkv.is_cuda and (not _flash_takes(qkv) or (_chosen == "cudnn" and equally_long)):
         return _by_sdpa(qkv, num_heads, cu_seqlens, max_seqlen)
-    return Attention.of(qkv, num_heads, cu_seqlens, max_seqlen)
+    return AttentionFunction.of(qkv, num_heads, cu_seqlens, max_seqlen)
 
 
 def _flash_takes(qkv: Tensor) -> bool:
@@ -98,7 +98,7 @@ def parts(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-class Attention(Operation):
+class AttentionFunction(Operation):
     """Keeps qkv, the output and the rows' log-sum-exp, and computes the scores again in backward."""
 
     @staticmethod

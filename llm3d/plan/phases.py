@@ -15,7 +15,7 @@ from llm3d.stages.stage import ModelRole
 
 
 @dataclass(frozen=True)
-class Phases:
+class MemoryByPhase:
     """Of a pipeline stage's first rank: what each trained model takes, the weights of each that is frozen, and bytes on
     the device at the peak of each phase, by name.
     """
@@ -25,7 +25,9 @@ class Phases:
     peaks: dict[str, int]
 
 
-def phases_of_stages(roles: Sequence[ModelRole], world_size: int, device_type: str = "cuda") -> list[Phases]:
+def phases_of_stages(
+    roles: Sequence[ModelRole], world_size: int, device_type: str = "cuda"
+) -> list[MemoryByPhase]:
     """For each pipeline stage. Frozen models are offloaded to host memory, but on a CPU.
 
     roles: the policy first.
@@ -39,7 +41,9 @@ def phases_of_stages(roles: Sequence[ModelRole], world_size: int, device_type: s
     for i in range(len(plans["policy"])):
         trained = {role.name: plans[role.name][i] for role in roles if role.kind == "trained"}
         frozen = {role.name: plans[role.name][i].parameters for role in roles if role.kind == "frozen"}
-        found.append(Phases(trained, frozen, _peaks(trained, frozen, handed + writing, device_type != "cpu")))
+        found.append(
+            MemoryByPhase(trained, frozen, _peaks(trained, frozen, handed + writing, device_type != "cpu"))
+        )
     return found
 
 
@@ -82,7 +86,7 @@ def bytes_of_generation(layout: Config) -> int:
     return cache + tokens * width * size + 3 * logits * 4
 
 
-def table(stages: Sequence[Phases]) -> str:
+def table(stages: Sequence[MemoryByPhase]) -> str:
     """Lines for people: a column for each pipeline stage, in GiB."""
     rows: list[tuple[str, list[int]]] = []
     for name in stages[0].trained:

@@ -32,7 +32,7 @@ class DeadlockError(ScheduleError):
 
 
 @dataclass(frozen=True)
-class Span:
+class TimedAction:
     """start and end, in the unit of the times given.
 
     Of a compute action: when it runs. Of a send or receive: when it is posted, and when the message is there.
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    spans: list[list[Span]]  # per pipeline rank, in the order of its actions
+    spans: list[list[TimedAction]]  # per pipeline rank, in the order of its actions
 
     @property
     def makespan(self) -> float:
@@ -238,7 +238,7 @@ class _Run:
     def timeline(self) -> Timeline:
         return Timeline(
             [
-                [Span(action, self.start[rank, action], self.end[rank, action]) for action in actions]
+                [TimedAction(action, self.start[rank, action], self.end[rank, action]) for action in actions]
                 for rank, actions in enumerate(self.schedule)
             ]
         )

@@ -49,7 +49,7 @@ class Span(NamedTuple):
     message: int
 
 
-class Replies(NamedTuple):
+class ReplySpans(NamedTuple):
     """Spans in order. closing: the end of the last reply, where the template leaves it to the next message."""
 
     spans: list[Span]
@@ -83,13 +83,13 @@ class ReplyFinder:
         # It tells where a reply starts only if no text can hold it.
         self._opening = opening if any(s.token_id in self.reserved for s in self.specials(opening)) else ""
 
-    def find(self, chat: Chat, whole: Rendered, learned: Sequence[bool]) -> Replies:
+    def find(self, chat: Chat, whole: Rendered, learned: Sequence[bool]) -> ReplySpans:
         """The replies in a rendered conversation; learned: for each message, whether it is one that counts.
 
         Raises InputError for a reply that counts where its place cannot be found.
         """
         if whole.generated:
-            return Replies(self._marked(chat, whole), "")
+            return ReplySpans(self._marked(chat, whole), "")
         spans, at, ended = list[Span](), 0, ""
         text = _Text(whole.text, self.specials(whole.text, chat.marks))
         for i in _places(chat):
@@ -103,7 +103,7 @@ class ReplyFinder:
                 continue
             spans.append(Span(start, stop, i))
             at, ended = stop, said
-        return Replies(spans, self._closing(chat, text, spans))
+        return ReplySpans(spans, self._closing(chat, text, spans))
 
     def specials(self, text: str, marks: Marks = MARKS) -> list[Special]:
         """The special tokens in a rendered text; what is only spelled like one is none.

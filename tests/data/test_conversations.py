@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from llm3d.commands.evaluate import check
 from llm3d.config import DPOConfig, SFTConfig, make_config
 from llm3d.config.stages import Config
-from llm3d.data.conversations import ChatData, Place, open_chat
+from llm3d.data.conversations import ChatData, SampleIndex, open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.data.samples import Sample, SampleSet, Tokens
 from llm3d.data.steps import Consumed
@@ -358,7 +358,7 @@ def test_epochs_end_with_their_samples_however_often_the_batch_changes(
     model: Path, size: int, epochs: float, parts: list[tuple[int, int]]
 ) -> None:
     """parts: steps that a run takes in one go, and its batch."""
-    sets, read_so_far, step, consumed = [samples(size, 100)], list[Place](), 0, Consumed(0, 0)
+    sets, read_so_far, step, consumed = [samples(size, 100)], list[SampleIndex](), 0, Consumed(0, 0)
     for steps, batch in [*parts, (99, 3)]:
         config = make(model, batch={"global": batch}, train={"steps": 0, "epochs": epochs})
         data = ChatData(config, sets, [])

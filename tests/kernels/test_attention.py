@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm3d.errors import InputError
-from llm3d.kernels.attention import Attention, attention, describe, parts, use
+from llm3d.kernels.attention import AttentionFunction, attention, describe, parts, use
 from tests.kernels.exactness import assert_as_exact_as, assert_close, randn
 
 LENGTHS = [
@@ -125,8 +125,8 @@ def test_a_gpu_gets_grouped_heads_as_they_are_and_one_gradient() -> None:
     with FakeTensorMode(), torch.no_grad(), Operations() as operations:
         qkv = torch.empty(tokens, heads + 2 * kv_heads, size, dtype=torch.bfloat16, device="cuda")
         bounds = torch.empty(3, dtype=torch.int32, device="cuda")
-        out = Attention.forward(kept, qkv, heads, bounds, 7)
-        grad_qkv, *_ = Attention.backward(kept, torch.empty_like(out))
+        out = AttentionFunction.forward(kept, qkv, heads, bounds, 7)
+        grad_qkv, *_ = AttentionFunction.backward(kept, torch.empty_like(out))
     assert out.shape == (tokens, heads, size)
     assert grad_qkv.shape == qkv.shape and grad_qkv.is_contiguous()
     bytes_of_activations = sum(x.nbytes for x in kept.saved_tensors if x.numel() > 4)

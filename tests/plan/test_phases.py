@@ -14,7 +14,7 @@ from llm3d.config.uses import config_for_plan
 from llm3d.errors import InputError
 from llm3d.generate import engine
 from llm3d.parallel.mesh import Mesh
-from llm3d.plan.phases import Phases, phases_of_stages
+from llm3d.plan.phases import MemoryByPhase, phases_of_stages
 from llm3d.rl.models import planned_settings
 from llm3d.stages.ppo import open_stage
 from llm3d.stages.stage import stage_of
@@ -84,7 +84,7 @@ def kept(model: ShardedModel) -> dict[str, int]:
     return found
 
 
-def planned(given: Settings, world_size: int) -> list[Phases]:
+def planned(given: Settings, world_size: int) -> list[MemoryByPhase]:
     config = make_config(given, world_size, PPOConfig)
     return phases_of_stages(stage_of(config).models(config).roles, world_size, "cpu")
 

@@ -35,7 +35,7 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.zero.unit import FlatUnit
 
 
-class Stage(Protocol):
+class PipelineStage(Protocol):
     """What a pipeline stage says of itself; `llm3d.models.decoder.DecoderStage` is one."""
 
     def units(self) -> Sequence[nn.Module]:
@@ -98,7 +98,7 @@ class FlatParameters:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[PipelineStage],
         mesh: Mesh,
         dtype: torch.dtype,
         zero: ZeroConfig | None = None,
@@ -147,7 +147,7 @@ class FlatParameters:
         mesh = self.mesh
         return FlatUnit(parameters, mesh.replicas, self.dtype, mesh.device, sharded, frees)
 
-    def _give_storage(self, stage: Stage) -> None:
+    def _give_storage(self, stage: PipelineStage) -> None:
         """Put the parameters with storage, wherever modules hold them, in the place of those without."""
         for module in stage.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
