@@ -1,4 +1,4 @@
-"""A LLaMA as a plain Hugging Face directory: written from any layout, read into any."""
+"""A model as a plain Hugging Face directory: written from any layout, read into any."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from llm3d.checkpoint.box_files import BoxReader, BoxWriter, StoredBox, box_of, split_by_size
 from llm3d.config import ModelConfig
+from llm3d.config.families import ARCHITECTURES
 from llm3d.config.hugging_face import generation_settings, token_ids
-from llm3d.config.llama import ARCHITECTURES
 from llm3d.errors import InputError
 from llm3d.kernels.rope import inverse_frequencies
 from llm3d.models.adapters import is_adapter
@@ -268,7 +268,7 @@ def weight_files(reader: BoxReader) -> dict[str, str]:
         raise InputError(
             f"{pickled[0]}: pickled weights are not read, since reading them runs any code they hold; where you "
             f"trust them, let transformers write safetensors: "
-            f"LlamaForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+            f"AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
         )
     raise InputError(f"{directory}: holds neither {_SINGLE} nor {_INDEX}; name a directory with weights")
 

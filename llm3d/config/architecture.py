@@ -17,7 +17,8 @@ class Architecture:
     model_type: in config.json.
     defaults: the fields of config.json that are settings of the model, by their name in both, with what transformers
         takes where the file is silent.
-    only: fields that ask for what is not built, with the values that do not.
+    only: fields that ask for what is not built, with the values that do not; of a list, each entry.
+    harmless: further fields that change nothing of what is computed, whatever they say.
     fixed: what is written into config.json beside the settings.
     heads: what config.json says of a model with each kind of head.
     layer_parameters: the number of weights of a layer.
@@ -31,3 +32,4 @@ class Architecture:
     heads: dict[Literal["language", "score"], dict[str, Any]]
     layer_parameters: Callable[[ModelConfig], int]
     problems: Callable[[ModelConfig, int], Iterator[str]]
+    harmless: frozenset[str] = frozenset()

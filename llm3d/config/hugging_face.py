@@ -1,7 +1,7 @@
 """A Hugging Face directory's config.json as the fields of `llm3d.config.sections.ModelConfig`.
 
-Whatever transformers writes of a family in `llm3d.config.llama.ARCHITECTURES`, and computes as llm3d does, is read. Of
-other fields only those pass that are known to change nothing of what the model computes.
+Whatever transformers writes of a family in `llm3d.config.families.ARCHITECTURES`, and computes as llm3d does, is read.
+Of other fields only those pass that are known to change nothing of what the model computes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm3d.config.explain import show
-from llm3d.config.llama import ARCHITECTURES
+from llm3d.config.families import ARCHITECTURES
 from llm3d.errors import InputError
 
 Shape = dict[str, Any]
@@ -85,12 +85,13 @@ def check_fields(
 ) -> None:
     """Raise InputError for a field that may change what a model computes and is not built.
 
-    only: fields with the values that are.  harmless: further fields that may have any value. Null, false, 0 and what
-    is empty ask for nothing.
+    only: fields with the values that are, of a list each entry.  harmless: further fields that may have any value.
+    Null, false, 0 and what is empty ask for nothing.
     """
     for name, value in stored.items():
         if name in only:
-            if value is not None and value not in only[name]:
+            entries = value if isinstance(value, list) else [value]
+            if value is not None and any(entry not in only[name] for entry in entries):
                 raise InputError(f"{where}: {name} {show(value)} is not supported")
         elif value and name not in harmless:
             raise InputError(
@@ -110,11 +111,9 @@ def hugging_face_shape(file: Path) -> Shape:
     stored, where = read_object("model.path", file), f"model.path: {file}"
     family = ARCHITECTURES.get(str(stored.get("model_type")))
     if family is None:
-        supported = " and ".join(map(repr, ARCHITECTURES))
-        raise InputError(
-            f"{where} has model_type {stored.get('model_type')!r}; only {supported} is supported"
-        )
-    check_fields(where, stored, family.only, {*_HARMLESS.split(), *family.defaults, *_ROPE})
+        supported = ", ".join(map(repr, ARCHITECTURES))
+        raise InputError(f"{where} has model_type {stored.get('model_type')!r}; supported are {supported}")
+    check_fields(where, stored, family.only, {*_HARMLESS.split(), *family.harmless, *family.defaults, *_ROPE})
     known = {name: stored.get(name, default) for name, default in family.defaults.items()}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(value := known[name], int) and value < 0:

@@ -19,9 +19,15 @@ def _layer_parameters(model: ModelConfig) -> int:
 
 
 def _problems(model: ModelConfig, tensor: int) -> Iterator[str]:
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    heads = model.num_attention_heads
     if model.hidden_size % heads:  # transformers refuses such a model, whatever its head_dim
         yield f"model.num_attention_heads: {heads} does not divide model.hidden_size {model.hidden_size}"
+    yield from head_problems(model, tensor)
+
+
+def head_problems(model: ModelConfig, tensor: int) -> Iterator[str]:
+    """Those of any family with LLaMA's heads and MLP."""
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     if heads % kv_heads:
         yield f"model.num_key_value_heads: {kv_heads} does not divide model.num_attention_heads {heads}"
     if model.head_dim % 2:
@@ -40,6 +46,7 @@ def _problems(model: ModelConfig, tensor: int) -> Iterator[str]:
 LLAMA = Architecture(
     model_type="llama",
     defaults={
+        "model_type": "llama",
         "vocab_size": 32_000,
         "hidden_size": 4096,
         "intermediate_size": 11_008,
@@ -76,4 +83,3 @@ LLAMA = Architecture(
     layer_parameters=_layer_parameters,
     problems=_problems,
 )
-ARCHITECTURES = {LLAMA.model_type: LLAMA}

@@ -90,7 +90,7 @@ def _targets(file: Path, modules: dict[str, tuple[int, str]]) -> list[str]:
     for layer, projection in modules.values():
         layers.setdefault(layer, set()).add(projection)
     if not layers:
-        raise InputError(f"lora.path: {file}: holds no adapters of a LLaMA's projections")
+        raise InputError(f"lora.path: {file}: holds no adapters of projections that are known here")
     first = layers[min(layers)]
     for layer, found in sorted(layers.items()):
         if found != first:

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from llm3d.config.architecture import Architecture
 from llm3d.config.base import Fraction, Name, OneOrMore, Positive, Section, Whole, whole
 from llm3d.config.data import DataSource
-from llm3d.config.llama import LLAMA
+from llm3d.config.families import ARCHITECTURES
 from llm3d.config.schedules import SCHEDULES, ScheduleName
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -72,11 +72,13 @@ def _no_default_scaling(value: object) -> object:
 
 
 class ModelConfig(Section):
-    """The model, a LLaMA. The names are those of transformers' LlamaConfig."""
+    """The model. The names are those of transformers' configurations."""
 
     path: Name | None = None
     """Pretrained model: a Hugging Face directory or a checkpoint. Its config.json gives the shape, its weights are the
     start."""
+    model_type: Literal["llama", "qwen3"] = "llama"
+    """Model family, as config.json names it: LLaMA, or dense Qwen3."""
     vocab_size: Positive | None = None
     """Vocabulary size, tokens. Null: that of data.tokenizer."""
     hidden_size: Positive
@@ -117,7 +119,7 @@ class ModelConfig(Section):
     @property
     def architecture(self) -> Architecture:
         """The family that the model is of."""
-        return LLAMA
+        return ARCHITECTURES[self.model_type]
 
     def num_parameters(self, head: Literal["language", "score"] = "language") -> int:
         """The exact number of weights, tied embeddings counted once."""
@@ -236,7 +238,7 @@ class LossConfig(Section):
     """Regularizers that are added to the cross-entropy in training; evaluations are without."""
 
     z_loss: float = Field(0.0, ge=0)
-    """z-loss coefficient: multiplies the squared logarithm of the softmax normaliser, which keeps logits from
+    """z-loss coefficient: multiplies the squared logarithm of the softmax normalizer, which keeps logits from
     drifting."""
     label_smoothing: Fraction = 0.0
     """Label smoothing epsilon: the share of each target's probability that is spread over the whole vocabulary."""
@@ -286,7 +288,7 @@ class RewardSettings(Section):
 
 
 class DPOSettings(Section):
-    """Direct preference optimisation."""
+    """Direct preference optimization."""
 
     loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid"
     """DPO loss type: sigmoid (DPO), ipo, hinge (SLiC) or robust. ipo takes log-probabilities per token."""

@@ -1,1 +1,1 @@
-"""The LLaMA transformer and its heads, written with tensor-parallel layers."""
+"""Decoder-only transformers, LLaMA and its kin, and their heads, written with tensor-parallel layers."""

@@ -14,13 +14,14 @@ from llm3d.models.decoder import DecoderStage
 from llm3d.models.family import Build, Family, key_value_replicas
 from llm3d.models.heads import SCORE, HeadName
 from llm3d.models.llama import LLAMA
+from llm3d.models.qwen3 import QWEN3
 from llm3d.parallel.boxes import Box, Piece
 from llm3d.parallel.collectives import is_alone
 from llm3d.parallel.mesh import Mesh
 from llm3d.parallel.schedules import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAMILIES: dict[str, Family] = {"llama": LLAMA}  # by the model_type of a config.json
+FAMILIES: dict[str, Family] = {"llama": LLAMA, "qwen3": QWEN3}  # by the model_type of a config.json
 _BLOCK_ROWS = 64
 
 
@@ -64,7 +65,7 @@ def spread_layers(num_layers: int, num_stages: int) -> list[int]:
     return counts
 
 
-def initialise(weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, seed: int) -> None:
+def initialize(weights: Iterable[tuple[Piece, Tensor]], config: ModelConfig, seed: int) -> None:
     """Fill them with random values that no layout changes."""
     for piece, view in weights:
         view.copy_(initial_value(piece.box, config, seed))

@@ -53,6 +53,11 @@ class Build:
         box = Box.whole(name, (self.config.hidden_size,))
         return RMSNorm(box, self.config.rms_norm_eps, self.mesh.tensor, self.sequence_parallel)
 
+    def head_norm(self, name: str) -> RMSNorm:
+        """An RMSNorm of single heads, each [head_dim], which share its weight. A tensor rank has some of them."""
+        box = Box.whole(name, (self.config.head_dim,))
+        return RMSNorm(box, self.config.rms_norm_eps, self.mesh.tensor, partial=True)
+
     def column_parallel(self, pieces: Sequence[Piece], bias: bool = False) -> ColumnParallelLinear:
         """pieces: this rank's rows of one or several projections, under each other."""
         adapters = column_adapters(pieces, self.lora, self.mesh.tensor)

@@ -23,10 +23,13 @@ class LlamaBlock(nn.Module):
         super().__init__()
         prefix = f"model.layers.{index}"
         self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight")
-        self.attention = Attention(build, index)
+        self.attention = self.make_attention(build, index)
         self.mlp_norm = build.norm(f"{prefix}.post_attention_layernorm.weight")
         self.mlp = MLP(build, f"{prefix}.mlp")
         self.recompute = build.recompute
+
+    def make_attention(self, build: Build, index: int) -> Attention:
+        return Attention(build, index)
 
     def forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """x: what the layer before adds to the residual stream, [tokens, hidden], is overwritten -> the same two.
@@ -39,10 +42,10 @@ class LlamaBlock(nn.Module):
         return self._forward(x, residual, context)
 
     def _forward(self, x: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        normalised, hidden = self.attention_norm(x, residual)
-        attended = self.attention(normalised, context, self._source(self.attention_norm, hidden))
-        normalised, hidden = self.mlp_norm(attended, hidden)
-        return self.mlp(normalised, context, self._source(self.mlp_norm, hidden)), hidden
+        normalized, hidden = self.attention_norm(x, residual)
+        attended = self.attention(normalized, context, self._source(self.attention_norm, hidden))
+        normalized, hidden = self.mlp_norm(attended, hidden)
+        return self.mlp(normalized, context, self._source(self.mlp_norm, hidden)), hidden
 
     def _source(self, norm: RMSNorm, hidden: Tensor) -> Source | None:
         return Source(norm.again, (hidden,)) if self.recompute == "selective" else None
@@ -64,7 +67,7 @@ class Attention(nn.Module):
         """source: of x, where it is not kept."""
         rotated = self.num_heads + self.num_kv_heads
         qkv = rope(
-            self.qkv(x, context.keys, source),
+            self.prepared(self.qkv(x, context.keys, source)),
             self.head_dim,
             context.cos,
             context.sin,
@@ -73,6 +76,10 @@ class Attention(nn.Module):
         )
         heads = context.attend(self.layer, qkv.unflatten(1, (-1, self.head_dim)), self.num_heads)
         return self.output(heads.flatten(1), context.keys)
+
+    def prepared(self, qkv: Tensor) -> Tensor:
+        """What is done to queries, keys and values, [tokens, heads * head_dim], before they are rotated."""
+        return qkv
 
 
 class MLP(nn.Module):

@@ -1,8 +1,8 @@
 """The one coordinate system: every tensor on a rank is a list of boxes of global tensors.
 
-A global tensor is named and shaped as in a Hugging Face LLaMA (`model.layers.3.self_attn.q_proj.weight`,
+A global tensor is named and shaped as in a Hugging Face model (`model.layers.3.self_attn.q_proj.weight`,
 `[out, in]`). A parameter on a rank is boxes of such tensors laid under each other (a fused gate-up weight is
-two boxes). Initialisation, checkpoints, imports and changes of layout are intersections of boxes.
+two boxes). Initialization, checkpoints, imports and changes of layout are intersections of boxes.
 """
 
 from __future__ import annotations

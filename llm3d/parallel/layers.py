@@ -163,14 +163,15 @@ class VocabParallelEmbedding(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, after x has been added to the residual stream.
 
-    Under sequence parallelism each rank sees a part of the tokens, so the weight's gradient is a partial sum
-    over the tensor group. Zhang and Sennrich 2019.
+    partial: each rank of the group normalizes a part, some tokens (sequence parallelism) or some heads, so that the
+        weight's gradient is a partial sum over the group.
+    Zhang and Sennrich 2019.
     """
 
-    def __init__(self, box: Box, eps: float, group: ProcessGroup, sequence_parallel: bool = False) -> None:
+    def __init__(self, box: Box, eps: float, group: ProcessGroup, partial: bool = False) -> None:
         super().__init__()
-        partial = group if sequence_parallel and not is_alone(group) else None
-        self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=partial)])
+        summed = group if partial and not is_alone(group) else None
+        self.weight = ShardedParameter.on_meta([Piece(box, owned=group.rank() == 0, partial=summed)])
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ def bytes_of_generation(layout: Config) -> int:
     cache = cache if asked.cache_bytes is None else min(cache, asked.cache_bytes)
     longest = layout.data.sequence_length - asked.max_new_tokens
     tokens = min(sequences * longest, max(MAX_PREFILL_TOKENS, longest))
-    width = 6 * model.hidden_size + 3 * model.intermediate_size // tensor
+    attended = max(model.hidden_size, model.num_attention_heads * model.head_dim)
+    width = 3 * (model.hidden_size + attended) + 3 * model.intermediate_size // tensor
     logits = sequences * (model.vocab_size or 0) // tensor
     return cache + tokens * width * size + 3 * logits * 4
 

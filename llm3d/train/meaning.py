@@ -18,18 +18,10 @@ from llm3d.config.peft import adapter_directory
 from llm3d.errors import InputError
 
 FILE = "meaning.json"
-_COMPUTED = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rope_theta",
-    "rope_scaling",
-    "rms_norm_eps",
-    "tie_word_embeddings",
+# Of the model, what is not computed with; all else is compared.
+_NOT_COMPUTED = {
+    *("path", "max_position_embeddings", "initializer_range"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 }
 _HARMLESS = "precision.compute"  # weights pass between precisions
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -40,7 +32,7 @@ def meaning_of(config: Config) -> dict[str, Any]:
     model, lora = config.model, config.lora
     start = None if model.path is None else _start(hugging_face_directory(model.path))
     adapters = None if lora.path is None else _start(adapter_directory(lora.path))
-    fields = {"model": model.model_dump(mode="json", include=_COMPUTED), "lora": {"rank": lora.rank}}
+    fields = {"model": model.model_dump(mode="json", exclude=_NOT_COMPUTED), "lora": {"rank": lora.rank}}
     if lora.rank:
         fields["lora"] = lora.model_dump(mode="json", include={"rank", "alpha", "rslora"})
         fields["lora"]["targets"] = sorted(lora.targets)

@@ -55,7 +55,7 @@ def run_on_rank(layout: Layout, directory: Path, start: int, stop: int, save_at:
     if start:
         loaded = load_checkpoint(directory / "checkpoints" / f"step-{start:08d}", trainer)
     else:
-        trainer.initialise()
+        trainer.initialize()
     before = state_pieces(trainer)
     losses, norms = [], []
     for step in range(start, stop):
@@ -228,7 +228,7 @@ def save_in_small_files(layout: Layout, directory: Path) -> Part:
 
 def save_with_tokenizer_on_rank(directory: Path, tokenizer: Path) -> None:
     trainer = Trainer(settings(Layout(data=2, model=FEW)), Mesh())
-    trainer.initialise()
+    trainer.initialize()
     save_checkpoint(directory, 1, trainer, {}, load_tokenizer(tokenizer))
 
 
@@ -266,7 +266,7 @@ class SavedBesideAnotherRank:
 
 def save_beside_another_rank(directory: Path) -> None:
     trainer = Trainer(settings(Layout(model=FEW)), Mesh())
-    trainer.initialise()
+    trainer.initialize()
     partial = directory / "checkpoints" / ".step-00000001.partial"
     save_checkpoint(directory, 1, trainer, {}, SavedBesideAnotherRank(partial))
 
@@ -290,7 +290,7 @@ def test_weights_that_another_rank_is_writing_are_not_taken_for_the_tokenizers(t
 
 def save_often_on_rank(directory: Path, steps: tuple[int, ...], keep: int | None) -> None:
     trainer = Trainer(settings(Layout(tensor=2, micro=4, model=FEW)), Mesh(tensor=2))
-    trainer.initialise()
+    trainer.initialize()
     for step in steps:
         save_checkpoint(directory, step, trainer, {"step": step}, keep=keep)
 
@@ -322,7 +322,7 @@ def fail_to_save_on_rank(directory: Path, failing_rank: int, failing_file: str |
     """Replace a checkpoint, then save a new one, where one rank cannot write a file (or any of more than 1 KB)."""
     mesh = Mesh(tensor=2, pipeline=2)
     trainer = Trainer(settings(Layout(tensor=2, pipeline=2, model=FEW)), mesh)
-    trainer.initialise()
+    trainer.initialize()
     save_checkpoint(directory, 1, trainer, {"step": 1})
     trouble: Any = nullcontext()
     if mesh.rank == failing_rank:

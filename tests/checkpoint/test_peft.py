@@ -61,15 +61,15 @@ def given_settings(stage: str, base: Path, directory: Path, lora: dict[str, Any]
 
 
 def language_model(base: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(base)
+    return AutoModelForCausalLM.from_pretrained(base)
 
 
 def scorer(base: Path) -> Any:
-    from transformers import LlamaForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    return LlamaForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=PADDING)
+    return AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=PADDING)
 
 
 @pytest.mark.parametrize(("adapter", "layout", "tied"), CASES)

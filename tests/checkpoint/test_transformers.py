@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llm3d.checkpoint.load import load_pretrained
 from llm3d.checkpoint.save import save_checkpoint
@@ -61,6 +61,15 @@ KINDS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "rope_parameters": {"rope_theta": 10_000.0, "rope_type": "linear", "factor": 4.0},
     },
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 20, "rms_norm_eps": 1e-6},
+    "qwen3-tied": {
+        "model_type": "qwen3",
+        "num_attention_heads": 20,  # which do not divide the hidden size
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
+    },
 }
 
 
@@ -79,7 +88,8 @@ def oracle(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, LlamaForCausalLM]:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, **KINDS[request.param]))
+    fields = {"model_type": "llama"} | SHAPE | KINDS[request.param]
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     for norm in (module for name, module in model.named_modules() if name.endswith("norm")):
         torch.nn.init.normal_(norm.weight, 1.0, 0.2)
     directory = tmp_path_factory.mktemp(request.param)
@@ -186,7 +196,7 @@ def save_ours(layout: Layout, directory: Path, kind: str) -> Tensor | None:
     trainer = Trainer(
         PretrainConfig.model_validate_json(json.dumps(base)), Mesh(layout.tensor, layout.pipeline)
     )
-    trainer.initialise()
+    trainer.initialize()
     save_checkpoint(directory, 1, trainer, {})
     return whole_logits(trainer, collate([samples()[1]]))
 
@@ -200,6 +210,8 @@ def save_ours(layout: Layout, directory: Path, kind: str) -> Tensor | None:
         ("llama-3.2", Layout(tensor=2, pipeline=2)),
         ("linear", Layout(pipeline=2, data=2)),
         ("llama-3.1", Layout(tensor=2, compute="bf16")),
+        ("qwen3", Layout(tensor=4, data=2)),
+        ("qwen3-tied", Layout(tensor=2, pipeline=2, sequence=True)),
     ],
     ids=str,
 )
@@ -237,7 +249,7 @@ def test_settings_survive_the_journey_through_transformers(
     pool.run(save_again, 1, directory, tmp_path)
     ours = tmp_path / "checkpoints" / "step-00000001" / "model"
     assert hugging_face_shape(ours / "config.json") == hugging_face_shape(directory / "config.json")
-    again = LlamaConfig.from_pretrained(ours)
+    again = AutoConfig.from_pretrained(ours)
     fields = (
         "rope_parameters",
         "num_key_value_heads",

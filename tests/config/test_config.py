@@ -444,7 +444,7 @@ def test_old_and_new_rope_settings_mean_the_same(settings: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "mistral"}, "has model_type 'mistral'; only 'llama' is supported"),
+        ({"model_type": "mistral"}, "has model_type 'mistral'; supported are 'llama', 'qwen3'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias true is not supported"),
         ({"mlp_bias": True}, "mlp_bias true is not supported"),

@@ -148,7 +148,7 @@ def test_all_that_transformers_writes_of_a_default_llama_is_known(version: str, 
         ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not an object"),
-        ({"model_type": "qwen2"}, "only 'llama' is supported"),
+        ({"model_type": "qwen2"}, "supported are 'llama', 'qwen3'"),
     ],
     ids=str,
 )

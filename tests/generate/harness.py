@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "vocab_size": 149,
     },
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 6, "tie_word_embeddings": True},
 }
 
 

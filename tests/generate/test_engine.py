@@ -51,13 +51,14 @@ def some(*chosen: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     paths = {}
     for name, changes in MODELS.items():
         torch.manual_seed(0)
         paths[name] = tmp_path_factory.mktemp(name)
-        LlamaForCausalLM(LlamaConfig(**(SHAPE | changes))).save_pretrained(paths[name])
+        config = AutoConfig.for_model(**({"model_type": "llama"} | SHAPE | changes))
+        AutoModelForCausalLM.from_config(config).save_pretrained(paths[name])
     return paths
 
 
@@ -119,9 +120,9 @@ def never_ends(tokens: Sequence[int]) -> bool:
 
 @functools.cache
 def of_transformers(path: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path)
 
 
 def by_transformers(path: Path, prompt: list[int], **changes: Any) -> list[int]:

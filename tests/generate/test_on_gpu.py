@@ -23,7 +23,7 @@ def written(path: Path, device: str, graphs: bool) -> list[Reply]:
     """Of two calls of one generator."""
     mesh = Mesh(device=device)
     model = ShardedModel(config_for(path, Layout()), mesh)
-    model.initialise()
+    model.initialize()
     recorder = graphs_for(mesh.device, graphs)
     assert (recorder is not None) == graphs
     generator = Generator(model.config.model, model.stages, mesh, model.dtype, recorder)

@@ -39,6 +39,7 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 TIED = (("tie_word_embeddings", True),)
+QWEN3 = (("model_type", "qwen3"), ("head_dim", 14))
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def put_together(parts: list[OnRank]) -> Run:
 def train_on_rank(layout: Layout, steps: int, device: str = "cpu") -> OnRank:
     mesh = Mesh(layout.tensor, layout.pipeline, device)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     return take_steps(trainer, lambda step: microbatches(layout, step, mesh.data_rank), steps)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_same_tensors
-from tests.parity.harness import TIED, Layout, one_process, train, trained
+from tests.parity.harness import QWEN3, TIED, Layout, one_process, train, trained
 
 LAYOUTS = [
     Layout(tensor=2, micro=4),
@@ -39,6 +39,9 @@ LAYOUTS = [
     ),
     Layout(tensor=2, pipeline=2, data=2, schedule="1f1b", sequence=True, model=TIED),
     Layout(tensor=2, pipeline=2, data=2, chunks=2, schedule="interleaved", recompute="selective", micro=2),
+    Layout(tensor=2, micro=4, model=QWEN3),
+    Layout(tensor=4, sequence=True, recompute="selective", micro=4, model=QWEN3),
+    Layout(tensor=2, pipeline=2, recompute="full", sequence=True, model=QWEN3),
 ]
 
 

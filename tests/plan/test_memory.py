@@ -45,6 +45,7 @@ DEEP = (
     ("num_key_value_heads", 2),
     ("max_position_embeddings", 128),
 )
+QWEN3 = (*DEEP, ("model_type", "qwen3"))
 C = TypeVar("C", bound=Config)
 PLAIN = Layout(model=DEEP, micro=2)
 
@@ -102,11 +103,11 @@ def batches_of_stage(stage: str, layout: Layout, mesh: Mesh) -> Sequence[Batch]:
 
 
 def measure_on_rank(stage: str, layout: Layout, num_peaks: int = 3) -> tuple[int, int]:
-    """Bytes that live between steps, of the model and its optimiser, and at the peak of one, the least of some."""
+    """Bytes that live between steps, of the model and its optimizer, and at the peak of one, the least of some."""
     before = live_bytes()
     mesh, config = Mesh(layout.tensor, layout.pipeline), config_of_stage(stage, layout)
     trainer = Trainer(config, mesh, trained_model(config).objective)
-    trainer.initialise()
+    trainer.initialize()
     batches = batches_of_stage(stage, layout, mesh)
     data = sum(
         value.nbytes for batch in batches for value in vars(batch).values() if isinstance(value, Tensor)
@@ -151,6 +152,8 @@ def largest_of_stages(parts: list[tuple[int, int]], layout: Layout) -> list[tupl
         ("sft-lora", PLAIN),
         ("reward-lora", replace(PLAIN, tensor=2, data=2, zero=2, compute="bf16")),
         ("dpo-lora", replace(PLAIN, micro=4, pipeline=2, data=2, zero=3)),
+        ("pretrain", replace(PLAIN, tensor=2, sequence=True, recompute="selective", model=QWEN3)),
+        ("sft-lora", replace(PLAIN, model=QWEN3)),
     ],
     ids=str,
 )

@@ -58,13 +58,14 @@ def write_tokenizer(directory: Path, template: str | None = "chatml") -> Path:
 
 def write_model(directory: Path, template: str | None = "chatml", seed: int = 0, **changes: Any) -> Path:
     """A Hugging Face directory: a random LLaMA with a tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # here, so that the pool's ranks do without
+    from transformers import AutoConfig, AutoModelForCausalLM  # here, so that the pool's ranks do without
 
     write_tokenizer(directory, template)
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(seed)
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    LlamaForCausalLM(LlamaConfig(**{**SHAPE, **ends, **changes})).save_pretrained(directory)
+    config = AutoConfig.for_model(**{"model_type": "llama", **SHAPE, **ends, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
 
