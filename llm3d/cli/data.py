@@ -170,9 +170,9 @@ def data_show(
     ] = Split.train,
     stage: StageOption = None,
 ) -> None:
-    """Show samples of sft, reward or dpo as the model sees them, and statistics of all samples.
+    """Show samples of fine-tuning and of comparisons as the model sees them, and statistics of all samples.
 
-    Samples come in the order of training; the tokens that are learned are in colour. With world_size=N among the
+    Samples come in the order of training; the tokens that are learned are in color. With world_size=N among the
     overrides, samples are packed for N devices.
     """
     from llm3d.config import load_config

@@ -78,7 +78,7 @@ def train(stage: str, config: Path, overrides: list[str] | None, check_only: boo
     from llm3d.config import STAGES
 
     settings = load_for_this_world(config, overrides, STAGES[stage])
-    if settings.reads == "prompts" and not check_only:  # several models stand beside each other
+    if settings.reads == "prompt" and not check_only:  # several models stand beside each other
         say_memory(settings)
     from llm3d.stages.run import open_task, run_stage, summary
 

@@ -34,9 +34,9 @@ def show(
     """
     if split == "valid" and not config.data.valid:
         raise InputError("data.valid: empty; name the data, or show --split train")
-    if config.reads in ("tokens", "prompts"):
+    if config.reads in ("tokens", "prompt"):
         raise InputError(
-            f"these settings are for {config.stage}, which reads {config.reads}; --stage names another stage"
+            f"these settings are for {config.stage}, whose data are no conversations; --stage names another stage"
         )
     opened = stage_of(config).open(config)
     data, chat = opened.data, opened.tokenizer
@@ -44,15 +44,15 @@ def show(
     tokenizer = chat.tokenizer
     part = slice(data.num_train) if split == "train" else slice(data.num_train, None)
     sets, counts = data.sets[part], data.counts[part]
-    coloured = console.color_system is not None and not console.no_color
+    colored = console.color_system is not None and not console.no_color
     told = (f"template: {chat.template.name}", *chat.remarks)
-    lines = [*map(Text, told), _legend(coloured)]
+    lines = [*map(Text, told), _legend(colored)]
     for place in islice(data.in_order(split), min(num_samples, sum(map(len, sets)))):
         path, _ = data.counts[place.number]
         sample = data.sets[place.number][place.sample]
         margin = f", margin {sample.margin:g}" if sample.margin else ""
-        lines.append(Text(f"\n{path}, sample {place.sample + 1:,}{margin}", "bold" if coloured else ""))
-        lines += _described(sample, tokenizer, coloured)
+        lines.append(Text(f"\n{path}, sample {place.sample + 1:,}{margin}", "bold" if colored else ""))
+        lines += _described(sample, tokenizer, colored)
     lines.append(Text())
     for path, count in counts:
         lines += map(Text, count.told(path, data.settings))
@@ -63,21 +63,21 @@ def show(
         console.print(line, soft_wrap=True)
 
 
-def _legend(coloured: bool) -> Text:
-    if not coloured:
+def _legend(colored: bool) -> Text:
+    if not colored:
         return Text("⟦learned⟧, not learned, ⟨a special token⟩, ↵ a line's end")
     special = ("a special token", "reverse")
     return Text.assemble(("learned", "green"), ", not learned, ", special, ", ↵ a line's end")
 
 
-def _described(sample: Sample, tokenizer: Tokenizer, coloured: bool) -> Iterator[Text]:
+def _described(sample: Sample, tokenizer: Tokenizer, colored: bool) -> Iterator[Text]:
     """Its sequences, one after the other; of replies that are compared, the ranks."""
     for number, (sequence, rank) in enumerate(zip(sample.sequences, sample.ranks, strict=True), 1):
         several = len(sample.sequences) > 1
         reply = f"reply {number} of {len(sample.sequences)}, rank {rank:g}: " if several else ""
         said = f"{reply}{counted(len(sequence.ids), 'token')}, {int(_learned(sequence).sum()):,} learned"
-        yield Text(said, "bold" if coloured else "")
-        yield _coloured(sequence, tokenizer) if coloured else _marked(sequence, tokenizer)
+        yield Text(said, "bold" if colored else "")
+        yield _colored(sequence, tokenizer) if colored else _marked(sequence, tokenizer)
 
 
 def _learned(sequence: Tokens) -> np.ndarray:
@@ -85,7 +85,7 @@ def _learned(sequence: Tokens) -> np.ndarray:
     return sequence.is_target & (np.arange(len(sequence.ids)) > 0)
 
 
-def _coloured(sequence: Tokens, tokenizer: Tokenizer) -> Text:
+def _colored(sequence: Tokens, tokenizer: Tokenizer) -> Text:
     text = Text()
     for i, (learned, (spelled, special)) in enumerate(
         zip(_learned(sequence).tolist(), spelling(sequence.ids.tolist(), tokenizer), strict=True)

@@ -46,6 +46,8 @@ from llm3d.config.stages import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
+    SimPOConfig,
+    SimPOSettings,
 )
 from llm3d.config.training import EpochsConfig, OptimConfig
 from llm3d.errors import InputError
@@ -79,6 +81,8 @@ __all__ = [
     "RewardSettings",
     "RewardSource",
     "SFTConfig",
+    "SimPOConfig",
+    "SimPOSettings",
     "ZeroConfig",
     "check_generation",
     "check_layout",

@@ -15,7 +15,7 @@ from llm3d.config.aliases import setting_called, value_called
 from llm3d.config.base import Section
 from llm3d.config.data import DataSource
 from llm3d.config.sections import ModelConfig, RewardSource
-from llm3d.config.stages import Config
+from llm3d.config.stages import STAGES, Config
 from llm3d.errors import InputError
 
 S = TypeVar("S", bound=Section)
@@ -105,6 +105,8 @@ def _describe(error: Any, where: str, allowed: list[str], root: type[Config]) ->
 def _unknown(where: str, allowed: list[str], root: type[Config]) -> str:
     """What others call so, else the same name in another section, else the nearest in this one, else what there is."""
     section, _, name = where.rpartition(".")
+    if where in STAGES and root is not Config and root.stage in allowed:
+        return f"unknown setting; in settings for {root.stage} this section is {root.stage}"
     paths = [path for path, _ in setting_paths(root)]
     known = setting_called(name, paths)
     elsewhere = [path for path in paths if path.rpartition(".")[2] == name]

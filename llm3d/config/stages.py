@@ -41,13 +41,11 @@ from llm3d.config.training import (
 class Config(Section):
     """Settings that every training stage has.
 
-    stage: its name.  reads: what its data are.  head: of its model.
+    stage: its name.  reads: what its data are; of what is not tokens, each row.  head: of its model.
     """
 
     stage: ClassVar[str]
-    reads: ClassVar[Literal["tokens", "conversations", "comparisons", "labelled replies", "prompts"]] = (
-        "tokens"
-    )
+    reads: ClassVar[Literal["tokens", "conversation", "comparison", "labeled", "prompt"]] = "tokens"
     head: ClassVar[Literal["language", "score"]] = "language"
 
     run: RunConfig
@@ -139,7 +137,7 @@ class PostTrainingConfig(Config):
 class ComparisonConfig(PostTrainingConfig):
     """Settings that the stages on comparisons of replies have."""
 
-    reads = "comparisons"
+    reads = "comparison"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -150,7 +148,7 @@ class ComparisonConfig(PostTrainingConfig):
 class SFTConfig(PostTrainingConfig):
     """All settings of supervised fine-tuning."""
 
-    stage, reads = "sft", "conversations"
+    stage, reads = "sft", "conversation"
 
     loss: LossConfig
     sft: SFTSettings
@@ -206,6 +204,24 @@ class ORPOConfig(ComparisonConfig):
     orpo: ORPOSettings
 
 
+class SimPOSettings(Section):
+    """Simple preference optimization. Meng, Xia and Chen 2024."""
+
+    beta: float = Field(2.0, gt=0)
+    """SimPO beta: multiplies the mean log-probability of a reply's tokens, which is its reward. TRL's default, 0.1, is
+    for losses of whole replies; the paper takes 2 to 10."""
+    gamma: float = Field(0.5, ge=0)
+    """SimPO gamma: the target reward margin, subtracted from the difference of a pair's rewards; TRL's simpo_gamma."""
+
+
+class SimPOConfig(ComparisonConfig):
+    """All settings of simple preference optimization."""
+
+    stage = "simpo"
+
+    simpo: SimPOSettings
+
+
 class KTOSettings(Section):
     """Kahneman-Tversky optimization. Ethayarajh et al. 2024."""
 
@@ -221,7 +237,7 @@ class KTOSettings(Section):
 class KTOConfig(PostTrainingConfig):
     """All settings of Kahneman-Tversky optimization."""
 
-    stage, reads = "kto", "labelled replies"
+    stage, reads = "kto", "labeled"
 
     kto: KTOSettings
 
@@ -229,7 +245,7 @@ class KTOConfig(PostTrainingConfig):
 class PPOConfig(PostTrainingConfig):
     """All settings of reinforcement learning. A batch has prompts, each with generate.num_replies replies."""
 
-    stage, reads = "ppo", "prompts"
+    stage, reads = "ppo", "prompt"
 
     ppo: PPOSettings
 
@@ -240,7 +256,16 @@ class PPOConfig(PostTrainingConfig):
 
 STAGES: dict[str, type[Config]] = {
     kind.stage: kind
-    for kind in (PretrainConfig, SFTConfig, RewardConfig, DPOConfig, ORPOConfig, KTOConfig, PPOConfig)
+    for kind in (
+        PretrainConfig,
+        SFTConfig,
+        RewardConfig,
+        DPOConfig,
+        ORPOConfig,
+        SimPOConfig,
+        KTOConfig,
+        PPOConfig,
+    )
 }
 
 

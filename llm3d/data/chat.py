@@ -1,4 +1,4 @@
-"""From files of conversations or comparisons to tokenised samples; what cannot be used is named, by file and line."""
+"""From files of conversations or comparisons to tokenized samples; what cannot be used is named, by file and line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llm3d.data.formats import PROMPT_FIELDS, Kind, Reader, reader_for
 from llm3d.data.records import Record, find_record_files, read_records
 from llm3d.data.samples import Sample, SampleSet, Tokens, fitted, why_useless
 from llm3d.errors import InputError
-from llm3d.text.conversations import Comparison, Conversation, Fields, Item, LabelledReply, Message, Prompt
+from llm3d.text.conversations import Comparison, Conversation, Fields, Item, LabeledReply, Message, Prompt
 from llm3d.text.templates import Template, Turns, sides, turns
 from llm3d.wording import counted
 
@@ -171,7 +171,7 @@ def _encoded(
 ) -> Iterator[Sample]:
     """A sample for each comparison, and for each conversation as many as data.turns makes of it.
 
-    Of labelled replies, one each, of rank 0 where it is desirable, else 1.
+    Of labeled replies, one each, of rank 0 where it is desirable, else 1.
     """
     wanted: list[tuple[int, str, Item, list[Turns]]] = []
     for row, ((where, _), item) in rows:
@@ -180,9 +180,9 @@ def _encoded(
             counts.bad.append(BadRecord(where, "calls a tool, and the chat template writes no tool_calls"))
         elif isinstance(item, Comparison):
             wanted.append((row, where, item, sides(item)))
-        elif isinstance(item, LabelledReply):
-            labelled = Conversation(item.messages, item.template_kwargs)
-            wanted.append((row, where, item, turns(labelled, "last")))
+        elif isinstance(item, LabeledReply):
+            labeled = Conversation(item.messages, item.template_kwargs)
+            wanted.append((row, where, item, turns(labeled, "last")))
         elif isinstance(item, Conversation):
             made = turns(item, settings.turns)
             wanted += [(row, where, item, [turn]) for turn in made]
@@ -192,11 +192,11 @@ def _encoded(
         why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
         if isinstance(sequences, InputError) or why is not None:
             counts.bad.append(BadRecord(where, str(why)))
-        elif isinstance(item, Comparison) and kind == "labelled":
+        elif isinstance(item, Comparison) and kind == "labeled":
             yield from (Sample((s,), (rank,), row=row) for s, rank in zip(sequences, item.ranks, strict=True))
         elif isinstance(item, Comparison):
             yield Sample(sequences, item.ranks, item.margin or 0.0, row)
-        elif isinstance(item, LabelledReply):
+        elif isinstance(item, LabeledReply):
             yield Sample(sequences, (0.0 if item.desirable else 1.0,), row=row)
         else:
             yield Sample(sequences, row=row)

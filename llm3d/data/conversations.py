@@ -18,7 +18,6 @@ from torch import Tensor
 
 from llm3d.config import PostTrainingConfig
 from llm3d.data.chat import Counts, read_samples
-from llm3d.data.formats import Kind
 from llm3d.data.order import SampleOrder, held_out, short_digest
 from llm3d.data.packed import PackedBatch, chosen_targets, collate, with_noise
 from llm3d.data.packing import pack
@@ -38,14 +37,15 @@ C = TypeVar("C", bound=PostTrainingConfig)
 
 
 def open_chat(
-    config: C, kind: Kind, training: bool = True, prompt_loss: bool = False, mismatched: bool = False
+    config: C, training: bool = True, prompt_loss: bool = False, mismatched: bool = False
 ) -> tuple[C, ChatTokenizer, ChatData]:
     """The run's tokenizer and its data. Raises InputError.
 
     training: False: validation data alone.  mismatched: microbatches bring along prompts with others' replies.
     """
     config, tokenizer = open_tokenizer(config)
-    data = config.data
+    data, kind = config.data, config.reads
+    assert kind != "tokens" and kind != "prompt"
     assert tokenizer is not None, "a model to start from has a tokenizer"
     template = load_template(data.template, tokenizer)
     train = (

@@ -7,7 +7,7 @@
                    prompt_response     prompt, response or completion; maybe system, history
     comparison     preference          chosen, rejected; maybe prompt, input, system, history, margin
                    ranked              responses and their ranks or scores; a prompt as for preference
-    labelled       one for a conversation, with a label that says whether the reply is desirable; or preference
+    labeled       one for a conversation, with a label that says whether the reply is desirable; or preference
     prompt         prompt              prompt, question or instruction; maybe input, system, history
                    prompt_messages     messages, or conversations, without a reply at their end; maybe system
 
@@ -39,7 +39,7 @@ from llm3d.text.conversations import (
     Conversation,
     Fields,
     Item,
-    LabelledReply,
+    LabeledReply,
     Message,
     Prompt,
     Role,
@@ -125,15 +125,15 @@ def _conversation(messages: Sequence[Message], values: Values) -> Conversation:
     return Conversation(checked_turns(messages, REPLY), _template_kwargs(values))
 
 
-def _labelled(read: Callable[[Values], Conversation]) -> Callable[[Values], LabelledReply]:
-    def read_labelled(values: Values) -> LabelledReply:
+def _labeled(read: Callable[[Values], Conversation]) -> Callable[[Values], LabeledReply]:
+    def read_labeled(values: Values) -> LabeledReply:
         label = values["label"]
         if label not in (False, True):  # or 0 and 1, which equal them
             raise ValueError(f"label: {label!r} where true or false must stand")
         conversation = read(values | {"label": None})
-        return LabelledReply(conversation.messages, bool(label), conversation.template_kwargs)
+        return LabeledReply(conversation.messages, bool(label), conversation.template_kwargs)
 
-    return read_labelled
+    return read_labeled
 
 
 def _read_prompt(values: Values) -> Prompt:
@@ -430,13 +430,13 @@ _PLAIN = (
 _LABELLED = tuple(
     replace(
         form,
-        kind="labelled",
-        read=_labelled(form.read),
+        kind="labeled",
+        read=_labeled(form.read),
         needs=form.needs | {"label": form.allows["label"]},
         allows={name: columns for name, columns in form.allows.items() if name != "label"},
     )
     if form.kind == "conversation"
-    else replace(form, kind="labelled")
+    else replace(form, kind="labeled")
     for form in _PLAIN
     if form.kind == "conversation" or form.name == "preference"
 )

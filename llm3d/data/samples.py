@@ -1,4 +1,4 @@
-"""Tokenised samples of post-training data: how they lie in memory, and how one that is too long is cut."""
+"""Tokenized samples of post-training data: how they lie in memory, and how one that is too long is cut."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def memory_report(config: Config, world_size: int, device_type: str) -> str:
     device_type: cuda or cpu.
     """
     roles, remarks = stage_of(config).models(config)
-    if config.reads == "prompts":
+    if config.reads == "prompt":
         return "\n".join([*remarks, phases.table(phases.phases_of_stages(roles, world_size, device_type))])
     stages = memory.memory_of_stages(roles[0], world_size, device_type, roles[1:])
     return "\n".join([*remarks, memory.table(config, world_size, stages)])

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy that prefers the chosen replies more than its reference does.
+"""Direct preference optimization: a policy that prefers the chosen replies more than its reference does.
 
 Rafailov et al. 2023. With r(y) = beta (log p(y) - log p_reference(y)), the implicit reward of a reply, the loss of a
 pair is -log sigmoid(r(chosen) - r(rejected)), or one of its relatives.
@@ -28,6 +28,7 @@ from llm3d.stages.reference import (
 )
 from llm3d.stages.stage import Models, ModelTask, Stage, one_model
 from llm3d.train.learner import Reference
+from llm3d.train.objective import of_padding
 from llm3d.train.trainer import ShardedModel
 
 
@@ -76,8 +77,8 @@ class PreferenceObjective:
 
     def __call__(self, output: TokenTerms, batch: PackedBatch) -> Tensor:
         settings, weights = self.settings, batch.pair_weights
-        if not batch.num_sequences:  # padding alone: a loss of 0 that hangs on the model
-            return (0 * output.log_probabilities.sum()).expand(1 + len(self.sums))
+        if not batch.num_sequences:
+            return of_padding(output.log_probabilities, self)
         log_p = sequence_log_probabilities(output, batch)
         above_reference = log_p - (0.0 if batch.reference is None else batch.reference)
         lengths = batch.target_counts
@@ -112,7 +113,7 @@ class PreferenceObjective:
 
 def open_stage(config: DPOConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
-    config, tokenizer, data = open_chat(config, "comparison", training)
+    config, tokenizer, data = open_chat(config, training)
     references: dict[str, Callable[[ShardedModel], Reference] | None] = {
         "cached": partial(CachedReference, data=data),
         "live": LiveReference,

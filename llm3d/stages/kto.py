@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: learns from single replies that are labelled desirable or not.
+"""Kahneman-Tversky optimization: learns from single replies that are labeled desirable or not.
 
 Ethayarajh et al. 2024. With r(y) = log p(y) - log p_reference(y) and z = max(0, KL(p, p_reference)), a desirable reply
 costs w (1 - sigmoid(beta (r - z))), an undesirable one w (1 - sigmoid(beta (z - r))). The KL is estimated over the
@@ -22,12 +22,13 @@ from llm3d.parallel.collectives import all_reduce_sum
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.stages.reference import LiveReference, sequence_log_probabilities, with_reference_model
 from llm3d.stages.stage import ModelTask, Stage
+from llm3d.train.objective import of_padding
 from llm3d.train.trainer import ShardedModel
 
 
 @dataclass(frozen=True)
 class KTOObjective:
-    """The loss of labelled replies, and what TRL's users watch, under the names that they know."""
+    """The loss of labeled replies, and what TRL's users watch, under the names that they know."""
 
     settings: KTOSettings
     head: HeadName = "language"
@@ -48,8 +49,8 @@ class KTOObjective:
 
     def __call__(self, output: TokenTerms, batch: PackedBatch) -> Tensor:
         settings = self.settings
-        if not batch.num_sequences:  # padding alone: a loss of 0 that hangs on the model
-            return (0 * output.log_probabilities.sum()).expand(1 + len(self.sums))
+        if not batch.num_sequences:
+            return of_padding(output.log_probabilities, self)
         log_p, desirable = batch.sum_by_sequence(output.log_probabilities), batch.ranks == 0
         ratio = log_p - (0.0 if batch.reference is None else batch.reference)
         kl = torch.zeros_like(ratio[0]) if batch.kl is None else batch.kl
@@ -107,7 +108,7 @@ class KTOReference:
 
 def open_stage(config: KTOConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
-    config, tokenizer, data = open_chat(config, "labelled", training, mismatched=True)
+    config, tokenizer, data = open_chat(config, training, mismatched=True)
     return ModelTask(config, tokenizer, data, KTOObjective(config.kto), KTOReference)
 
 

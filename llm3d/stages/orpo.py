@@ -1,4 +1,4 @@
-"""Odds ratio preference optimisation: learns the chosen replies, and to prefer them, without a reference model.
+"""Odds ratio preference optimization: learns the chosen replies, and to prefer them, without a reference model.
 
 Hong, Lee and Thorne 2024. With p(y) = exp(mean log-probability of the reply's tokens) and odds(y) = p / (1 - p), a pair
 costs -log-likelihood(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)).
@@ -19,6 +19,7 @@ from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
 from llm3d.parallel.cross_entropy import TokenTerms
 from llm3d.stages.stage import ModelTask, Stage, one_model
+from llm3d.train.objective import of_padding
 
 
 def log_odds(mean_log_p: Tensor) -> Tensor:
@@ -56,8 +57,8 @@ class ORPOObjective:
 
     def __call__(self, output: TokenTerms, batch: PackedBatch) -> Tensor:
         beta, weights = self.settings.beta, batch.pair_weights
-        if not batch.num_sequences:  # padding alone: a loss of 0 that hangs on the model
-            return (0 * output.log_probabilities.sum()).expand(1 + len(self.sums))
+        if not batch.num_sequences:
+            return of_padding(output.log_probabilities, self)
         log_p = batch.sum_by_sequence(output.log_probabilities)
         mean_log_p = log_p / batch.target_counts
         odds = log_odds(mean_log_p)
@@ -87,7 +88,7 @@ class ORPOObjective:
 
 def open_stage(config: ORPOConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
-    config, tokenizer, data = open_chat(config, "comparison", training)
+    config, tokenizer, data = open_chat(config, training)
     return ModelTask(config, tokenizer, data, ORPOObjective(config.orpo))
 
 

@@ -1,4 +1,4 @@
-"""Causal language modelling from tokenised text: next-token cross-entropy, from random or given weights."""
+"""Causal language modelling from tokenized text: next-token cross-entropy, from random or given weights."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from llm3d.models.heads import HeadName
 from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.text.chat_tokenizer import ChatTokenizer
 from llm3d.text.tokenizer import Tokenizer
+from llm3d.train.objective import of_padding
 
 
 def reward_loss(better: Tensor, worse: Tensor, margins: Tensor, center: float) -> Tensor:
@@ -43,9 +44,8 @@ class RewardObjective:
 
     def __call__(self, output: Tensor, batch: PackedBatch) -> Tensor:
         """output: scores, fp32 [tokens]; a reply's reward is that of its last token."""
-        if not batch.num_sequences:  # padding alone: a loss of 0 that hangs on the model
-            nothing = 0 * output.sum()
-            return torch.stack([nothing, *[nothing.detach()] * 3, *[nothing.detach() - torch.inf] * 2])
+        if not batch.num_sequences:
+            return of_padding(output, self)
         weights, rewards = batch.pair_weights, output[batch.last_tokens]
         better, worse = rewards[batch.better], rewards[batch.worse]
         margins = batch.margins if self.settings.margin else torch.zeros_like(better)
@@ -61,7 +61,7 @@ class RewardObjective:
 
 def open_stage(config: RewardConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
-    config, tokenizer, data = open_chat(config, "comparison", training)
+    config, tokenizer, data = open_chat(config, training)
     pad_id = padding_token(config.model, tokenizer.tokenizer)
     model = config.model.model_copy(update={"pad_token_id": pad_id})
     # transformers tells padding by the model's token, so the tokenizer's must be the same.

@@ -21,7 +21,7 @@ from llm3d.train.trainer import ShardedModel, next_token
 
 def open_stage(config: SFTConfig, training: bool = True) -> ModelTask:
     """Open tokenizer, template and data. Raises InputError where they cannot be used."""
-    config, tokenizer, data = open_chat(config, "conversation", training, config.sft.prompt_loss)
+    config, tokenizer, data = open_chat(config, training, prompt_loss=config.sft.prompt_loss)
     show = partial(sample_reply, config=config, tokenizer=tokenizer, data=data)
     return ModelTask(config, tokenizer, data, next_token(config), show=show)
 

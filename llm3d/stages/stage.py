@@ -154,7 +154,7 @@ def largest_microbatch(config: Config) -> PackedBatch:
     Replies to compare come in pairs, so the last pair of an odd number is half as long.
     """
     micro, length = config.batch.micro, config.data.sequence_length
-    if config.reads == "comparisons":
+    if config.reads == "comparison":
         lengths = [length] * (micro // 2) + [length // 2] * (micro % 2)
         samples = [Sample((_blank(n), _blank(n)), (0.0, 1.0)) for n in lengths if n]
     else:

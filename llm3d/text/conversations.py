@@ -34,7 +34,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class LabelledReply:
+class LabeledReply:
     """A conversation whose last message is a reply, and whether such a reply is desirable."""
 
     messages: tuple[Message, ...]
@@ -65,4 +65,4 @@ class Prompt:
     template_kwargs: Fields = field(default_factory=dict)
 
 
-Item = Conversation | LabelledReply | Comparison | Prompt
+Item = Conversation | LabeledReply | Comparison | Prompt

@@ -74,6 +74,13 @@ def names_of(objective: Objective) -> list[str]:
     return list(anything.report(objective))
 
 
+def of_padding(output: Tensor, objective: Objective) -> Tensor:
+    """What a microbatch of padding alone gives: a loss of 0 that hangs on the model, sums of 0, and no maximum."""
+    loss = 0 * output.sum()
+    maxima = loss.new_full((len(objective.maxima),), -torch.inf)
+    return torch.cat([loss[None], loss.new_zeros(len(objective.sums)), maxima])
+
+
 @dataclass(frozen=True)
 class NextToken:
     """The cross-entropy of the next token; perplexity, and how often the likeliest token is the right one.
@@ -92,8 +99,8 @@ class NextToken:
         return batch.num_targets
 
     def __call__(self, output: TokenTerms, batch: Any) -> Tensor:
-        regularisers = (self.loss.z_loss, self.loss.label_smoothing) if torch.is_grad_enabled() else ()
-        loss = cross_entropy_sum(output, batch.targets, self.vocab_size, *regularisers)
+        regularizers = (self.loss.z_loss, self.loss.label_smoothing) if torch.is_grad_enabled() else ()
+        loss = cross_entropy_sum(output, batch.targets, self.vocab_size, *regularizers)
         correct = ((output.below_maximum == 0) & (batch.targets >= 0)).sum()
         return torch.stack([loss, correct.to(loss.dtype)])
 

@@ -62,7 +62,7 @@ def save_on_rank(given: dict[str, Any]) -> None:
     """Random weights, large enough for predictions that differ."""
     config = make_config(given)
     trainer = Trainer(config, Mesh())
-    trainer.initialise()
+    trainer.initialize()
     for _, weights in trainer.weights():
         weights.mul_(5)
     save_checkpoint(Path(config.run.dir), 1, trainer, {"step": 1})

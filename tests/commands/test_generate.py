@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a row without": (("--prompts", "{dir}/bad.jsonl"), "bad.jsonl line 2: "),
     "other columns": (
         ("--prompts", "{dir}/other.jsonl"),
-        "line 1: the columns colour fit no format for a prompt",
+        "line 1: the columns color fit no format for a prompt",
     ),
     "too long": (("--prompts", "{dir}/long.jsonl"), "long.jsonl line 1: a prompt of "),
     "output of one": (("--prompt", "x", "--output", "{dir}/o"), "--output is for the replies to --prompts"),
@@ -198,7 +198,7 @@ def test_wrong_input_ends_with_one_line(name: str, given: Settings, tmp_path: Pa
         "empty": [],
         "good": [{"prompt": "x"}],
         "bad": [{"prompt": "x"}, {"prompt": 3}],
-        "other": [{"colour": "red"}],
+        "other": [{"color": "red"}],
         "long": [{"prompt": "x" * 500}],
     }
     for file, some in rows.items():

@@ -63,7 +63,7 @@ TEXT = """\
 """
 
 
-def test_a_conversation_without_colours(directory: Path) -> None:
+def test_a_conversation_without_colors(directory: Path) -> None:
     made = given(directory, [{"messages": CHAT}], "sft")
     code, stdout, stderr = shown(made, "data.sequence_length=100")
     assert (code, stderr) == (0, "")
@@ -77,7 +77,7 @@ def test_a_conversation_without_colours(directory: Path) -> None:
     assert f"\n{tokens} tokens, {tokens - 1} learned\n⟨<|im_start|>⟩⟦user" in whole
 
 
-def test_colours_say_what_is_learned(directory: Path) -> None:
+def test_colors_say_what_is_learned(directory: Path) -> None:
     made = given(directory, [{"messages": CHAT}], "sft", data={"sequence_length": 100})
     config = make_config(made, None, STAGES["sft"])
 
@@ -85,10 +85,10 @@ def test_colours_say_what_is_learned(directory: Path) -> None:
         show(config, 1, "train", 1, Console(file=(said := io.StringIO()), force_terminal=True, **options))
         return said.getvalue()
 
-    coloured = printed(color_system="standard")
-    said = "".join(re.findall(GREEN, coloured))
+    colored = printed(color_system="standard")
+    said = "".join(re.findall(GREEN, colored))
     assert said == "learned" + "Да 😀<|im_end|>"
-    assert "⟦" not in coloured
+    assert "⟦" not in colored
     assert TEXT in printed(no_color=True)
 
 

@@ -63,6 +63,9 @@ OF_STAGES = {
     ("dpo", "beta"): "dpo.beta",
     ("ppo", "beta"): "ppo.kl_coefficient",
     ("ppo", "num_generations"): "generate.num_replies",
+    ("orpo", "lambda"): "orpo.beta",
+    ("simpo", "simpo_gamma"): "simpo.gamma",
+    ("kto", "beta"): "kto.beta",
 }
 SETTINGS = {
     "run": {"dir": "x"},
@@ -92,6 +95,10 @@ def test_a_name_of_another_framework(name: str, ours: str) -> None:
 @pytest.mark.parametrize(("stage_and_name", "ours"), OF_STAGES.items(), ids=str)
 def test_a_name_means_what_the_stage_has(stage_and_name: tuple[str, str], ours: str) -> None:
     assert complaint(*stage_and_name, 1).endswith(f": unknown setting; did you mean {ours}?")
+
+
+def test_the_section_of_another_stage_is_told_from_its_own() -> None:
+    assert complaint("orpo", "dpo", {}) == "dpo: unknown setting; in settings for orpo this section is orpo"
 
 
 @pytest.mark.parametrize(

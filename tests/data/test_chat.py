@@ -85,11 +85,11 @@ def test_a_conversation_is_the_same_sample_in_every_format(
         assert str(counts) == "1 sample"
 
 
-def test_a_comparison_taken_apart_is_a_labelled_reply_each(template: Template, tmp_path: Path) -> None:
+def test_a_comparison_taken_apart_is_a_labeled_reply_each(template: Template, tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "One?", "chosen": "Yes.", "rejected": "No."}] * 2)
     labels = [{"completion": "Yes.", "label": True}, {"completion": "No.", "label": False}]
-    apart = write(tmp_path / "labelled.jsonl", [{"prompt": "One?", **label} for label in labels * 2])
-    found = [listed(read_samples(each, "labelled", template, settings())[0]) for each in (path, apart)]
+    apart = write(tmp_path / "labeled.jsonl", [{"prompt": "One?", **label} for label in labels * 2])
+    found = [listed(read_samples(each, "labeled", template, settings())[0]) for each in (path, apart)]
     assert found[0] == found[1]
     assert [ranks for _, ranks, _ in found[0]] == [(0.0,), (1.0,)] * 2
 

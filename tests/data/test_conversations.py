@@ -89,9 +89,9 @@ def test_a_share_of_each_source_is_held_out_for_validation(model: Path, tmp_path
     paths = [write_rows(tmp_path / f"{i}.jsonl", conversations(10)[5 * i : 5 * i + 5]) for i in (0, 1)]
     given = settings(model, paths[0], tmp_path / "run", data={"train": paths})
     config = make_config(given, None, SFTConfig)
-    _, _, whole = open_chat(config, "conversation")
+    _, _, whole = open_chat(config)
     config = config.model_copy(update={"data": config.data.model_copy(update={"valid": 0.4})})
-    _, _, data = open_chat(config, "conversation")
+    _, _, data = open_chat(config)
     assert [len(samples) for samples in data.sets] == [3, 3, 2, 2] and data.num_train == 2
     for source, samples in enumerate(whole.sets):
         parts = [data.sets[source], data.sets[source + 2]]
@@ -115,7 +115,7 @@ def test_no_conversation_is_in_training_and_in_validation(model: Path, tmp_path:
 
     def sets(turns: str, valid: Any) -> list[list[bytes]]:
         given = settings(model, path, tmp_path / "run", data={"turns": turns, "valid": valid})
-        _, _, data = open_chat(make_config(given, None, SFTConfig), "conversation")
+        _, _, data = open_chat(make_config(given, None, SFTConfig))
         return [texts(samples) for samples in data.sets]
 
     (whole,) = sets("all", [])
@@ -306,7 +306,7 @@ def opened(model: Path, directory: Path, sources: list[tuple[int, float]], **cha
         {"path": write_rows(directory / f"{number}.jsonl", conversations(count)), "weight": weight}
         for number, (count, weight) in enumerate(sources)
     ]
-    return open_chat(make_config(given, None, SFTConfig), "conversation")[2]
+    return open_chat(make_config(given, None, SFTConfig))[2]
 
 
 @pytest.mark.parametrize(
@@ -375,12 +375,12 @@ def test_epochs_end_with_their_samples_however_often_the_batch_changes(
 def test_a_list_of_replies_that_no_microbatch_holds_is_refused(model: Path, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "ranked.jsonl", rankings(4, replies=5))
     given = settings(model, path, tmp_path / "run", batch={"micro": 5})
-    samples = open_chat(make_config(given, None, DPOConfig), "comparison")[2].sets[0]
+    samples = open_chat(make_config(given, None, DPOConfig))[2].sets[0]
     longest = int(np.diff(samples.sequence_starts).max())
     given["data"]["sequence_length"] = longest
-    open_chat(make_config(given, None, DPOConfig), "comparison")
+    open_chat(make_config(given, None, DPOConfig))
     given["batch"]["micro"] = 2
     with pytest.raises(
         InputError, match=rf"batch.micro: 2 .* {samples.lengths.max()} tokens .* the least is [45]"
     ):
-        open_chat(make_config(given, None, DPOConfig), "comparison")
+        open_chat(make_config(given, None, DPOConfig))

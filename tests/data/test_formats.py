@@ -6,7 +6,7 @@ import pytest
 
 from llm3d.data.formats import reader_for
 from llm3d.errors import InputError
-from llm3d.text.conversations import Comparison, Conversation, LabelledReply, Message
+from llm3d.text.conversations import Comparison, Conversation, LabeledReply, Message
 
 U, A, S = "user", "assistant", "system"
 
@@ -222,7 +222,7 @@ def test_a_system_message_is_said_once() -> None:
         read(row | {"system": "Be brief"})
 
 
-def test_replies_labelled_for_kto_end_the_command_and_not_only_a_row():
+def test_replies_labeled_for_kto_end_the_command_and_not_only_a_row():
     for row in (
         {"prompt": "Hi", "completion": "Go", "label": False},
         {"messages": turns((U, "a"), (A, "b")), "label": True},
@@ -232,21 +232,21 @@ def test_replies_labelled_for_kto_end_the_command_and_not_only_a_row():
 
 
 @pytest.mark.parametrize("label", [True, False, 1, 0])
-def test_a_labelled_reply_is_a_conversation_with_its_label(label: bool) -> None:
+def test_a_labeled_reply_is_a_conversation_with_its_label(label: bool) -> None:
     for row in (
         {"prompt": "Hi", "completion": "Go"},
         {"instruction": "Hi", "output": "Go"},
         {"messages": turns((U, "Hi"), (A, "Go"))},
         {"conversations": turns(("human", "Hi"), ("gpt", "Go"), keys=("from", "value"))},
     ):
-        expected = LabelledReply(messages((U, "Hi"), (A, "Go")), bool(label))
-        assert read(row | {"label": label}, "labelled") == expected
+        expected = LabeledReply(messages((U, "Hi"), (A, "Go")), bool(label))
+        assert read(row | {"label": label}, "labeled") == expected
 
 
 def test_a_label_that_says_neither_is_refused() -> None:
     for label in ("good", 2, None, 0.5):
         with pytest.raises(ValueError, match="label"):
-            read({"prompt": "Hi", "completion": "Go", "label": label}, "labelled")
+            read({"prompt": "Hi", "completion": "Go", "label": label}, "labeled")
 
 
 def test_the_prompt_of_a_comparison_may_lie_beside_its_sides_as_a_conversation():

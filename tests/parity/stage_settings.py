@@ -13,6 +13,7 @@ STAGE_SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {"reward": {"margin": True, "center": 0.1}},
     "dpo": {"dpo": {"rpo_alpha": 0.5, "rpo_mean": "token", "reference": "none"}},
     "orpo": {"orpo": {"beta": 0.7}},
+    "simpo": {"simpo": {"beta": 3.0, "gamma": 0.7}},
     "kto": {"kto": {"beta": 0.3, "undesirable_weight": 1.3}},
     "sft-lora": {"loss": {}, "sft": {"neftune_alpha": 5}, "lora": {"rank": 4, "dropout": 0.2}},
     "reward-lora": {

@@ -52,7 +52,7 @@ def test_the_host_waits_for_nothing_before_all_is_launched() -> None:
     config = settings(layout)
     kernels = config.kernels.model_copy(update={"backend": "native"})
     trainer = Trainer(config.model_copy(update={"kernels": kernels}), Mesh(device="cuda"))
-    trainer.initialise()
+    trainer.initialize()
     first, second = ([batch.to("cuda") for batch in microbatches(layout, step, 0)] for step in range(2))
     told: list[str] = []
 

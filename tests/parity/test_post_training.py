@@ -70,7 +70,7 @@ def train_on_rank(stage: str, layout: Layout, steps: int = NUM_STEPS) -> OnRank:
     config, mesh = settings(stage, layout), Mesh(layout.tensor, layout.pipeline)
     data = ChatData(config, [random_samples(stage)], [], mismatched=stage == "kto")
     trainer = Trainer(config, mesh, trained_model(config).objective)
-    trainer.initialise()
+    trainer.initialize()
     for piece, weight in trainer.weights():
         if piece.box.name.endswith("lora_B.weight"):  # at 0, where training starts, A has no gradient
             weight.copy_(initial_value(replace(piece.box, name="any"), config.model, seed=1))
@@ -88,7 +88,7 @@ def reference_of(trainer: Trainer) -> KTOReference:
     """A model with larger weights, so that replies are more, or less, likely than by the trained one."""
     reference = KTOReference(trainer)
     model = reference.live.frozen.model
-    model.initialise()
+    model.initialize()
     for _, weight in model.weights():
         weight.mul_(1.5)
     model.publish()

@@ -142,7 +142,7 @@ def test_training_does_not_depend_on_how_ranks_sum(layout: Layout) -> None:
 def all_pieces(layout: Layout) -> list[tuple[Box, Tensor]]:
     """Every piece of the master weights after some steps, owned or not."""
     trainer = Trainer(settings(layout), Mesh(layout.tensor, layout.pipeline))
-    trainer.initialise()
+    trainer.initialize()
     for step in range(4):
         trainer.step(microbatches(layout, step, trainer.mesh.data_rank), 3e-3)
     trainer.flat.wait_all_gathers()

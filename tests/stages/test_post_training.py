@@ -64,13 +64,14 @@ FORMATS: dict[str, tuple[str, str, Sequence[Row]]] = {  # the stage, the file's 
             for one in turns(9, "user", "assistant", "role", "content")
         ],
     ),
-    "odds": ("orpo", ".jsonl", comparisons(9)),
-    "labelled": (
+    "orpo": ("orpo", ".jsonl", comparisons(9)),
+    "simpo": ("simpo", ".jsonl", comparisons(9)),
+    "labeled": (
         "kto",
         ".jsonl",
         [{"prompt": question(i), "completion": answer(i), "label": i % 3 != 1} for i in range(9)],
     ),
-    "labelled messages": (
+    "labeled messages": (
         "kto",
         ".json",
         [
@@ -95,6 +96,8 @@ REPORTED = {
         *("logps/chosen", "logps/rejected", "nll_loss"),
     },
     "orpo": {"rewards/margins", "logps/chosen", "nll_loss", "log_odds_ratio"},
+    "simpo": {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
+    | {"logps/chosen"},
     "kto": {
         "kl",
         "rewards/chosen",
@@ -153,6 +156,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "reward-lora": ("reward", {"lora": {"rank": 2, "targets": ["q_proj", "o_proj"], "rslora": True}}),
     "dpo": ("dpo", {"dpo": {"rpo_alpha": 0.2}}),
     "dpo-lora": ("dpo", {"lora": {"rank": 3, "alpha": 4}}),
+    "orpo": ("orpo", {"orpo": {"beta": 0.3}}),
+    "simpo-lora": ("simpo", {"simpo": {"gamma": 0.8}, "lora": {"rank": 3}}),
     "kto-lora": ("kto", {"lora": {"rank": 3}}),
 }
 PARTS: list[tuple[int, int, dict[str, Any]]] = [  # ranks, the last step, the layout

@@ -22,6 +22,7 @@ from llm3d.stages.kto import KTOObjective, KTOReference
 from llm3d.stages.orpo import ORPOObjective
 from llm3d.stages.reference import reference_log_probabilities
 from llm3d.stages.reward import RewardObjective
+from llm3d.stages.simpo import SimPOObjective
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.closeness import assert_same_numbers
@@ -168,7 +169,7 @@ def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
-# ---- direct preference optimisation ----
+# ---- direct preference optimization ----
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_label_smoothing_is_that_of_trl(preference_trainer: Any, our_preferences
     assert_same_gradients(gradients, means)
 
 
-# ---- odds ratio preference optimisation ----
+# ---- odds ratio preference optimization ----
 
 
 def short_prompts() -> SampleSet:
@@ -258,6 +259,20 @@ def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
 
 
+def padded_pairs(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The chosen and the rejected replies with their prompts, as TRL's trainers without a reference model take them."""
+    inputs = {}
+    for side, name in enumerate(("chosen", "rejected")):
+        tokens = [sample.sequences[side] for sample in samples]
+        rows = [ids.tolist() for ids, _ in tokens]
+        inputs[f"{name}_input_ids"] = padded(rows, PADDING)
+        inputs[f"{name}_attention_mask"] = padded([[1] * len(row) for row in rows], 0)
+        inputs[f"{name}_labels"] = padded(
+            [np.where(is_target, ids, -100).tolist() for ids, is_target in tokens], -100
+        )
+    return inputs
+
+
 def test_orpo_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
     from trl.experimental.orpo import ORPOTrainer
@@ -271,16 +286,7 @@ def test_orpo_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
         "padding_value": PADDING,
         "accelerator": SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x),
     }
-    samples = [short_prompts()[i] for i in range(NUM_PAIRS)]
-    inputs = {}
-    for side, name in enumerate(("chosen", "rejected")):
-        tokens = [sample.sequences[side] for sample in samples]
-        rows = [ids.tolist() for ids, _ in tokens]
-        inputs[f"{name}_input_ids"] = padded(rows, PADDING)
-        inputs[f"{name}_attention_mask"] = padded([[1] * len(row) for row in rows], 0)
-        inputs[f"{name}_labels"] = padded(
-            [np.where(is_target, ids, -100).tolist() for ids, is_target in tokens], -100
-        )
+    inputs = padded_pairs([short_prompts()[i] for i in range(NUM_PAIRS)])
     loss, metrics = trainer.get_batch_loss_metrics(model, inputs)
     loss.backward()
     expected = {"loss": loss.item(), **{name: float(value) for name, value in metrics.items()}}
@@ -292,10 +298,48 @@ def test_orpo_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
     )
 
 
-# ---- Kahneman-Tversky optimisation ----
+# ---- simple preference optimization ----
 
 
-def labelled() -> SampleSet:
+def simpo_on_rank(policy: Path) -> Any:
+    given = given_settings(policy, simpo={"beta": BETA, "gamma": 0.7})
+    return step_of(*loaded("simpo", policy, lambda config: SimPOObjective(config.simpo), given))
+
+
+def test_simpo_is_that_of_trl(models: tuple[Path, Path]) -> None:
+    from transformers import LlamaForCausalLM
+    from trl.experimental.cpo import CPOTrainer
+
+    model = LlamaForCausalLM.from_pretrained(models[0])
+    trainer = CPOTrainer.__new__(CPOTrainer)  # its arithmetic alone, without its data and its accelerator
+    trainer.__dict__ |= {
+        "loss_type": "simpo",
+        "beta": BETA,
+        "simpo_gamma": 0.7,
+        "cpo_alpha": 0.0,
+        "alpha": 0.0,
+        "label_smoothing": 0.0,
+        "is_encoder_decoder": False,
+        "aux_loss_enabled": False,
+        "pad_token_id": PADDING,
+        "accelerator": SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x),
+    }
+    loss, metrics = trainer.get_batch_loss_metrics(
+        model, padded_pairs([pairs()[i] for i in range(NUM_PAIRS)])
+    )
+    loss.backward()
+    expected = {"loss": loss.item(), **{name: float(value) for name, value in metrics.items()}}
+    ours, gradients = pool.run(simpo_on_rank, 1, models[0])[0]
+    assert_same_numbers(*({name: found[name] for name in ("loss", *METRICS)} for found in (ours, expected)))
+    assert_same_gradients(
+        gradients, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    )
+
+
+# ---- Kahneman-Tversky optimization ----
+
+
+def labeled() -> SampleSet:
     """Each pair's replies alone, in order, so that each has the reply before it for its mismatched one."""
     return SampleSet.of(
         Sample((sequence,), (rank,))
@@ -310,7 +354,7 @@ def kto_on_rank(models: tuple[Path, Path]) -> Any:
     batch = {"global": 2 * NUM_PAIRS, "micro": 5}
     given = given_settings(policy, kto=settings) | {"batch": batch}
     trainer, _ = loaded("kto", policy, lambda config: KTOObjective(config.kto), given)
-    data = ChatData(trainer.config, [], [labelled()], mismatched=True)
+    data = ChatData(trainer.config, [], [labeled()], mismatched=True)
     reference = KTOReference(trainer)
     load_pretrained(other, reference.live.frozen.model)
     (batches,) = data.evaluation(trainer.mesh)  # in the order that they are stored in
@@ -345,7 +389,7 @@ def test_kto_is_that_of_trl(models: tuple[Path, Path], tmp_path: Path) -> None:
         trainer = trl.KTOTrainer(
             policy, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tokenizer
         )
-    samples = [labelled()[i] for i in range(2 * NUM_PAIRS)]
+    samples = [labeled()[i] for i in range(2 * NUM_PAIRS)]
     replies = [ids(sample, 0) for sample in samples]
     inputs = trainer.data_collator(
         [
