@@ -70,7 +70,7 @@ def offloaded_step(gradient: torch.Tensor) -> Step:
 
 
 def with_casts(gradient: torch.Tensor, make: Callable[[list[torch.Tensor]], Any]) -> Step:
-    """An optimiser of fp32 parameters between a cast of the gradient and a copy of the parameter."""
+    """An optimizer of fp32 parameters between a cast of the gradient and a copy of the parameter."""
     master = torch.zeros(gradient.shape, requires_grad=True)
     master.grad = torch.zeros(gradient.shape)
     cast, parameter, optimizer = master.grad, torch.empty_like(gradient), make([master])

@@ -164,7 +164,7 @@ def random_tokens(arguments: argparse.Namespace, rank: int) -> torch.Tensor:
 
 def llm3d_step(arguments: argparse.Namespace, rank: int, stage: int) -> Step:
     trainer = Trainer(settings(arguments, stage), Mesh())
-    trainer.initialise()
+    trainer.initialize()
     batch = collate([Window(row, [0]) for row in random_tokens(arguments, rank)])
     return lambda: trainer.step([batch], lr=1e-4).loss
 

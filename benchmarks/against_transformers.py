@@ -81,7 +81,7 @@ def llm3d_step(arguments: argparse.Namespace, kernels: str = "auto") -> Step:
     keep_freed_memory()  # as `llm3d pretrain` does
     os.environ["LLM3D_KERNELS"] = kernels
     trainer = Trainer(settings(arguments), Mesh(device=start_process_group()))
-    trainer.initialise()
+    trainer.initialize()
     batch = collate([Window(row, [0]) for row in random_tokens(arguments)])
 
     def step() -> int:

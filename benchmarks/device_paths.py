@@ -163,7 +163,7 @@ def native_kernels(device: torch.device) -> str:
 def train(changes: dict[str, dict[str, Any]], device: torch.device) -> list[float]:
     """Losses of three steps on one microbatch, which fall."""
     trainer = Trainer(config_with(changes), Mesh(device=device))
-    trainer.initialise()
+    trainer.initialize()
     losses = [trainer.step(batches(trainer), lr=1e-3).loss for _ in range(3)]
     trainer.flat.wait_all_gathers()
     assert all(map(math.isfinite, losses)) and losses[2] < losses[0], losses
@@ -178,7 +178,7 @@ def repeatable(device: torch.device) -> str:
 
 def trained_weights(device: torch.device) -> list[Tensor]:
     trainer = Trainer(config_with({}), Mesh(device=device))
-    trainer.initialise()
+    trainer.initialize()
     for _ in range(2):
         trainer.step(batches(trainer), lr=1e-3)
     trainer.flat.wait_all_gathers()
@@ -194,7 +194,7 @@ def evaluate(device: torch.device) -> object:
 def generate(sampling: Sampling, graphs: bool, device: torch.device) -> str:
     """Replies of several lengths, so that sequences come and go, and steps are recorded."""
     model = ShardedModel(config_with({}), Mesh(device=device))
-    model.initialise()
+    model.initialize()
     recorder = graphs_for(device, graphs)
     writer = Generator(model.config.model, model.stages, model.mesh, model.dtype, recorder)
     requests = [

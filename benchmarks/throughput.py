@@ -6,7 +6,7 @@
     python benchmarks/throughput.py llama-1b --micro 2 --then "--micro 4" --then "--set kernels.backend=reference"
 
 Prints a JSON object: medians over the steps after two to warm up, and what they were measured on; then its figures in a
-line that begins with =>. With --offload also how long the optimiser's step takes of it. --then measures again in the
+line that begins with =>. With --offload also how long the optimizer's step takes of it. --then measures again in the
 same process, with other options after those before; a measurement that fails does not keep the next from being made.
 --profile and --trace run one more step, of the first measurement, under PyTorch's profiler.
 """
@@ -133,7 +133,7 @@ def forget(device: torch.device) -> None:
 
 
 def timed_optimizer(trainer: Trainer) -> list[float]:
-    """Seconds of each of the optimiser's steps, from the gradient's norm being known to the parameters' being back."""
+    """Seconds of each of the optimizer's steps, from the gradient's norm being known to the parameters' being back."""
     seconds: list[float] = []
     step = trainer.optimizer.step
 

@@ -1,4 +1,4 @@
-"""Tokenising in MB of text a CPU-second, beside what the tokenizer's library alone does on the same text.
+"""Tokenizing in MB of text a CPU-second, beside what the tokenizer's library alone does on the same text.
 
     python benchmarks/tokenizing.py corpus.jsonl tokenizer [--rounds 5]
 

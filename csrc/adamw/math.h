@@ -53,7 +53,7 @@ LLM3D_FUNCTION uint32_t random16(uint32_t seed, uint64_t index, uint32_t stream)
   return stream == 0 ? x & 0xffffu : x >> 16;
 }
 
-// To one of the two neighbours in bf16, the nearer the likelier, so that the mean over many is x.
+// To one of the two neighbors in bf16, the nearer the likelier, so that the mean over many is x.
 LLM3D_FUNCTION bf16 narrow_stochastically(float x, uint32_t random) {
   const uint32_t bits = to_bits(x), special = (bits & 0x7f800000u) == 0x7f800000u;
   const uint32_t rounded = (bits + (special ? 0u : random)) >> 16;

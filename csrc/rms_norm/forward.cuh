@@ -37,7 +37,7 @@ __device__ __forceinline__ float squares_of(const Elements<T, n>& x) {
 }
 
 template <class T, int n>
-__device__ __forceinline__ Elements<T, n> normalised(Elements<T, n> x, const Elements<T, n>& weight, float inverse) {
+__device__ __forceinline__ Elements<T, n> normalized(Elements<T, n> x, const Elements<T, n>& weight, float inverse) {
 #pragma unroll
   for (int i = 0; i < n; i++) x.values[i] = narrow<T>(widen(x.values[i]) * inverse * widen(weight.values[i]));
   return x;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kMostRowThreads) norm_kernel(Norm<T> norm, int
   });
   const float mean = sum_over_row(squares, threads / kWarp, 0) / norm.columns, inverse = 1 / sqrtf(mean + norm.eps);
   for_held<n>(norm.columns, thread, threads, [&](int k, int column) {
-    store<n>(y + column, normalised(opened<T>(held[k]), load<n>(norm.weight + column), inverse));
+    store<n>(y + column, normalized(opened<T>(held[k]), load<n>(norm.weight + column), inverse));
   });
   if (thread == 0) norm.inverse_rms[row] = inverse;
 }
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMostRowThreads) looping_norm_kernel(Norm<T> n
   const float mean = sum_over_row(squares, blockDim.x / kWarp, 0) / norm.columns;
   const float inverse = 1 / sqrtf(mean + norm.eps);
   for (int i = threadIdx.x * n; i < norm.columns; i += step)
-    store<n>(y + i, normalised(load<n>(x + i), load<n>(norm.weight + i), inverse));
+    store<n>(y + i, normalized(load<n>(x + i), load<n>(norm.weight + i), inverse));
   if (threadIdx.x == 0) norm.inverse_rms[row] = inverse;
 }
 

@@ -9,7 +9,7 @@ constexpr int kHeld = 4;               // packs of a row that a thread holds
 constexpr int kMostRowThreads = 1024;  // one row has
 
 // Calls body(k, column) for the packs that a thread holds of a row: its k-th begins at that column. All threads
-// together take neighbouring packs.
+// together take neighboring packs.
 template <int n, class F>
 __device__ __forceinline__ void for_held(int columns, int thread, int threads, const F& body) {
 #pragma unroll

@@ -183,7 +183,7 @@ class BoxReader:
             shape, dtype = header.get_shape(), _DTYPES.get(header.get_dtype())
         if dtype is None:
             raise InputError(
-                f"{self.directory / file}: tensor {key} is stored as {header.get_dtype()}; quantised weights "
+                f"{self.directory / file}: tensor {key} is stored as {header.get_dtype()}; quantized weights "
                 f"cannot be trained, convert them to BF16 first"
             )
         return StoredBox(file, key, Box.whole(key, shape), dtype)

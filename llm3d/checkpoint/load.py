@@ -16,7 +16,7 @@ from llm3d.checkpoint.peft import read_adapter
 from llm3d.checkpoint.save import ALONE
 from llm3d.errors import InputError
 from llm3d.files import read_json
-from llm3d.models.build import initialise
+from llm3d.models.build import initialize
 from llm3d.models.heads import SCORE
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.boxes import Box, Piece
@@ -118,7 +118,7 @@ def load_pretrained(directory: Path, model: ShardedModel, adapters: Path | None 
         raise InputError(
             f"model.path: {adapters or directory} has no score head; name a trained reward model"
         )
-    initialise(
+    initialize(
         ((piece, view) for piece, view in model.weights() if piece.box.name in new),
         config.model,
         config.run.seed,

@@ -48,7 +48,7 @@ def load_model(model: ShardedModel, adapters: str | None) -> str:
     """The weights that the settings name, with these adapters, PEFT's or a checkpoint's; -> where they came from."""
     config = model.config
     if config.model.path is None:
-        model.initialise()
+        model.initialize()
         return f"random weights, seed {config.run.seed}"
     load_pretrained(Path(config.model.path), model, Path(adapters) if adapters else None)
     return config.model.path + (f" and {adapters}" if adapters else "")

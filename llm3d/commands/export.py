@@ -61,7 +61,7 @@ def export(
 
 
 def _write_average(checkpoint: Path, model: Path, output: Path) -> None:
-    """The files of the model, with the average of each tensor, which lies with the optimiser's state."""
+    """The files of the model, with the average of each tensor, which lies with the optimizer's state."""
     found, reader, weights = manifest.read_manifest(checkpoint), BoxReader(checkpoint), BoxReader(model)
     files = weight_files(weights)
     writer = BoxWriter(output)

@@ -53,7 +53,7 @@ def tokenize_corpus(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Tokenise text files into `<output>/train` and `<output>/valid` (.bin and .idx). All or nothing.
+    """Tokenize text files into `<output>/train` and `<output>/valid` (.bin and .idx). All or nothing.
 
     files: paths, directories, patterns; kinds as in llm3d.corpus.documents.  text_field: of JSON lines, or the
     column of parquet.  separator: what ends a document in .txt files; None: a file is a document.  workers:
@@ -217,7 +217,7 @@ def _encode_in_processes(
         yield from _in_order(pool, items, ahead=4 * workers)
     except BrokenProcessPool as error:
         raise InputError(
-            "a tokenising process died, most likely for lack of memory; use fewer workers"
+            "a tokenizing process died, most likely for lack of memory; use fewer workers"
         ) from error
     finally:
         stop.set()
@@ -450,7 +450,7 @@ def _rows(documents: _Documents, chosen: np.ndarray) -> np.ndarray:
 class _Progress:
     """A bar on standard error: how far, and for text how fast."""
 
-    def __init__(self, total: int, shown: bool, what: str = "tokenise"):
+    def __init__(self, total: int, shown: bool, what: str = "tokenize"):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -12,7 +12,7 @@
     int64[..] document bounds: document d is the sequences from bound d to bound d + 1
     int8[n]   modality of each sequence (multimodal files only; refused here)
 
-(megatron.core.datasets.indexed_dataset). Tokenisers usually write one sequence a document.
+(megatron.core.datasets.indexed_dataset). Tokenizers usually write one sequence a document.
 """
 
 import os
@@ -60,7 +60,7 @@ class IndexedReader:
         self.prefix = str(prefix)
         for path in (index_path(prefix), tokens_path(prefix)):
             if not path.is_file():
-                raise InputError(f"{path}: no such file; tokenise the corpus, or correct the path")
+                raise InputError(f"{path}: no such file; tokenize the corpus, or correct the path")
         code, num_sequences, num_bounds = self._read_header()
         self.dtype = np.dtype(DTYPES[code])
         self._map_index(num_sequences, num_bounds)
@@ -111,7 +111,7 @@ class IndexedReader:
         with open(path, "rb") as file:
             header = file.read(HEADER.size)
         if header[: len(MAGIC)] != MAGIC:
-            raise InputError(f"{path}: not a Megatron index (it does not start with MMIDIDX); tokenise again")
+            raise InputError(f"{path}: not a Megatron index (it does not start with MMIDIDX); tokenize again")
         if len(header) < HEADER.size:
             raise InputError(f"{path}: truncated in its header ({len(header)} of {HEADER.size} bytes)")
         _, version, code, num_sequences, num_bounds = HEADER.unpack(header)
@@ -121,7 +121,7 @@ class IndexedReader:
             kind = f"tokens of type {FLOATS[code]}" if code in FLOATS else f"dtype code {code}"
             raise InputError(f"{path}: {kind}; tokens must be integers (codes {sorted(DTYPES)})")
         if num_bounds < 1:
-            raise InputError(f"{path}: no document bounds; the file is damaged, tokenise again")
+            raise InputError(f"{path}: no document bounds; the file is damaged, tokenize again")
         size = os.path.getsize(path)
         expected = HEADER.size + 12 * num_sequences + 8 * num_bounds
         if size == expected + num_sequences and num_sequences:
@@ -129,10 +129,10 @@ class IndexedReader:
         if size != expected:
             raise InputError(
                 f"{path}: {size} bytes where its header ({num_sequences} sequences, {num_bounds} document "
-                f"bounds) needs {expected}; the file is truncated or damaged, copy or tokenise it again"
+                f"bounds) needs {expected}; the file is truncated or damaged, copy or tokenize it again"
             )
         if num_sequences == 0:
-            raise InputError(f"{path}: the corpus is empty (no sequences); tokenise a file that has text")
+            raise InputError(f"{path}: the corpus is empty (no sequences); tokenize a file that has text")
         return code, num_sequences, num_bounds
 
     def _map_index(self, num_sequences: int, num_bounds: int) -> None:
@@ -148,13 +148,13 @@ class IndexedReader:
         if self._bounds[0] != 0 or self._bounds[-1] != num_sequences:
             raise InputError(
                 f"{path}: document bounds run from {self._bounds[0]} to {self._bounds[-1]}, not from 0 to "
-                f"{num_sequences} sequences; the file is damaged, tokenise again"
+                f"{num_sequences} sequences; the file is damaged, tokenize again"
             )
         for start in range(0, len(self._bounds), SCAN):
             steps = np.diff(self._bounds[start : start + SCAN + 1])
             if (steps < 0).any():
                 document = start + int(np.argmax(steps < 0))
-                raise InputError(f"{path}: document {document} ends before it starts; tokenise again")
+                raise InputError(f"{path}: document {document} ends before it starts; tokenize again")
 
     def _check_sequences(self) -> int:
         """Lengths are not negative and pointers are their running sum. Returns the number of tokens."""
@@ -163,14 +163,14 @@ class IndexedReader:
             lengths = self._lengths[start : start + SCAN].astype(np.int64)
             if lengths.min() < 0:
                 sequence = start + int(np.argmax(lengths < 0))
-                raise InputError(f"{path}: sequence {sequence} has a negative length; tokenise again")
+                raise InputError(f"{path}: sequence {sequence} has a negative length; tokenize again")
             ends = total + np.cumsum(lengths)
             wrong = self._pointers[start : start + SCAN] != (ends - lengths) * itemsize
             if wrong.any():
                 sequence = start + int(np.argmax(wrong))
                 raise InputError(
                     f"{path}: sequence {sequence} does not start where the one before it ends (byte "
-                    f"{self._pointers[sequence]}); the file is damaged, tokenise again"
+                    f"{self._pointers[sequence]}); the file is damaged, tokenize again"
                 )
             total = int(ends[-1])
         return total
@@ -179,11 +179,11 @@ class IndexedReader:
         path = tokens_path(self.prefix)
         size, expected = os.path.getsize(path), self.num_tokens * self.dtype.itemsize
         if self.num_tokens == 0:
-            raise InputError(f"{path}: the corpus is empty (no tokens); tokenise a file that has text")
+            raise InputError(f"{path}: the corpus is empty (no tokens); tokenize a file that has text")
         if size != expected:
             raise InputError(
                 f"{path}: {size} bytes where its index needs {expected} ({counted(self.num_tokens, 'token')} of "
-                f"{self.dtype}); the file is truncated or damaged, copy or tokenise it again"
+                f"{self.dtype}); the file is truncated or damaged, copy or tokenize it again"
             )
         self._tokens = np.memmap(path, dtype=self.dtype.newbyteorder("<"), mode="r").view(np.ndarray)
 
@@ -193,11 +193,11 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     highest, lowest = int(tokens.max()), int(tokens.min())
     if highest >= vocab_size:
         raise InputError(
-            f"{where}: holds token {highest} but the vocabulary has {vocab_size}; tokenise the corpus with "
+            f"{where}: holds token {highest} but the vocabulary has {vocab_size}; tokenize the corpus with "
             f"this model's tokenizer, or set model.vocab_size to at least {highest + 1}"
         )
     if lowest < 0:
-        raise InputError(f"{where}: holds the negative token {lowest}; tokenise the corpus again")
+        raise InputError(f"{where}: holds the negative token {lowest}; tokenize the corpus again")
 
 
 class IndexedWriter:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from llm3d.errors import InputError
 
-Kind = Literal["conversation", "comparison", "labelled", "prompt"]
+Kind = Literal["conversation", "comparison", "labeled", "prompt"]
 Values = dict[str, Any]  # of a row, by the form's field; None where the row has none
 
 

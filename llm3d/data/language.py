@@ -1,4 +1,4 @@
-"""Tokenised text as a training loop wants it: pretraining's data, and what evaluation reads."""
+"""Tokenized text as a training loop wants it: pretraining's data, and what evaluation reads."""
 
 from __future__ import annotations
 

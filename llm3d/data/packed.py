@@ -24,7 +24,7 @@ class PackedBatch:
     cu_seqlens: int32 [segments + 1]; padding, if any, is a segment of its own at the end.
     last_tokens: int64 [sequences], where each sequence ends.  sequence_of: int64 [T], padding counted to the last.
     better, worse: int64 [pairs], which sequences are compared: all pairs of a sample's replies that differ in rank.
-    ranks: fp32 [sequences], of replies, lower is better; of a labelled one 0 where it is desirable, else 1.
+    ranks: fp32 [sequences], of replies, lower is better; of a labeled one 0 where it is desirable, else 1.
     pair_weights: fp32 [pairs], those of a sample add up to 1.  margins: fp32 [pairs].
     reference: fp32 [sequences], the reference model's log-probability of the targets, where it is known beforehand.
     keys: int64 [T], a number for each token that no other token of the run has, for what is random in training.

@@ -125,7 +125,7 @@ def _handed_on(config: Config) -> Iterator[Beside]:
 
 def corpora(sources: Sequence[DataSource], setting: str, split: str) -> list[Beside]:
     """Of each source, the tokenizer that `llm3d data tokenize` has left beside its files."""
-    remedy = "tokenise its text with the run's: llm3d data tokenize --tokenizer"
+    remedy = "tokenize its text with the run's: llm3d data tokenize --tokenizer"
     return [
         Beside(f"{setting}[{i}]", Path(resolve_prefix(source.path, split)).parent / "tokenizer", remedy, True)
         for i, source in enumerate(sources)

@@ -233,8 +233,8 @@ class _Run:
         assert isinstance(head, LanguageModelHead)
         share = head.sequence_parallel  # of the rows is here, until the head has gathered them
         samplings = [running.request.sampling for running in sequences]
-        penalised = any(sampling.repetition_penalty != 1 for sampling in samplings)
-        seen = [running.seen if penalised else [] for running in sequences]
+        penalized = any(sampling.repetition_penalty != 1 for sampling in samplings)
+        seen = [running.seen if penalized else [] for running in sequences]
         numbers = torch.zeros(len(sequences), dtype=torch.float64)
         if any(sampling.temperature for sampling in samplings):
             places = torch.tensor([(r.request.seed, r.reply, len(r.tokens)) for r in sequences])

@@ -79,13 +79,13 @@ def choose(
     logits = logits.float()
     scores = _scores(logits, settings, group)
     totals = all_reduce_sum(scores.exp().sum(1, keepdim=True), group)
-    penalised = scores
+    penalized = scores
     if any(s.repetition_penalty != 1 for s in samplings):
-        penalised = _scores(_penalise(logits, first_id, settings.penalty, seen), settings, group)
-    tokens = _likeliest(penalised, first_id, group)
+        penalized = _scores(_penalise(logits, first_id, settings.penalty, seen), settings, group)
+    tokens = _likeliest(penalized, first_id, group)
     if any(s.temperature for s in samplings):
-        allowed = _allowed(penalised, settings, samplings, group)
-        drawn = _draw(penalised, allowed, first_id, group, numbers)
+        allowed = _allowed(penalized, settings, samplings, group)
+        drawn = _draw(penalized, allowed, first_id, group, numbers)
         tokens = torch.where(settings.temperature[:, 0] > 0, drawn, tokens)
     local = (tokens - first_id)[:, None]
     mine = (local >= 0) & (local < scores.shape[1])

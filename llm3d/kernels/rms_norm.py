@@ -38,11 +38,11 @@ def rms_norm_backward(
     """
     if op := fused("rms_norm_backward", x):
         return op(grad_y, x, weight, inverse_rms, grad_sum)
-    normalised = x * inverse_rms  # fp32 [tokens, hidden]
-    product = grad_y * normalised
+    normalized = x * inverse_rms  # fp32 [tokens, hidden]
+    product = grad_y * normalized
     grad_weight = product.sum(0)
     mean = torch.mv(product, weight.to(product.dtype)).div_(x.shape[-1])[:, None]
-    grad_x = (grad_y.to(product.dtype) * weight).addcmul_(normalised, mean, value=-1).mul_(inverse_rms)
+    grad_x = (grad_y.to(product.dtype) * weight).addcmul_(normalized, mean, value=-1).mul_(inverse_rms)
     if grad_sum is not None:
         grad_x += grad_sum
     return grad_x.to(x.dtype), grad_weight

@@ -33,7 +33,7 @@ class TokenTerms(NamedTuple):
     """fp32 [tokens] each, the same on all ranks of the group; all but below_maximum are differentiable."""
 
     log_probabilities: Tensor  # log softmax(logits)[target]; 0 where the target is negative
-    log_normaliser: Tensor  # log sum exp(logits)
+    log_normalizer: Tensor  # log sum exp(logits)
     sum_of_logits: Tensor
     below_maximum: (
         Tensor  # the row's largest logit minus the target's: 0 where the target is the likeliest token
@@ -46,10 +46,10 @@ class TokenTerms(NamedTuple):
         def among_all(x: Tensor) -> Tensor:
             return x.new_zeros(num_tokens).index_copy(0, places, x)
 
-        log_p, normaliser, total, below, entropy = self
+        log_p, normalizer, total, below, entropy = self
         return TokenTerms(
             among_all(log_p),
-            among_all(normaliser),
+            among_all(normalizer),
             among_all(total),
             among_all(below),
             entropy and (lambda: among_all(entropy())),
@@ -66,16 +66,16 @@ def cross_entropy_sum(
     """Sum over the tokens whose target is not negative, an fp32 scalar.
 
     Of each: -(1 - s) log p(target) - s * mean over the whole vocabulary of log p, with s = label_smoothing
-    (Szegedy et al. 2016), + z_loss * log_normaliser^2 (Chowdhery et al. 2022, section 5).
+    (Szegedy et al. 2016), + z_loss * log_normalizer^2 (Chowdhery et al. 2022, section 5).
     """
     counted = targets >= 0
-    log_normaliser = torch.where(counted, terms.log_normaliser, 0.0)  # before the square: NaN times 0 is NaN
+    log_normalizer = torch.where(counted, terms.log_normalizer, 0.0)  # before the square: NaN times 0 is NaN
     loss = -terms.log_probabilities
     if label_smoothing:
-        mean_log_probability = terms.sum_of_logits / vocab_size - log_normaliser
+        mean_log_probability = terms.sum_of_logits / vocab_size - log_normalizer
         loss = (1 - label_smoothing) * loss - label_smoothing * mean_log_probability
     if z_loss:
-        loss = loss + z_loss * log_normaliser.square()
+        loss = loss + z_loss * log_normalizer.square()
     return torch.where(counted, loss, 0.0).sum()
 
 
@@ -131,7 +131,7 @@ def entropy_of_hidden(
 
 
 class _Entropy(Function):
-    """H = log_normaliser - m, m = sum p logit; dH / d logit = -p (logit - m)."""
+    """H = log_normalizer - m, m = sum p logit; dH / d logit = -p (logit - m)."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: ProcessGroup) -> Tensor:
@@ -187,7 +187,7 @@ def _entropy(stats: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor
     mean = stats[4] * (stats[0] - maximum).exp_() / total
     if not is_alone(group):
         dist.all_reduce(mean, group=group)
-    return terms.log_normaliser - mean, maximum, total, mean
+    return terms.log_normalizer - mean, maximum, total, mean
 
 
 def _entropy_gradient(grad: Tensor, logits: Tensor, maximum: Tensor, total: Tensor, mean: Tensor) -> Tensor:
@@ -299,18 +299,18 @@ def _factors(
     total: Tensor,
     targets: Tensor,
     grad_log_probabilities: Tensor | None,
-    grad_log_normaliser: Tensor | None,
+    grad_log_normalizer: Tensor | None,
     grad_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scale, at_target and shift of cross_entropy_backward_: with p = exp(logit - maximum) / total,
 
-    d log p(target) = (1 at the target) - p and d log_normaliser = p.
+    d log p(target) = (1 at the target) - p and d log_normalizer = p.
     """
     nothing = torch.zeros_like(total)
     at_target = nothing
     if grad_log_probabilities is not None:
         at_target = torch.where(targets >= 0, grad_log_probabilities, 0.0)
-    of_p = (nothing if grad_log_normaliser is None else grad_log_normaliser) - at_target
+    of_p = (nothing if grad_log_normalizer is None else grad_log_normalizer) - at_target
     scale = torch.where(of_p == 0, 0.0, of_p / total)  # of an ignored token, whose total may be NaN, nothing
     return scale, at_target, nothing if grad_sum is None else grad_sum.contiguous()
 

@@ -28,14 +28,14 @@ class Communicators(NamedTuple):
     """How many a rank has, each with its buffers on the device."""
 
     collective: int
-    pair: int  # for messages to, or from, one neighbour
+    pair: int  # for messages to, or from, one neighbor
 
 
 class Mesh:
     """Process groups of a tensor x data x pipeline layout over the whole world, whose other ranks are data ranks.
 
     The rank at (pipeline p, data d, tensor t) is (p * data + d) * tensor + t, so that a tensor group sits on
-    neighbouring devices, where the links are fastest, and stages sit furthest apart.
+    neighboring devices, where the links are fastest, and stages sit furthest apart.
 
     everyone: all ranks; the world itself.
     tensor, data: the groups this rank communicates in along each axis. Data ranks read different samples.
@@ -51,7 +51,7 @@ class Mesh:
         rank). For tensors on the device.
 
     What a rank opens does not grow with the world, but for sockets that it uses: at most 4 communicators over groups
-    and 4 with neighbours (`tensor_blocks` adds one), and none for itself alone. A group with no other rank only says
+    and 4 with neighbors (`tensor_blocks` adds one), and none for itself alone. A group with no other rank only says
     its size. Groups of the same ranks are one.
 
     All ranks construct their meshes in the same order: each rank numbers every group, for torch tells groups apart by
@@ -89,7 +89,7 @@ class Mesh:
         """Of a mesh in the world's own order: one of fewer tensor and pipeline ranks, divisors, and more data ranks.
 
         Each rank is where its part of the model lies in the part that it then has: of tensor ranks that share a part,
-        neighbours become data ranks. Sheng et al. 2024 (HybridFlow), section 5.3. Called by all ranks.
+        neighbors become data ranks. Sheng et al. 2024 (HybridFlow), section 5.3. Called by all ranks.
         """
         assert self.tensor_size % tensor == 0 and self.pipeline_size % pipeline == 0
         fewer_stages, fewer_parts = self.pipeline_size // pipeline, self.tensor_size // tensor
@@ -149,7 +149,7 @@ class Mesh:
         return dist.new_group(ranks, timeout=options._timeout, backend=carries, pg_options=options)
 
     def tensor_blocks(self, size: int) -> ProcessGroup:
-        """This rank's block, where tensor groups are cut into blocks of `size` neighbours. Called by all ranks."""
+        """This rank's block, where tensor groups are cut into blocks of `size` neighbors. Called by all ranks."""
         block = self._mine(self.ranks.reshape(-1, size))
         self._use(block)
         return block
@@ -179,7 +179,7 @@ class Mesh:
 
     @property
     def communicators(self) -> Communicators:
-        """Of this rank, where the mesh is on GPUs: of its groups, and to and from either neighbour in the pipeline."""
+        """Of this rank, where the mesh is on GPUs: of its groups, and to and from either neighbor in the pipeline."""
         return Communicators(len(self._used), len(self.channels))
 
     def _transfer(self, channel: ProcessGroup, source: int, target: int) -> None:

@@ -93,7 +93,7 @@ def _memory_of_rank(role: ModelRole, world_size: int, rank: int, frozen: Sequenc
 def bytes_of_communicators(of_rank: Communicators) -> int:
     """On the device, about: channels x connections x buffers of a connection.
 
-    A communicator of a group receives from a neighbour in the ring and from another in the tree, in each of 16
+    A communicator of a group receives from a neighbor in the ring and from another in the tree, in each of 16
     channels; one with a single peer, over which all goes one way, receives or sends in each. A connection has 9.2 MiB
     of buffers in a channel. That is 294 MiB, and 147 MiB with a single peer; NCCL_MAX_NCHANNELS and NCCL_BUFFSIZE
     lessen it. What is right depends on NCCL's version and on the links: take it for half to twice as much.

@@ -50,10 +50,10 @@ class Advantages(NamedTuple):
     returns: Tensor  # [replies, tokens], what values should have been
 
 
-def generalised_advantages(
+def generalized_advantages(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> Advantages:
-    """Generalised advantage estimation, Schulman et al. 2016: each reply by itself, nothing after its last token.
+    """Generalized advantage estimation, Schulman et al. 2016: each reply by itself, nothing after its last token.
 
     A(t) = d(t) + gamma lam A(t + 1), d(t) = r(t) + gamma V(t + 1) - V(t); the returns are A + V.
     """

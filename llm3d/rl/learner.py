@@ -28,7 +28,7 @@ from llm3d.rl.advantages import (
     Advantages,
     RunningMoments,
     adapted_coefficient,
-    generalised_advantages,
+    generalized_advantages,
     group_advantages,
     kl_estimate,
     masked_mean,
@@ -246,7 +246,7 @@ class PPOLearner:
             rewards = token_rewards(scores, kl, mask, coefficient)
             if settings.whiten_rewards:
                 rewards = whiten(rewards, mask, shift_mean=False)
-            found = generalised_advantages(rewards, values, mask, settings.gamma, settings.lam)
+            found = generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
         else:
             scores = scores - coefficient * kl.masked_fill(~mask, 0.0).sum(1)
             above = group_advantages(scores, self.config.generate.num_replies, settings.advantages)

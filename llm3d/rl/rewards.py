@@ -233,7 +233,7 @@ class Rewards:
         ]
 
     def _by_function(self, function: RewardFunction, rollouts: Rollouts) -> Tensor:
-        """Each rank asks its own process, of neighbouring replies."""
+        """Each rank asks its own process, of neighboring replies."""
         mesh = self.mesh
         which = np.array_split(np.arange(len(rollouts)), mesh.size)[mesh.rank].tolist()
         scores = torch.zeros(len(rollouts), dtype=torch.float64)

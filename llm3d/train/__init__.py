@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: trainer, optimiser, learning-rate schedules, reports."""
+"""The training loop and what it stands on: trainer, optimizer, learning-rate schedules, reports."""

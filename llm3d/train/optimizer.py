@@ -203,7 +203,7 @@ def _seed(box: Box, seed: int) -> int:
 
 
 def units_on_host(flat: FlatParameters, zero: ZeroConfig) -> frozenset[int]:
-    """The units whose optimiser state is in host memory: those that do not fit the device's share, taken from the
+    """The units whose optimizer state is in host memory: those that do not fit the device's share, taken from the
     first on, which is the first to be needed again.
     """
     if zero.offload == "none":

@@ -1,4 +1,4 @@
-"""A model under one layout: evaluated, or with its optimiser trained a step at a time."""
+"""A model under one layout: evaluated, or with its optimizer trained a step at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llm3d.kernels import backend
 from llm3d.kernels.settings import use_settings
 from llm3d.models import heads
 from llm3d.models.batch import Batch
-from llm3d.models.build import DTYPES, build_stages, initialise
+from llm3d.models.build import DTYPES, build_stages, initialize
 from llm3d.parallel.agreement import input_errors_on_all
 from llm3d.parallel.boxes import Piece
 from llm3d.parallel.collectives import all_reduce_max, all_reduce_sum
@@ -107,9 +107,9 @@ class ShardedModel:
         for unit in self.flat.frozen:
             self.flat.all_gather_parameters(unit)
 
-    def initialise(self) -> None:
+    def initialize(self) -> None:
         """Random first weights, from run.seed."""
-        initialise(self.weights(), self.config.model, self.config.run.seed)
+        initialize(self.weights(), self.config.model, self.config.run.seed)
         self.publish()
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ def host_bytes(config: Config, mesh: Mesh, num_trained: int, num_frozen: int) ->
 
 
 class Trainer(ShardedModel):
-    """A model with its gradients and its optimiser.
+    """A model with its gradients and its optimizer.
 
     meaning: what its checkpoints mean; on the first rank.
     """
@@ -208,7 +208,7 @@ class Trainer(ShardedModel):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What training changes beside the optimiser's state; JSON."""
+        """What training changes beside the optimizer's state; JSON."""
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.state}
 
     def restore(self, state: dict[str, Any]) -> None:

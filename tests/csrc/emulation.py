@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = Path(__file__).parent / "cuda_on_cpu"
 NAMESPACE = "llm3d_on_cpu"
-# Undefined behaviour, a misaligned load for instance, ends the process with a message.
+# Undefined behavior, a misaligned load for instance, ends the process with a message.
 SANITIZER = "-fsanitize=undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
 # _FORTIFY_SOURCE would take a jump to another fiber's stack for an error.
 OPTIONS = f"-O1 -g1 {SANITIZER} -U_FORTIFY_SOURCE -Wno-unknown-pragmas"

@@ -68,10 +68,10 @@ def test_moments_in_bf16_are_rounded_up_and_down_with_the_right_mean() -> None:
     for moments in (state, rounded):
         adamw_(torch.ones(size), *moments, gradient, None, *adamw_scalars(1, scale=1.0), **ADAMW, seed=7)
     for exact, narrow in zip(state, rounded, strict=True):
-        neighbours = narrow.unique()
-        assert len(neighbours) == 2
-        assert float(neighbours[0]) < float(exact[0]) < float(neighbours[1])
-        gap = float(neighbours[1] - neighbours[0])
+        neighbors = narrow.unique()
+        assert len(neighbors) == 2
+        assert float(neighbors[0]) < float(exact[0]) < float(neighbors[1])
+        gap = float(neighbors[1] - neighbors[0])
         assert float(narrow.double().mean()) == pytest.approx(float(exact[0]), abs=0.01 * gap)
 
 

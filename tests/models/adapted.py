@@ -61,8 +61,8 @@ def numbers(output: TokenTerms | Tensor, batch: PackedBatch) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output[batch.last_tokens]
-    logit = output.log_probabilities + output.log_normaliser
-    terms = torch.stack([logit, output.log_normaliser, output.sum_of_logits], dim=1)
+    logit = output.log_probabilities + output.log_normalizer
+    terms = torch.stack([logit, output.log_normalizer, output.sum_of_logits], dim=1)
     return terms[batch.targets >= 0]
 
 

@@ -35,7 +35,7 @@ class Operations(TorchDispatchMode):
 def operations_on_rank(layout: Layout) -> tuple[Counter[str], int]:
     """Of one step's forward and backward, and of how many microbatches."""
     trainer = Trainer(settings(layout), Mesh(layout.tensor, layout.pipeline))
-    trainer.initialise()
+    trainer.initialize()
     batches = microbatches(layout, 0, 0)
     with Operations() as operations:
         trainer.step(batches, LEARNING_RATE)

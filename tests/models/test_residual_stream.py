@@ -33,7 +33,7 @@ def sums_on_rank(layout: Layout) -> float:
     """Of activations, in forward and backward of a microbatch."""
     mesh = Mesh(layout.tensor, layout.pipeline)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     batches = microbatches(layout, 0, mesh.data_rank)
     hidden_size = int(str(MODEL["hidden_size"]))
     with Sums((len(batches[0].tokens), hidden_size)) as sums:

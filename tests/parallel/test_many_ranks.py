@@ -104,7 +104,7 @@ def test_what_a_rank_opens_does_not_grow_with_the_world(
     several = [group.ranks for group in counted.made]
     channels = 4 if pipeline > 1 else 0
     assert len(several) - len(set(several)) <= channels, "groups of the same ranks are one"
-    # On the device: the world, the tensor, data and embedding groups; two neighbours, to and from each.
+    # On the device: the world, the tensor, data and embedding groups; two neighbors, to and from each.
     assert len(counted.reduced) <= 4
     assert len(counted.pairs) == channels
     assert mesh.communicators == (len(counted.reduced), len(counted.pairs))

@@ -93,7 +93,7 @@ def sockets() -> int:
 
 @spawn(world_size=8)
 def test_ranks_connect_when_they_first_talk(mesh: Mesh) -> None:
-    """A sum goes round a ring: of seven others a rank connects to two neighbours, and it listens."""
+    """A sum goes round a ring: of seven others a rank connects to two neighbors, and it listens."""
     before = sockets()
     dist.all_reduce(torch.zeros(1), group=dist.new_group())
     assert sockets() - before <= 3
@@ -105,6 +105,6 @@ def blocks_on_rank(tensor: int, size: int) -> list[int]:
     return dist.get_process_group_ranks(Mesh(tensor).tensor_blocks(size))
 
 
-def test_blocks_are_neighbours_in_a_tensor_group() -> None:
+def test_blocks_are_neighbors_in_a_tensor_group() -> None:
     blocks = pool.run(blocks_on_rank, 8, 4, 2)
     assert blocks == [[rank - rank % 2, rank - rank % 2 + 1] for rank in range(8)]

@@ -29,7 +29,7 @@ MESSAGES = ("send", "recv", "isend", "irecv", "batch_isend_irecv")
 def train_warmed_up(layout: Layout) -> OnRank:
     mesh = Mesh(layout.tensor, layout.pipeline)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     random, state = torch.get_rng_state(), trainer.state
     batch = microbatches(layout, 0, mesh.data_rank)[0]
     with mock.patch.multiple(dist, **dict.fromkeys(MESSAGES, mock.Mock(side_effect=AssertionError))):
@@ -43,7 +43,7 @@ def train_warmed_up(layout: Layout) -> OnRank:
 def train_cold(layout: Layout) -> OnRank:
     mesh = Mesh(layout.tensor, layout.pipeline)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     return take_steps(trainer, lambda step: microbatches(layout, step, mesh.data_rank), 2)
 
 
@@ -62,7 +62,7 @@ def count_warm_ups(device: str) -> list[bool]:
     """Whether gradients were on in each, of two evaluations and two steps."""
     layout, seen = Layout(pipeline=2), list[bool]()
     trainer = Trainer(settings(layout), Mesh(pipeline=2))
-    trainer.initialise()
+    trainer.initialize()
     batches = microbatches(layout, 0, 0)
     warm_up = trainer.pipeline.warm_up
 

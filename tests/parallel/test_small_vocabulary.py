@@ -25,7 +25,7 @@ def small(batch: Microbatch) -> Microbatch:
 def train_on_rank(layout: Layout) -> list[tuple[float, float]]:
     mesh = Mesh(layout.tensor, layout.pipeline)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     steps = []
     for step in range(2):
         batches = [small(batch) for batch in microbatches(layout, step, mesh.data_rank)]

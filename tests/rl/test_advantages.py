@@ -13,7 +13,7 @@ from torch import Tensor
 from llm3d.rl.advantages import (
     KLEstimator,
     adapted_coefficient,
-    generalised_advantages,
+    generalized_advantages,
     group_advantages,
     kl_estimate,
     masked_mean,
@@ -41,7 +41,7 @@ def test_advantages_are_discounted_sums_of_surprises(seed: int, gamma: float, la
     """Each reply alone gives what it gives in the batch, and its advantages are what the definition says."""
     generator, mask = replies(seed)
     rewards, values = random(generator, mask), random(generator, mask)
-    found = generalised_advantages(rewards, values, mask, gamma, lam)
+    found = generalized_advantages(rewards, values, mask, gamma, lam)
     for row, length in enumerate(mask.sum(1).tolist()):
         r, v = (
             rewards[row, :length].double(),
@@ -57,7 +57,7 @@ def test_advantages_are_discounted_sums_of_surprises(seed: int, gamma: float, la
 
 def test_with_nothing_discounted_the_return_is_the_reward_to_come() -> None:
     rewards = torch.tensor([[1.0, -2.0, 4.0]])
-    found = generalised_advantages(
+    found = generalized_advantages(
         rewards, torch.tensor([[0.5, 0.0, 9.0]]), torch.ones(1, 3).bool(), 1.0, 1.0
     )
     assert found.returns.tolist() == [[3.0, 2.0, 4.0]] and found.advantages.tolist() == [[2.5, 2.0, -5.0]]
@@ -65,7 +65,7 @@ def test_with_nothing_discounted_the_return_is_the_reward_to_come() -> None:
 
 def test_one_step_ahead_the_advantage_is_the_surprise() -> None:
     rewards, values = torch.tensor([[1.0, -2.0, 4.0]]), torch.tensor([[0.5, 1.0, 9.0]])
-    found = generalised_advantages(rewards, values, torch.ones(1, 3).bool(), 0.5, 0.0)
+    found = generalized_advantages(rewards, values, torch.ones(1, 3).bool(), 0.5, 0.0)
     assert found.advantages.tolist() == [[1.0, 1.5, -5.0]]
 
 

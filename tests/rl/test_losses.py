@@ -14,7 +14,7 @@ from llm3d.config import PPOSettings
 from llm3d.rl.advantages import (
     RunningMoments,
     adapted_coefficient,
-    generalised_advantages,
+    generalized_advantages,
     group_advantages,
     kl_estimate,
     masked_mean,
@@ -41,7 +41,7 @@ def test_the_arithmetic_is_that_of_trl(case: dict[str, Any]) -> None:
     }
     kl = kl_estimate(x["old"], x["reference"], asked.kl_estimator)
     rewards = token_rewards(x["scores"], kl, mask, asked.kl_coefficient)
-    found = generalised_advantages(rewards, x["values"], mask, asked.gamma, asked.lam)
+    found = generalized_advantages(rewards, x["values"], mask, asked.gamma, asked.lam)
     advantages = whiten(found.advantages, mask)
     for name, table in (("rewards", rewards), ("advantages", advantages), ("returns", found.returns)):
         torch.testing.assert_close(table, torch.tensor(expected[name]), rtol=1e-5, atol=1e-6)

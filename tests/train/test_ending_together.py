@@ -65,7 +65,7 @@ def run(
         return gather(payload, *args)
 
     trainer = Trainer(settings(shape), mesh)
-    trainer.initialise()
+    trainer.initialize()
     forward, gather, error = trainer.pipeline.run, agreement.gather_bytes, None
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as directory:
         patch.setattr(trainer.pipeline, "run", watched)

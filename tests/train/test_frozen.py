@@ -20,7 +20,7 @@ def parked_on_rank(layout: Layout) -> tuple[list[float], list[int]]:
     """Losses before parking and after it, twice; the bytes of weights meanwhile."""
     mesh = Mesh(layout.tensor, layout.pipeline)
     model = ShardedModel(settings(layout), mesh)
-    model.initialise()
+    model.initialize()
     batches = microbatches(layout, 0, mesh.data_rank)
     losses = [model.evaluate(batches).loss]
     parked = OffloadedWeights(model.flat)
@@ -42,7 +42,7 @@ def test_a_parked_model_takes_no_memory_and_says_the_same() -> None:
 def lent_on_rank(layout: Layout, lends: bool) -> list[float]:
     mesh = Mesh(layout.tensor, layout.pipeline)
     trainer = Trainer(settings(layout), mesh)
-    trainer.initialise()
+    trainer.initialize()
     norms = []
     for step in range(2):
         norms.append(trainer.step(microbatches(layout, step, mesh.data_rank), 1e-3).grad_norm)

@@ -42,7 +42,7 @@ class Watched(Trainer):
 
     def __init__(self, config: PretrainConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
-        self.initialise()
+        self.initialize()
         self.steps_done = 0
         self.during: dict[int, Callable[[], None]] = {}
         self.loss_factor = 1.0

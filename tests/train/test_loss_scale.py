@@ -70,7 +70,7 @@ def steps_on_rank(layout: Layout, steps: int, initial: float) -> tuple[list[Step
     trainer = Trainer(
         with_scale(settings(layout), initial=initial, hysteresis=1), Mesh(layout.tensor, layout.pipeline)
     )
-    trainer.initialise()
+    trainer.initialize()
     before = [master.clone() for master in trainer.optimizer.master]
     results = []
     unchanged = False
@@ -122,7 +122,7 @@ def test_gradients_that_overflow_at_the_least_scale_end_training() -> None:
 
 def steps_with_infinite_gradient() -> tuple[list[StepResult], bool, int]:
     trainer = Trainer(with_scale(settings(FP16), initial=2.0, hysteresis=1, minimum=1.0), Mesh())
-    trainer.initialise()
+    trainer.initialize()
     finish = trainer.flat.finish_gradients
 
     def poisoned() -> None:
@@ -147,7 +147,7 @@ def continue_on_rank(directory: Path) -> tuple[list[float | None], list[float | 
     for resumes in (False, True):
         config = with_scale(settings(FP16), initial=2.0**27, hysteresis=2, growth_interval=2)
         trainer = Trainer(config, Mesh())
-        trainer.initialise()
+        trainer.initialize()
         if resumes:
             load_checkpoint(directory / "checkpoints" / "step-00000003", trainer)
         taken = []

@@ -1,4 +1,4 @@
-"""The flat optimiser is PyTorch's AdamW, parameter by parameter."""
+"""The flat optimizer is PyTorch's AdamW, parameter by parameter."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_pytorch_counts_the_same_products(mesh: Mesh) -> None:
     layout = Layout(micro=4)
     config = settings(layout)
     trainer = Trainer(config, mesh)
-    trainer.initialise()
+    trainer.initialize()
     batches = microbatches(layout, 0, 0)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         trainer.step(batches, 1e-3)
