@@ -30,15 +30,15 @@ class Exactness(NamedTuple):
 
 def check_kernels(dtype: torch.dtype, device: torch.device | str) -> list[Exactness]:
     """Every operation in one dtype on a device."""
-    found = []
+    results = []
     for case, exact_case in zip(
         make_cases(SIZES, dtype, device), make_cases(SIZES, torch.float64, device), strict=True
     ):
         assert case.theirs is not None and exact_case.theirs is not None, "PyTorch has them all"
         exact = exact_case.theirs()()
         errors = _error(case.ours()(), exact), _error(case.theirs()(), exact)
-        found.append(Exactness(case.name, backend.of(case.op, device), *errors))
-    return found
+        results.append(Exactness(case.name, backend.of(case.op, device), *errors))
+    return results
 
 
 def _error(actual: Results, exact: Results) -> float:

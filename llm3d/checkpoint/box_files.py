@@ -161,17 +161,17 @@ class BoxReader:
         self.directory = directory
         self.open = functools.lru_cache(_OPEN_FILES)(self._open)
 
-    def read(self, wanted: Box, stored: Iterable[StoredBox], into: Tensor) -> None:
-        """Fill `into`, shaped like the wanted box, from the stored boxes that it meets; converts the dtype."""
+    def read(self, target: Box, stored: Iterable[StoredBox], into: Tensor) -> None:
+        """Fill `into`, shaped like the target box, from the stored boxes that it meets; converts the dtype."""
         covered = 0
         for source in stored:
-            part = wanted.intersect(source.box)
+            part = target.intersect(source.box)
             if part is not None:
                 values = self._slice(source, part.slices_within(source.box))
-                into[part.slices_within(wanted)].copy_(values)
+                into[part.slices_within(target)].copy_(values)
                 covered += part.numel
-        if covered != wanted.numel:
-            raise InputError(f"{self.directory}: parts of tensor {wanted.name} are not stored in it")
+        if covered != target.numel:
+            raise InputError(f"{self.directory}: parts of tensor {target.name} are not stored in it")
 
     def whole(self, file: str, key: str) -> StoredBox | None:
         """What the header of a file says of a tensor that lies in it whole; None where it has no such tensor."""

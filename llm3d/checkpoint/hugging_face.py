@@ -174,8 +174,8 @@ def with_tokens(
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
     }
     kept = {key: value for key, value in generation.items() if key not in ("_from_model_config", *tokens)}
-    said = {name: value for name, value in tokens.items() if value is not None}
-    return config | tokens, said | kept if ends or kept else {}
+    token_fields = {name: value for name, value in tokens.items() if value is not None}
+    return config | tokens, token_fields | kept if ends or kept else {}
 
 
 def _config(config: ModelConfig, dtype: str, head: HeadName) -> dict[str, Any]:
@@ -245,11 +245,11 @@ def all_names(weights: Iterable[tuple[Piece, Tensor]], everyone: ProcessGroup) -
     return {name for names in gather_bytes(json.dumps(mine).encode(), everyone) for name in json.loads(names)}
 
 
-def check_shape(directory: Path, wanted: Box, stored: StoredBox) -> None:
-    if stored.box.shape != wanted.shape:
+def check_shape(directory: Path, expected: Box, stored: StoredBox) -> None:
+    if stored.box.shape != expected.shape:
         raise InputError(
-            f"{directory / stored.file}: tensor {wanted.name} has shape {list(stored.box.shape)}, "
-            f"but the model's settings make it {list(wanted.shape)}"
+            f"{directory / stored.file}: tensor {expected.name} has shape {list(stored.box.shape)}, "
+            f"but the model's settings make it {list(expected.shape)}"
         )
 
 
@@ -281,9 +281,9 @@ def _indexed_files(reader: BoxReader) -> dict[str, str]:
         raise InputError(
             f"{directory}: holds both {_SINGLE} and {_INDEX}, which names other files; remove what is not the model's"
         )
-    found = {(key, file) for file in sorted(named) for key in reader.keys(file)}
-    for key, file in sorted(found ^ files.items()):
-        if (key, file) in found:
+    stored = {(key, file) for file in sorted(named) for key in reader.keys(file)}
+    for key, file in sorted(stored ^ files.items()):
+        if (key, file) in stored:
             raise InputError(f"{directory / file}: holds a tensor {key} that {_INDEX} does not say is there")
         raise InputError(f"{directory / file}: holds no tensor {key}, though {_INDEX} says so")
     return files

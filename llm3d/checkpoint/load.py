@@ -66,15 +66,15 @@ def load_checkpoint(path: Path, trainer: Trainer, others: Mapping[str, Trainer] 
     weights. Raises InputError, the same on every rank, for a checkpoint that is damaged or of another model.
     """
     path, optimizer, flat = Path(path), trainer.optimizer, trainer.flat
-    found = _checked_manifest(path, trainer)
+    contents = _checked_manifest(path, trainer)
     with input_errors_on_all(trainer.mesh.everyone):
         reader = BoxReader(path)
         for name, values in {**optimizer.state, "master": optimizer.master}.items():
             for piece, view in flat.pieces(values):
-                reader.read(*_source(found, name, piece), view)
+                reader.read(*_source(contents, name, piece), view)
         state = read_state(path)
     optimizer.copy_to_parameters()
-    optimizer.set_steps_taken(found.optimizer_steps)
+    optimizer.set_steps_taken(contents.optimizer_steps)
     trainer.restore(state)
     for folder, other in others.items():
         load_checkpoint(path / folder, other)
@@ -148,27 +148,27 @@ def checked_weights(path: Path, folder: str, rank: int = 0, num_ranks: int = 1) 
         path = path.parent
     if not (path / manifest.FILE).is_file():
         return path
-    found = read_manifest(path)
+    contents = read_manifest(path)
     if not (path / folder).is_dir():
         raise InputError(f"{path}: {_INSTEAD[folder]}")
-    _check_files(path, found, rank, num_ranks, f"{folder}/")
+    _check_files(path, contents, rank, num_ranks, f"{folder}/")
     return path / folder
 
 
-def _source(found: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredBox]]:
+def _source(contents: Manifest, name: str, piece: Piece) -> tuple[Box, list[StoredBox]]:
     """What to read for a piece of a state: a box in the checkpoint's names, and the stored boxes of its tensor."""
     stored = f"{name}/{piece.box.name}"
-    if name == "master" and stored not in found.tensors:
+    if name == "master" and stored not in contents.tensors:
         stored = piece.box.name
-    return replace(piece.box, name=stored), found.boxes(stored)
+    return replace(piece.box, name=stored), contents.boxes(stored)
 
 
 def _checked_manifest(path: Path, trainer: Trainer) -> Manifest:
     """The manifest of a checkpoint that is undamaged and that the trainer can go on from."""
-    found = _fitting_manifest(path, trainer)
+    contents = _fitting_manifest(path, trainer)
     with input_errors_on_all(trainer.mesh.everyone):
-        _check_files(path, found, trainer.mesh.rank, trainer.mesh.size)
-    return found
+        _check_files(path, contents, trainer.mesh.rank, trainer.mesh.size)
+    return contents
 
 
 def _fitting_manifest(path: Path, model: ShardedModel) -> Manifest:
@@ -177,48 +177,48 @@ def _fitting_manifest(path: Path, model: ShardedModel) -> Manifest:
     names = all_names(flat.pieces(flat.parameters), mesh.everyone)
     states = model.optimizer.state.keys() - {"master"} if isinstance(model, Trainer) else ()
     with input_errors_on_all(mesh.everyone):
-        found = read_manifest(path)
+        contents = read_manifest(path)
     check_model(path, model)
     with input_errors_on_all(mesh.everyone):
-        _check_shapes(path, found, model, names, sorted(states))
-    return found
+        _check_shapes(path, contents, model, names, sorted(states))
+    return contents
 
 
 def _check_shapes(
-    path: Path, found: Manifest, model: ShardedModel, names: set[str], states: Sequence[str]
+    path: Path, contents: Manifest, model: ShardedModel, names: set[str], states: Sequence[str]
 ) -> None:
     """Compare names and shapes with the model's."""
-    stored = {name for name in found.tensors if "/" not in name}
+    stored = {name for name in contents.tensors if "/" not in name}
     for name in sorted(names ^ stored):
         what = "has no tensor" if name in names else "has a tensor that the model has not,"
         raise InputError(f"{path}: of another model; it {what} {name}; {_OTHER_MODEL}")
     for piece, _ in model.flat.pieces(model.flat.parameters):
         for name in (piece.box.name, *(f"{state}/{piece.box.name}" for state in states)):
-            if name not in found.tensors:
+            if name not in contents.tensors:
                 raise InputError(f"{path}: has no tensor {name}, so training cannot be continued from it")
-            if found.tensors[name].shape != piece.box.shape:
+            if contents.tensors[name].shape != piece.box.shape:
                 raise InputError(
-                    f"{path}: of another model; its tensor {name} has shape {list(found.tensors[name].shape)}, "
+                    f"{path}: of another model; its tensor {name} has shape {list(contents.tensors[name].shape)}, "
                     f"but the model's settings make it {list(piece.box.shape)}; {_OTHER_MODEL}"
                 )
 
 
-def _check_files(path: Path, found: Manifest, rank: int, num_ranks: int, folder: str = "") -> None:
+def _check_files(path: Path, contents: Manifest, rank: int, num_ranks: int, folder: str = "") -> None:
     """Compare this rank's share of all that is stored, or of what is in a folder, with its checksums."""
     reader = BoxReader(path)
     try:
-        tensors = [stored for stored in _stored(found) if stored.file.startswith(folder)]
+        tensors = [stored for stored in _stored(contents) if stored.file.startswith(folder)]
         for stored in tensors[rank::num_ranks]:
             reader.check(stored)
-        for file in sorted(name for name in found.files if name.startswith(folder))[rank::num_ranks]:
-            _check_file(path / file, found.files[file])
+        for file in sorted(name for name in contents.files if name.startswith(folder))[rank::num_ranks]:
+            _check_file(path / file, contents.files[file])
     except InputError as error:
         raise InputError(f"{error}; remove this checkpoint and start again, from the one before it") from None
 
 
-def _stored(found: Manifest) -> Iterator[StoredBox]:
-    for name in found.tensors:
-        yield from found.boxes(name)
+def _stored(contents: Manifest) -> Iterator[StoredBox]:
+    for name in contents.tensors:
+        yield from contents.boxes(name)
 
 
 def _check_file(path: Path, expected: int) -> None:

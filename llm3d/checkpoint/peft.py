@@ -76,20 +76,20 @@ def read_adapter(
 
     Called on all ranks. Raises InputError on every rank where the adapters are not those of the model's settings.
     """
-    wanted = [
+    adapters = [
         (piece, view) for piece, view in weights if is_adapter(piece.box.name) or piece.box.name == SCORE
     ]
-    names = all_names(wanted, everyone)
+    names = all_names(adapters, everyone)
     with input_errors_on_all(everyone):
         reader = BoxReader(directory)
         stored = {key.removeprefix(PREFIX) for key in peft_names(reader)}
         _check_names(directory / WEIGHTS, names, stored)
-        for piece, view in wanted:
+        for piece, view in adapters:
             if piece.box.name in stored:
-                found = reader.whole(WEIGHTS, f"{PREFIX}{piece.box.name}")
-                assert found is not None, "it is among the file's keys"
-                check_shape(directory, piece.box, found)
-                reader.read(piece.box, [found.named(piece.box.name)], view)
+                stored_box = reader.whole(WEIGHTS, f"{PREFIX}{piece.box.name}")
+                assert stored_box is not None, "it is among the file's keys"
+                check_shape(directory, piece.box, stored_box)
+                reader.read(piece.box, [stored_box.named(piece.box.name)], view)
     return stored
 
 

@@ -24,7 +24,7 @@ def main() -> NoReturn:
 
 def group(about: str, commands: dict[str, Callable[..., None]], add_completion: bool = False) -> typer.Typer:
     """Commands by their names. Plain help and tracebacks: rich would double the time that --help takes."""
-    made = typer.Typer(
+    program = typer.Typer(
         help=about,
         no_args_is_help=True,
         add_completion=add_completion,
@@ -33,8 +33,8 @@ def group(about: str, commands: dict[str, Callable[..., None]], add_completion: 
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     for name, command in commands.items():
-        made.command(name)(command)
-    return made
+        program.command(name)(command)
+    return program
 
 
 app = group(
@@ -61,8 +61,8 @@ for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
 
 
-def show_version(asked: bool) -> None:
-    if asked:
+def show_version(requested: bool) -> None:
+    if requested:
         print(f"llm3d {llm3d.__version__}")
         raise typer.Exit
 

@@ -43,8 +43,8 @@ def memory(
     """
     from llm3d.config.uses import config_for_plan
 
-    asked, others = world_size_among(overrides)
-    world_size = 1 if asked is None else asked
+    requested_size, others = world_size_among(overrides)
+    world_size = 1 if requested_size is None else requested_size
     settings, _ = config_for_plan(config, others, world_size, name_of(stage))
     if settings.model.vocab_size is None:
         from llm3d.data.run_tokenizer import open_tokenizer

@@ -26,8 +26,8 @@ def run(config: Config) -> None:
             print(remark, file=sys.stderr)
         source, (numbers, num_terms, unit) = evaluate_latest(task, mesh)
         if mesh.rank == 0:
-            said = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
-            print(f"{source}: {said} on {counted(num_terms, unit)}")
+            summary = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
+            print(f"{source}: {summary} on {counted(num_terms, unit)}")
 
 
 def check(config: Config) -> Task:

@@ -62,13 +62,13 @@ def export(
 
 def _write_average(checkpoint: Path, model: Path, output: Path) -> None:
     """The files of the model, with the average of each tensor, which lies with the optimizer's state."""
-    found, reader, weights = manifest.read_manifest(checkpoint), BoxReader(checkpoint), BoxReader(model)
+    contents, reader, weights = manifest.read_manifest(checkpoint), BoxReader(checkpoint), BoxReader(model)
     files = weight_files(weights)
     writer = BoxWriter(output)
     for file in sorted(set(files.values())):
         entries = []
         for name in (name for name, where in files.items() if where == file):
-            if f"{AVERAGE}/{name}" not in found.tensors:
+            if f"{AVERAGE}/{name}" not in contents.tensors:
                 raise InputError(
                     f"{checkpoint}: holds no average of {name}; the run has to be one with ppo.ema"
                 )
@@ -77,7 +77,7 @@ def _write_average(checkpoint: Path, model: Path, output: Path) -> None:
             box = Box.whole(name, stored.box.shape)
             values = torch.empty(box.shape)
             at = replace(box, name=f"{AVERAGE}/{name}")
-            boxes = found.boxes(at.name)
+            boxes = contents.boxes(at.name)
             for one in boxes:
                 reader.check(one)
             reader.read(at, boxes, values)
@@ -118,8 +118,8 @@ def _merge(base: Path, adapter: Path, output: Path) -> None:
     if head == "language":
         tokenizer = load_tokenizer(with_tokenizer) if with_tokenizer else None
         tokens = (tokenizer.bos_id, tokenizer.end_ids) if tokenizer else (None, ())
-        found = with_tokens(read_json(base / CONFIG), read_json(base / GENERATION), *tokens)
-        for name, content in zip((CONFIG, GENERATION), found, strict=True):
+        contents = with_tokens(read_json(base / CONFIG), read_json(base / GENERATION), *tokens)
+        for name, content in zip((CONFIG, GENERATION), contents, strict=True):
             if content:
                 writer.text(name, json.dumps(content, indent=2) + "\n")
     else:

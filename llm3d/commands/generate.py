@@ -149,32 +149,35 @@ class TextGenerator:
         self,
         prompts: Sequence[Sequence[int]],
         first: int = 0,
-        told: Callable[[Sequence[int]], None] | None = None,
+        on_progress: Callable[[Sequence[int]], None] | None = None,
     ) -> list[Completion]:
         """Replies to prompts, in order, on every rank; each data rank writes its share.
 
-        first: the number of the first prompt.  told: of the tokens so far, on the ranks that write, for one prompt.
+        first: the number of the first prompt.
+        on_progress: told of the tokens so far, on the ranks that write, for one prompt.
         """
-        mesh, asked = self.mesh, self.config.generate
+        mesh, settings = self.mesh, self.config.generate
         requests = [self.encoder.request(tokens, first + i) for i, tokens in enumerate(prompts)]
-        self.generator.check(requests, asked.cache_bytes)  # the same on every rank
+        self.generator.check(requests, settings.cache_bytes)  # the same on every rank
         mine = range(mesh.data_rank, len(prompts), mesh.data_size)
         so_far: list[int] = []
 
         def on_token(request: int, reply: int, token: int) -> None:
             so_far.append(token)
-            if told is not None:
-                told(so_far)
+            if on_progress is not None:
+                on_progress(so_far)
 
         with input_errors_on_all(mesh.everyone):
-            found = self.generator.generate(
+            reply_groups = self.generator.generate(
                 [requests[i] for i in mine],
-                asked.max_sequences,
-                asked.cache_bytes,
-                on_token if told else None,
+                settings.max_sequences,
+                settings.cache_bytes,
+                on_token if on_progress else None,
             )
         written = [
-            self._written(i, reply) for i, replies in zip(mine, found, strict=True) for reply in replies
+            self._written(i, reply)
+            for i, replies in zip(mine, reply_groups, strict=True)
+            for reply in replies
         ]
         everyones = gather_bytes(json.dumps(written).encode(), mesh.data)
         return sorted(
@@ -213,8 +216,8 @@ def check(config: Config, options: GenerateOptions) -> Opened:
         return Opened(encoder, [encoder.tokens([Message("user", options.prompt)])], [options.prompt])
     if options.prompts is None:
         return Opened(encoder, [], [])
-    found, _ = read_prompts(options.prompts, config.columns)
-    return Opened(encoder, [encoder.tokens_of(prompt) for prompt in found], [p.shown for p in found])
+    prompts, _ = read_prompts(options.prompts, config.columns)
+    return Opened(encoder, [encoder.tokens_of(prompt) for prompt in prompts], [p.shown for p in prompts])
 
 
 def _check_output(options: GenerateOptions) -> None:
@@ -261,11 +264,11 @@ def show_as_written(writer: TextGenerator, prompts: Sequence[Sequence[int]], num
     """The reply, on every rank; rank 0 has shown it."""
     shown, speaks = StreamPrinter(writer.encoder.detokenizer), writer.mesh.rank == 0
 
-    def told(tokens: Sequence[int]) -> None:
+    def show_progress(tokens: Sequence[int]) -> None:
         if speaks:
             print(shown.more(tokens), end="", flush=True)
 
-    written, *_ = writer.write(prompts, number, told)
+    written, *_ = writer.write(prompts, number, show_progress)
     if speaks:
         print(shown.up_to(written.text))
     return written.text
@@ -286,8 +289,8 @@ def reply_to_many(writer: TextGenerator, opened: Opened, output: Path | None) ->
                 print(json.dumps(row, ensure_ascii=False), file=lines, flush=True)
     if mesh.rank == 0:
         rate = num_tokens / (time.perf_counter() - started)
-        said = f"{counted(num_replies, 'reply', 'replies')}, {counted(num_tokens, 'token')}"
-        print(f"{said}, {rate:,.0f} tokens/s", file=sys.stderr)
+        totals = f"{counted(num_replies, 'reply', 'replies')}, {counted(num_tokens, 'token')}"
+        print(f"{totals}, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
 def _fields(written: Completion) -> dict[str, Any]:
@@ -341,11 +344,11 @@ def converse(writer: TextGenerator) -> None:
     replies = count()
     _say(writer, f"{', '.join(f'{name}: {about}' for name, about in _COMMANDS.items())}")
     with suppress(KeyboardInterrupt):
-        while (said := _next_line(writer.mesh)) is not None and said.lower() not in _ENDS:
-            if said.startswith("/") and " " not in said:
-                messages = _obey(writer, said, messages)
+        while (line := _next_line(writer.mesh)) is not None and line.lower() not in _ENDS:
+            if line.startswith("/") and " " not in line:
+                messages = _obey(writer, line, messages)
             else:
-                messages = _reply(writer, [*messages, Message("user", said)], replies)
+                messages = _reply(writer, [*messages, Message("user", line)], replies)
 
 
 def _obey(writer: TextGenerator, command: str, messages: list[Message]) -> list[Message]:

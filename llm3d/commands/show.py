@@ -45,8 +45,8 @@ def show(
     part = slice(data.num_train) if split == "train" else slice(data.num_train, None)
     sets, counts = data.sets[part], data.counts[part]
     colored = console.color_system is not None and not console.no_color
-    told = (f"template: {chat.template.name}", *chat.remarks)
-    lines = [*map(Text, told), _legend(colored)]
+    header = (f"template: {chat.template.name}", *chat.remarks)
+    lines = [*map(Text, header), _legend(colored)]
     for place in islice(data.in_order(split), min(num_samples, sum(map(len, sets)))):
         path, _ = data.counts[place.number]
         sample = data.sets[place.number][place.sample]
@@ -55,7 +55,7 @@ def show(
         lines += _described(sample, tokenizer, colored)
     lines.append(Text())
     for path, count in counts:
-        lines += map(Text, count.told(path, data.settings))
+        lines += map(Text, count.summary(path, data.settings))
         lines += [Text(f"  {bad}") for bad in count.bad[:_NAMED]]
     lines += map(Text, _lengths(sets))
     lines += [Text(data.packing(data_size))] if split == "train" else []
@@ -75,8 +75,8 @@ def _described(sample: Sample, tokenizer: Tokenizer, colored: bool) -> Iterator[
     for number, (sequence, rank) in enumerate(zip(sample.sequences, sample.ranks, strict=True), 1):
         several = len(sample.sequences) > 1
         reply = f"reply {number} of {len(sample.sequences)}, rank {rank:g}: " if several else ""
-        said = f"{reply}{counted(len(sequence.ids), 'token')}, {int(_learned(sequence).sum()):,} learned"
-        yield Text(said, "bold" if colored else "")
+        heading = f"{reply}{counted(len(sequence.ids), 'token')}, {int(_learned(sequence).sum()):,} learned"
+        yield Text(heading, "bold" if colored else "")
         yield _colored(sequence, tokenizer) if colored else _marked(sequence, tokenizer)
 
 
@@ -133,9 +133,9 @@ def _visible(text: str) -> str:
 
 def _lengths(sets: Sequence[SampleSet]) -> Iterator[str]:
     lengths = np.concatenate([np.diff(samples.sequence_starts) for samples in sets])
-    found = np.quantile(lengths, list(_QUANTILES.values()), method="nearest")
-    said = (f"{name} {int(length):,}" for name, length in zip(_QUANTILES, found, strict=True))
-    yield f"tokens a sequence: {', '.join(said)}"
+    quantiles = np.quantile(lengths, list(_QUANTILES.values()), method="nearest")
+    entries = (f"{name} {int(length):,}" for name, length in zip(_QUANTILES, quantiles, strict=True))
+    yield f"tokens a sequence: {', '.join(entries)}"
     first = np.concatenate([samples.is_target[samples.sequence_starts[:-1]] for samples in sets])
     learned = sum(int(samples.is_target.sum()) for samples in sets) - int(first.sum())
     yield f"learned: {learned / lengths.sum():.1%} of {int(lengths.sum()):,} tokens"

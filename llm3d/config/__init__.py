@@ -187,9 +187,9 @@ def _resolve_lora(given: dict[Any, Any]) -> dict[Any, Any]:
     """The fields of LoRASettings that a PEFT directory has; what the user gives beside must agree."""
     stored = peft_settings(given["path"])
     for name in stored:
-        asked = sorted(given[name]) if isinstance(given.get(name), list) else given.get(name)
-        found = sorted(stored[name]) if isinstance(stored[name], list) else stored[name]
-        if name in given and asked != found:
+        given_value = sorted(given[name]) if isinstance(given.get(name), list) else given.get(name)
+        stored_value = sorted(stored[name]) if isinstance(stored[name], list) else stored[name]
+        if name in given and given_value != stored_value:
             raise InputError(
                 f"lora.{name}: {show(given[name])} is not what lora.path has, {show(stored[name])}"
             )
@@ -219,10 +219,10 @@ def _from_directory(path: str, rest: dict[Any, Any]) -> dict[str, Any]:
     fields = hugging_face_shape(file) | {"path": path}
     stored = validate(ModelConfig, fields, ("model",), source=f" (in {file})")
     shape = stored.model_dump(mode="json")
-    asked = validate(ModelConfig, shape | rest, ("model",))
+    requested = validate(ModelConfig, shape | rest, ("model",))
     tokens = {name: rest[name] for name in rest if name.endswith("token_id")}
     for name in rest.keys() - tokens.keys():
-        if getattr(asked, name) != getattr(stored, name):
+        if getattr(requested, name) != getattr(stored, name):
             raise InputError(
                 f"model.{name}: {show(rest[name])} is not what {file} says, {show(shape[name])}; "
                 f"with model.path, leave the shape out"

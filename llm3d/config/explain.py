@@ -65,11 +65,11 @@ def section_in(annotation: object) -> type[Section] | None:
     """Return the section that a field holds, itself or as an entry of a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for found in map(section_in, get_args(annotation)) if found), None)
+    return next((section for section in map(section_in, get_args(annotation)) if section), None)
 
 
 # By pydantic's type of error; what its context holds goes in.
-_SAYS = {
+_MESSAGES = {
     "int_type": "is not a whole number",
     "int_from_float": "is not a whole number",
     "float_type": "is not a number",
@@ -96,10 +96,10 @@ def _describe(error: Any, where: str, allowed: list[str], root: type[Config]) ->
         return _unknown(where, allowed, root)
     if kind == "value_error":
         return str(error["ctx"]["error"])
-    said = _SAYS.get(kind, error["msg"]).format_map(error.get("ctx", {}))
-    choices = re.findall("'([^']*)'", said) if kind == "literal_error" else []
+    message = _MESSAGES.get(kind, error["msg"]).format_map(error.get("ctx", {}))
+    choices = re.findall("'([^']*)'", message) if kind == "literal_error" else []
     known = value_called(where, given) if choices else None
-    return f"{show(given)} {said}" + (f"; did you mean {known}?" if known else nearest(given, choices))
+    return f"{show(given)} {message}" + (f"; did you mean {known}?" if known else nearest(given, choices))
 
 
 def _unknown(where: str, allowed: list[str], root: type[Config]) -> str:

@@ -139,11 +139,11 @@ def _rope(where: str, stored: dict[str, Any], positions: Any) -> Shape:
     }
 
 
-def _agreed(where: str, said: dict[str, Any], default: Any) -> Any:
+def _agreed(where: str, values_by_place: dict[str, Any], default: Any) -> Any:
     """What all places say that say something."""
-    values = list(said.values())
+    values = list(values_by_place.values())
     if any(value != values[0] for value in values):
-        places = ", ".join(f"{name} {show(value)}" for name, value in said.items())
+        places = ", ".join(f"{name} {show(value)}" for name, value in values_by_place.items())
         raise InputError(f"{where}: contradicts itself: {places}; remove the wrong one")
     return values[0] if values else default
 

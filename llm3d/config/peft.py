@@ -59,14 +59,14 @@ def peft_settings(path: str) -> dict[str, Any]:
     modules = _modules(directory / WEIGHTS)
     try:
         _check_used(where, stored, modules)
-        found = {  # PEFT's defaults, where the file is silent
+        fields = {  # PEFT's defaults, where the file is silent
             "rank": _of_all(where, "rank_pattern", stored, stored.get("r", 8), modules),
             "alpha": _of_all(where, "alpha_pattern", stored, stored.get("lora_alpha", 8), modules),
         }
     except (re.error, TypeError) as error:
         raise InputError(f"{where}: a pattern or a list in it cannot be read ({error})") from None
     rslora = bool(stored.get("use_rslora"))
-    return found | {"rslora": rslora, "targets": _targets(directory / WEIGHTS, modules), "path": path}
+    return fields | {"rslora": rslora, "targets": _targets(directory / WEIGHTS, modules), "path": path}
 
 
 def _modules(file: Path) -> dict[str, tuple[int, str]]:
@@ -92,10 +92,10 @@ def _targets(file: Path, modules: dict[str, tuple[int, str]]) -> list[str]:
     if not layers:
         raise InputError(f"lora.path: {file}: holds no adapters of projections that are known here")
     first = layers[min(layers)]
-    for layer, found in sorted(layers.items()):
-        if found != first:
+    for layer, targets in sorted(layers.items()):
+        if targets != first:
             raise InputError(
-                f"lora.path: {file}: layer {layer} has adapters of {', '.join(sorted(found))}, layer {min(layers)} "
+                f"lora.path: {file}: layer {layer} has adapters of {', '.join(sorted(targets))}, layer {min(layers)} "
                 f"of {', '.join(sorted(first))}; only the same in every layer are supported"
             )
     return sorted(first)

@@ -64,8 +64,8 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     checkpoints = Path(run_dir) / "checkpoints"
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if _COMPLETE.fullmatch(path.name)]
-    return sorted(filter(is_checkpoint, found), key=step_of)
+    paths = [path for path in checkpoints.iterdir() if _COMPLETE.fullmatch(path.name)]
+    return sorted(filter(is_checkpoint, paths), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -318,6 +318,6 @@ def ppo_problems(config: PPOConfig) -> Iterator[str]:
     if config.data.truncation == "right":
         yield "data.truncation: right would cut off what a prompt asks for; use drop or left"
     for name in ("tensor", "pipeline"):
-        asked, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
-        if asked is not None and there % asked:
-            yield f"ppo.rollout_{name}: {asked} does not divide parallel.{name} {there}"
+        requested, there = getattr(ppo, f"rollout_{name}"), getattr(parallel, name)
+        if requested is not None and there % requested:
+            yield f"ppo.rollout_{name}: {requested} does not divide parallel.{name} {there}"

@@ -126,10 +126,10 @@ def checkpoint_at(path: Path) -> Path:
     if place.settings is not None and run_dir is None:
         run = read_settings(place.settings).get("run")
         run_dir = Path(str(run.get("dir"))) if isinstance(run, dict) else None
-    found = place.checkpoint or place.model or (run_dir and latest_checkpoint(run_dir))
-    if found is None:
+    checkpoint = place.checkpoint or place.model or (run_dir and latest_checkpoint(run_dir))
+    if checkpoint is None:
         raise InputError(f"{path}: run directory {run_dir} has no complete checkpoint; train first")
-    return found
+    return checkpoint
 
 
 class Named:
@@ -142,7 +142,7 @@ class Named:
     def __init__(self, path: Path, overrides: Sequence[str], stage: str | None, world_size: int) -> None:
         self.path, self.world_size = path, world_size
         self.place, self.remarks = place_of(path), list[str]()
-        self.asked = {override.partition("=")[0] for override in overrides}
+        self.override_names = {override.partition("=")[0] for override in overrides}
         given: Path | Settings | None = self.place.settings
         if given is None:
             given = self._settings_of_model(self.place.model or self.place.checkpoint or path, stage)
@@ -157,7 +157,7 @@ class Named:
         """Whether it stands on the command line, itself, in part or with its section."""
         return any(
             setting == name or setting.startswith(f"{name}.") or name.startswith(f"{setting}.")
-            for name in self.asked
+            for name in self.override_names
         )
 
     def section(self, name: str) -> Settings:
@@ -195,10 +195,10 @@ class Named:
             return
         self._check_sizes()
         folder = _weights_in(self.weights)
-        model, lora = self._asked_of("model"), self._asked_of("lora")
+        model, lora = self._overrides_of("model"), self._overrides_of("lora")
         if (folder / "adapter_config.json").is_file():
             self._check_names_the_weights("lora.path", lora)
-            if "lora" in self.asked and not lora:
+            if "lora" in self.override_names and not lora:
                 raise InputError(f"lora: null, but {self.weights} holds adapters and no whole model")
             self.settings |= {
                 "model": model | {"path": self._base(folder)},
@@ -234,22 +234,22 @@ class Named:
                     "it as it was, or name another run.dir"
                 )
 
-    def _asked_of(self, section: str) -> Settings:
+    def _overrides_of(self, section: str) -> Settings:
         """What the command line says in a section; that it agrees with the weights' own files is checked with these."""
         given = self.section(section)
-        asked = {name: given[name] for name in given if self.is_asked(f"{section}.{name}")}
-        if section == "model" and isinstance(asked.get("preset"), str) and asked["preset"] in PRESETS:
-            asked = PRESETS[asked.pop("preset")] | asked
-        if section == "model" and asked.get("vocab_size", 0) is None:
-            del asked["vocab_size"]  # the tokenizer tells it
-        return asked
+        overrides = {name: given[name] for name in given if self.is_asked(f"{section}.{name}")}
+        if section == "model" and isinstance(overrides.get("preset"), str) and overrides["preset"] in PRESETS:
+            overrides = PRESETS[overrides.pop("preset")] | overrides
+        if section == "model" and overrides.get("vocab_size", 0) is None:
+            del overrides["vocab_size"]  # the tokenizer tells it
+        return overrides
 
-    def _check_names_the_weights(self, setting: str, asked: Settings) -> None:
+    def _check_names_the_weights(self, setting: str, overrides: Settings) -> None:
         """Raise InputError where the command line names neither the weights that are used nor their run's start."""
         section, _, name = setting.partition(".")
-        if name not in asked:
+        if name not in overrides:
             return
-        used, given = self.weights, asked[name]
+        used, given = self.weights, overrides[name]
         assert used is not None
         known = [used, _weights_in(used), (self._of_run().get(section) or {}).get(name)]
         if given is None or Path(str(given)).resolve() not in [
@@ -307,11 +307,11 @@ class Named:
 
     def check_is_kept(self, given: Config, used: Config) -> None:
         """Raise InputError where the command line asks for what is not used."""
-        for name in sorted(self.asked):
-            asked, kept = _value_of(given, name), _value_of(used, name)
-            if asked != kept:
+        for name in sorted(self.override_names):
+            requested, kept = _value_of(given, name), _value_of(used, name)
+            if requested != kept:
                 raise InputError(
-                    f"{name}: {show(asked)} is for training; text is generated with {show(kept)}; leave it out"
+                    f"{name}: {show(requested)} is for training; text is generated with {show(kept)}; leave it out"
                 )
 
     def forget_missing_model(self) -> None:
@@ -332,8 +332,8 @@ class Named:
         stored = _read_json(folder / "generation_config.json")
         sampling = {name: stored[name] for name in _SAMPLING if stored.get(name) is not None}
         if sampling:
-            said = ", ".join(f"{name} {value}" for name, value in sampling.items())
-            self.remarks.append(f"as generation_config.json says: {said}")
+            summary = ", ".join(f"{name} {value}" for name, value in sampling.items())
+            self.remarks.append(f"as generation_config.json says: {summary}")
         length = config.get("max_position_embeddings")
         dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
         settings: Settings = {

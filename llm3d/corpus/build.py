@@ -376,8 +376,8 @@ class _Documents:
 
 def _documents(parts: _Parts, paths: Sequence[Path]) -> _Documents:
     if not len(parts.length):
-        found = f"{counted(parts.empty, 'document')} without text, {counted(parts.num_bad, 'bad record')}"
-        raise InputError(f"{paths[0]}: the corpus is empty ({found}); name files that hold text")
+        tally = f"{counted(parts.empty, 'document')} without text, {counted(parts.num_bad, 'bad record')}"
+        raise InputError(f"{paths[0]}: the corpus is empty ({tally}); name files that hold text")
     return _Documents(parts, np.append(np.flatnonzero(parts.starts), len(parts.starts)))
 
 
@@ -394,13 +394,13 @@ def _split(documents: _Documents, seed: int, valid_fraction: float) -> dict[str,
     total = int(sizes.sum())
     if total < 2:
         raise InputError("the corpus is a single token; add text, or set valid_fraction to 0")
-    wanted = min(max(1, round(total * valid_fraction)), total - 1)
+    valid_tokens = min(max(1, round(total * valid_fraction)), total - 1)
     before = np.cumsum(sizes) - sizes  # tokens of the documents in front
-    count = int(np.argmin(np.abs(before - wanted)))
-    if abs(int(before[count]) - wanted) <= NEAR * wanted:
+    count = int(np.argmin(np.abs(before - valid_tokens)))
+    if abs(int(before[count]) - valid_tokens) <= NEAR * valid_tokens:
         return {"train": order[count:], "valid": order[:count]}
-    count = int(np.searchsorted(before, wanted)) - 1
-    cut = documents.cut(int(order[count]), int(sizes[count]) - (wanted - int(before[count])))
+    count = int(np.searchsorted(before, valid_tokens)) - 1
+    cut = documents.cut(int(order[count]), int(sizes[count]) - (valid_tokens - int(before[count])))
     return {"train": order[count:], "valid": np.append(order[:count], cut)}
 
 

@@ -97,15 +97,15 @@ def find_files(paths: Sequence[str | Path], kinds: Mapping[str, str] = KINDS) ->
     Raises InputError for a path that matches nothing, a file of a kind that is not read, data of such a kind in a
     directory, and a link to nothing.
     """
-    found: dict[str, Path] = {}  # by what they are beyond links and other names
+    files: dict[str, Path] = {}  # by what they are beyond links and other names
     for path in (path for given in map(str, paths) for path in _matches(given)):
         for file in _inside(path, kinds) if path.is_dir() else [path]:
             if file_kind(file, kinds) is None:
                 raise InputError(f"{file}: not a kind of file that is read ({', '.join(kinds)}); convert it")
-            found.setdefault(os.path.realpath(file), file)
-    if not found:
+            files.setdefault(os.path.realpath(file), file)
+    if not files:
         raise InputError("no input files given; name files, directories or patterns such as 'data/*.jsonl'")
-    return list(found.values())
+    return list(files.values())
 
 
 def file_kind(path: Path, kinds: Mapping[str, str] = KINDS) -> str | None:
@@ -189,8 +189,8 @@ def _boundary(mapped: mmap.mmap, at: int, kind: str, separator: str | None) -> i
         match = LINE_START.search(mapped, at)
         return match.end() if match else len(mapped)
     mark = b"\n" if kind == "jsonl" else str(separator).encode()
-    found = mapped.find(mark, at)
-    return len(mapped) if found < 0 else found + len(mark)
+    position = mapped.find(mark, at)
+    return len(mapped) if position < 0 else position + len(mark)
 
 
 def _divide_compressed(path: Path, form: Format, kind: str) -> Iterator[Item]:
@@ -219,8 +219,8 @@ def _last_boundary(data: bytes, kind: str, separator: str | None) -> int:
         match = LAST_LINE_START.match(data)
         return match.end() if match else 0
     mark = b"\n" if kind == "jsonl" else str(separator).encode()
-    found = data.rfind(mark)
-    return 0 if found < 0 else found + len(mark)
+    position = data.rfind(mark)
+    return 0 if position < 0 else position + len(mark)
 
 
 def _divide_list(path: Path) -> Iterator[Item]:

@@ -52,7 +52,7 @@ class Counts:
     def without(self, held_out: int) -> Counts:
         return replace(self, samples=self.samples - held_out, held_out=held_out)
 
-    def told(self, path: str, settings: ChatDataConfig) -> list[str]:
+    def summary(self, path: str, settings: ChatDataConfig) -> list[str]:
         """For people: what there is, what is not read, and a warning where much of it is too long."""
         lines = [f"{path}: {self}"]
         if self.unread:
@@ -120,17 +120,17 @@ def read_prompts(
     """
     counts = Counts()
     mapping = {field: column for field, column in columns.items() if field in PROMPT_FIELDS}
-    found = [
+    prompts = [
         PlacedPrompt(record.where, item.messages, record.row, item.template_kwargs)
         for record, item in _rows(path, "prompt", "auto", mapping, counts)
         if isinstance(item, Prompt)
     ]
     if counts.bad and not skip_bad:
         raise InputError("\n".join(_named(path, counts)))
-    if not found:
+    if not prompts:
         raise InputError(f"{path}: holds no prompt")
-    counts.samples = len(found)
-    return found, counts
+    counts.samples = len(prompts)
+    return prompts, counts
 
 
 def _rows(
@@ -173,22 +173,22 @@ def _encoded(
 
     Of labeled replies, one each, of rank 0 where it is desirable, else 1.
     """
-    wanted: list[tuple[int, str, Item, list[Turns]]] = []
+    entries: list[tuple[int, str, Item, list[Turns]]] = []
     for row, ((where, _), item) in rows:
         counts.unread.update(_unwritten(item, template))
         if _calls_in_vain(item, template):
             counts.bad.append(BadRecord(where, "calls a tool, and the chat template writes no tool_calls"))
         elif isinstance(item, Comparison):
-            wanted.append((row, where, item, sides(item)))
+            entries.append((row, where, item, sides(item)))
         elif isinstance(item, LabeledReply):
             labeled = Conversation(item.messages, item.template_kwargs)
-            wanted.append((row, where, item, turns(labeled, "last")))
+            entries.append((row, where, item, turns(labeled, "last")))
         elif isinstance(item, Conversation):
-            made = turns(item, settings.turns)
-            wanted += [(row, where, item, [turn]) for turn in made]
-            counts.bad += [] if made else [BadRecord(where, "none of its replies is learned")]
-    encoded = _sequences([these for *_, these in wanted], template)
-    for (row, where, item, _), sequences in zip(wanted, encoded, strict=True):
+            learned_turns = turns(item, settings.turns)
+            entries += [(row, where, item, [turn]) for turn in learned_turns]
+            counts.bad += [] if learned_turns else [BadRecord(where, "none of its replies is learned")]
+    encoded = _sequences([these for *_, these in entries], template)
+    for (row, where, item, _), sequences in zip(entries, encoded, strict=True):
         why = str(sequences) if isinstance(sequences, InputError) else why_useless(sequences)
         if isinstance(sequences, InputError) or why is not None:
             counts.bad.append(BadRecord(where, str(why)))
@@ -222,15 +222,15 @@ def _messages(item: Item) -> Iterator[Message]:
     return iter(item.messages)
 
 
-def _sequences(wanted: Sequence[list[Turns]], template: Template) -> list[tuple[Tokens, ...] | InputError]:
+def _sequences(samples: Sequence[list[Turns]], template: Template) -> list[tuple[Tokens, ...] | InputError]:
     """Of each sample, or why the template cannot take it."""
     try:
-        encoded = iter(template.encode_many([turn for these in wanted for turn in these]))
-        return [tuple(Tokens(*next(encoded)) for _ in these) for these in wanted]
+        encoded = iter(template.encode_many([turn for these in samples for turn in these]))
+        return [tuple(Tokens(*next(encoded)) for _ in these) for these in samples]
     except InputError as error:
-        if len(wanted) == 1:
+        if len(samples) == 1:
             return [error]
-        return [found for these in wanted for found in _sequences([these], template)]
+        return [result for these in samples for result in _sequences([these], template)]
 
 
 def _all_learned(sample: Sample) -> Sample:

@@ -76,11 +76,11 @@ def _with_held_out(
     ]
     if not valid:
         raise InputError(f"data.valid: {share:g} of one row leaves none to train on; name other data")
-    told = [
+    split_counts = [
         (path, count.without(count.samples - len(s))) for (path, count), s in zip(counts, train, strict=True)
     ]
-    told += [(f"{path}, held out for validation", Counts(samples=len(s))) for path, s in valid]
-    return [*train, *(samples for _, samples in valid)], told
+    split_counts += [(f"{path}, held out for validation", Counts(samples=len(s))) for path, s in valid]
+    return [*train, *(samples for _, samples in valid)], split_counts
 
 
 def _check_fits_a_microbatch(path: str, samples: SampleSet, config: PostTrainingConfig) -> None:
@@ -172,7 +172,7 @@ class ChatData:
         """What the run is going to read, for people."""
         last = self.steps.last
         return [
-            *(line for path, counts in self.counts for line in counts.told(path, self.settings)),
+            *(line for path, counts in self.counts for line in counts.summary(path, self.settings)),
             *([self.packing(mesh.data_size)] if last > self.steps.step else []),
             f"by step {last} it has read the data {self.steps.epoch(last):.2f} times",
         ]

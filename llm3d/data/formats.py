@@ -151,11 +151,11 @@ def _read_prompt_of_turns(values: Values) -> Prompt:
 
 
 def _read_preference(values: Values) -> Comparison:
-    chosen, rejected, asked = values["chosen"], values["rejected"], _asked(values)
-    if not asked and _is_plain(chosen) and _is_plain(rejected):
-        asked, chosen, rejected = _without_shared_start(chosen, rejected, values["unread"])
+    chosen, rejected, context = values["chosen"], values["rejected"], _context(values)
+    if not context and _is_plain(chosen) and _is_plain(rejected):
+        context, chosen, rejected = _without_shared_start(chosen, rejected, values["unread"])
     sides = [_side(chosen, "chosen"), _side(rejected, "rejected")]
-    prompt, replies = _divided(values, asked, sides)
+    prompt, replies = _divided(values, context, sides)
     if replies[0] == replies[1]:
         raise ValueError("chosen and rejected are the same")
     return Comparison(prompt, replies, (0.0, 1.0), _margin(values["margin"]), _template_kwargs(values))
@@ -167,7 +167,7 @@ def _read_ranked(values: Values) -> Comparison:
     sides = [_side(reply, f"response {i}") for i, reply in enumerate(values["responses"], 1)]
     if len(sides) < 2:
         raise ValueError(f"fewer than two responses ({len(sides)}); a comparison needs two")
-    prompt, replies = _divided(values, _asked(values), sides)
+    prompt, replies = _divided(values, _context(values), sides)
     if any(replies[i] == replies[j] for i in range(len(replies)) for j in range(i)):
         raise ValueError("two responses are the same")
     return Comparison(prompt, replies, _ranks(values, len(replies)), template_kwargs=_template_kwargs(values))
@@ -199,14 +199,14 @@ def _number(value: Any, what: str) -> float:
     return float(value)
 
 
-def _asked(values: Values) -> list[Message]:
+def _context(values: Values) -> list[Message]:
     """What is said before the replies that are compared, as far as it lies beside them."""
-    asked = [*_history(values["history"]), *_question(values["prompt"], values["input"], "prompt")]
-    if not asked and values["conversations"] is not None:
-        asked = read_messages(values["conversations"], "conversations")
-        if asked and asked[-1].role == "assistant":  # it is one of the sides
+    context = [*_history(values["history"]), *_question(values["prompt"], values["input"], "prompt")]
+    if not context and values["conversations"] is not None:
+        context = read_messages(values["conversations"], "conversations")
+        if context and context[-1].role == "assistant":  # it is one of the sides
             return []
-    return asked
+    return context
 
 
 def _side(value: Any, what: str) -> list[Message]:
@@ -236,16 +236,16 @@ def _without_shared_start(chosen: str, rejected: str, unread: Fields) -> tuple[l
 
 
 def _divided(
-    values: Values, asked: Sequence[Message], sides: Sequence[Sequence[Message]]
+    values: Values, context: Sequence[Message], sides: Sequence[Sequence[Message]]
 ) -> tuple[tuple[Message, ...], tuple[tuple[Message, ...], ...]]:
     """The prompt and the replies to it, where sides may repeat what was asked, or hold it alone."""
     shared = 0
-    if not asked or all(_starts_with(side, asked) or _starts_whole(side) for side in sides):
+    if not context or all(_starts_with(side, context) or _starts_whole(side) for side in sides):
         shared = _shared(sides)
-        if not _holds(sides[0][:shared], asked):
+        if not _holds(sides[0][:shared], context):
             raise ValueError("the prompt is not among the messages with which chosen and rejected start")
-        asked = sides[0][:shared]
-    prompt = checked_turns(_with_system(values, asked), QUESTION)
+        context = sides[0][:shared]
+    prompt = checked_turns(_with_system(values, context), QUESTION)
     replies = [checked_turns([*prompt, *side[shared:]], REPLY)[len(prompt) :] for side in sides]
     if any(reply[0].role != "assistant" for reply in replies if reply):
         raise ValueError("one of the replies starts with what the user says")

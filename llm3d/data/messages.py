@@ -51,7 +51,9 @@ def is_dialogue(text: str) -> bool:
 def read_dialogue(text: str, what: str) -> list[Message]:
     """The turns of a text for which `is_dialogue`; one that ends with "\\n\\nAssistant:" asks for a reply."""
     _, *parts = SPEAKER.split(read_text(text, what))
-    turns = [Message(DIALOGUE[who], said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    turns = [
+        Message(DIALOGUE[who], content.strip()) for who, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
     return turns if turns[-1].content or turns[-1].role == "user" else turns[:-1]
 
 
@@ -129,14 +131,14 @@ def _message(item: Any, what: str) -> Message:
     is_learned = _is_learned(given, role, what)
     extra: dict[str, Any] = given
     if isinstance(content, list):
-        content, found = _joined(content, what)
-        extra |= found
+        content, fields = _joined(content, what)
+        extra |= fields
     if str(name).lower() == "function_call":
         content, extra["tool_calls"] = "", content
     spelled = [
         extra.pop(name, None) for name in ("tool_calls", "function_call")
     ]  # the second was OpenAI's first
-    calls = next((found for found in spelled if found), None)
+    calls = next((candidate for candidate in spelled if candidate), None)
     if calls:
         extra["tool_calls"] = _calls(calls, what)
     text = "" if content is None and calls and role == "assistant" else read_text(content, what)

@@ -98,8 +98,8 @@ def held_out(rows: np.ndarray, share: float, seed: int, source: int) -> np.ndarr
     rows: int [samples], the row of its file that each was made of. All samples of a row are on the same side; at
     least one row is kept, and never all.
     """
-    found, row_of_sample = np.unique(rows, return_inverse=True)
-    size = len(found)
+    unique_rows, row_of_sample = np.unique(rows, return_inverse=True)
+    size = len(unique_rows)
     places = permute(np.arange(size), size, derive_key(seed, source, -1))  # epochs have keys from 0 on
     return (places < min(max(1, round(share * size)), size - 1))[row_of_sample]
 

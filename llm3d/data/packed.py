@@ -153,12 +153,12 @@ class _Pair(NamedTuple):
 def _pairs(samples: Sequence[Sample]) -> Iterator[_Pair]:
     first = 0
     for sample in samples:
-        found = [
+        pairs = [
             (i, j)
             for i, rank in enumerate(sample.ranks)
             for j, other in enumerate(sample.ranks)
             if rank < other
         ]
-        for better, worse in found:
-            yield _Pair(first + better, first + worse, 1 / len(found), sample.margin)
+        for better, worse in pairs:
+            yield _Pair(first + better, first + worse, 1 / len(pairs), sample.margin)
         first += len(sample.sequences)

@@ -69,7 +69,9 @@ def read_prompt_sets(
     train = [read_prompt_set(source.path, template, config) for source in sources]
     if not isinstance(data.valid, float):
         return train, [read_prompt_set(source.path, template, config) for source in data.valid]
-    parts = [found.divided(data.valid, config.run.seed, number) for number, found in enumerate(train)]
+    parts = [
+        prompt_set.divided(data.valid, config.run.seed, number) for number, prompt_set in enumerate(train)
+    ]
     valid = [held_out for _, held_out in parts if held_out.prompts]
     if not valid:
         raise InputError(f"data.valid: {data.valid:g} of one row leaves none to train on; name other data")
@@ -80,7 +82,7 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
     """The prompts in a file that leave room for a reply. Raises InputError where there are none, or one is bad."""
     data, room = config.data, config.data.sequence_length - config.generate.max_new_tokens
     placed, counts = read_prompts(path, data.columns, data.skip_bad)
-    found = list[TokenizedPrompt]()
+    prompts = list[TokenizedPrompt]()
     for prompt in placed:
         try:
             tokens = np.array(template.encode_prompt(prompt.messages, prompt.template_kwargs), np.int32)
@@ -96,15 +98,15 @@ def read_prompt_set(path: str, template: Template, config: PPOConfig) -> PromptS
         if len(tokens) > room:
             tokens = _cut(tokens, room, template.tokenizer)
             counts.cut += 1
-        found.append(TokenizedPrompt(len(found), tokens, prompt.shown, prompt.row, prompt.where))
-    if not found:
+        prompts.append(TokenizedPrompt(len(prompts), tokens, prompt.shown, prompt.row, prompt.where))
+    if not prompts:
         raise InputError(
             f"{path}: holds no prompt of at most {counted(room, 'token')}, data.sequence_length "
             f"{data.sequence_length} less generate.max_new_tokens {config.generate.max_new_tokens}; raise the "
             "one or lower the other"
         )
-    counts.samples = len(found)
-    return PromptSet(path, found, counts)
+    counts.samples = len(prompts)
+    return PromptSet(path, prompts, counts)
 
 
 def _cut(tokens: np.ndarray, length: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -120,7 +122,9 @@ class PromptData:
     def __init__(self, config: PPOConfig, train: Sequence[PromptSet], valid: Sequence[PromptSet]) -> None:
         self.config, self.train, self.valid = config, list(train), list(valid)
         weights = [source.weight for source in config.data.train[: len(train)]]
-        self.order = SampleOrder.by_sample(weights, [len(found) for found in train], config.run.seed)
+        self.order = SampleOrder.by_sample(
+            weights, [len(prompt_set) for prompt_set in train], config.run.seed
+        )
         self.steps = Steps.of(config, self.order.samples_a_pass)
         self.resume(0, Consumed(0, 0))
 
@@ -145,27 +149,31 @@ class PromptData:
 
     def evaluation(self, mesh: Mesh) -> Iterator[list[TokenizedPrompt]]:
         """train.eval_steps batches as large as a step's, or all validation prompts."""
-        found = (prompt for some in self.valid for prompt in some.prompts)
-        numbered = (replace(prompt, number=-1 - i) for i, prompt in enumerate(found))
+        prompts = (prompt for some in self.valid for prompt in some.prompts)
+        numbered = (replace(prompt, number=-1 - i) for i, prompt in enumerate(prompts))
         size = self.config.batch.global_size
         return islice(iter(lambda: list(islice(numbered, size)), []), self.config.train.eval_steps)
 
     @property
     def digest(self) -> str:
         """What the prompts and their order depend on, in 16 hex digits."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         described = {"order": "feistel8-splitmix64/pfair65536/prompts/v1", "seed": self.config.run.seed}
-        found.update(json.dumps(described | {"weights": self.order.blend.weights}).encode())
+        hasher.update(json.dumps(described | {"weights": self.order.blend.weights}).encode())
         for prompt in (prompt for some in self.train for prompt in some.prompts):
-            found.update(prompt.tokens.tobytes() + b"\0")
-        return found.hexdigest()[:16]
+            hasher.update(prompt.tokens.tobytes() + b"\0")
+        return hasher.hexdigest()[:16]
 
     def introduction(self, mesh: Mesh) -> list[str]:
         """What the run is going to read, for people."""
         batch, last = self.config.batch.global_size, self.steps.last
         replies = self.config.generate.num_replies
         return [
-            *(line for p in (*self.train, *self.valid) for line in p.counts.told(p.path, self.config.data)),
+            *(
+                line
+                for p in (*self.train, *self.valid)
+                for line in p.counts.summary(p.path, self.config.data)
+            ),
             f"{counted(batch, 'prompt')} a step, {counted(replies, 'reply', 'replies')} to each; "
             f"by step {last} it has read them {self.steps.epoch(last):.2f} times",
         ]

@@ -93,9 +93,9 @@ def check_token_ids(tokenizer: Tokenizer | None, named: Iterable[Beside]) -> Non
         if not beside.has_tokenizer or beside.directory in seen:
             continue
         seen.add(beside.directory)
-        found = load_tokenizer(beside.directory)
-        tokenizer = tokenizer or found
-        writer, reader = (found, tokenizer) if beside.is_written else (tokenizer, found)
+        other = load_tokenizer(beside.directory)
+        tokenizer = tokenizer or other
+        writer, reader = (other, tokenizer) if beside.is_written else (tokenizer, other)
         difference = writer.difference_from(reader)
         if difference is not None:
             raise InputError(

@@ -90,7 +90,7 @@ class SampleSet:
     @property
     def digest(self) -> str:
         """Hex SHA-256 of all that is trained on."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         for array in (
             self.ids,
             self.is_target,
@@ -99,8 +99,8 @@ class SampleSet:
             self.ranks,
             self.margins,
         ):
-            found.update(np.ascontiguousarray(array).tobytes())
-        return found.hexdigest()
+            hasher.update(np.ascontiguousarray(array).tobytes())
+        return hasher.hexdigest()
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:

@@ -21,9 +21,9 @@ def padded_count(count: int) -> int:
     return above * 3 // 4 if above > 16 and count <= above * 3 // 4 else above
 
 
-def graphs_for(device: torch.device, wanted: bool) -> Graphs | None:
+def graphs_for(device: torch.device, enabled: bool) -> Graphs | None:
     """CUDA graphs, where they are wanted and the kernels in use can be in one."""
-    if not wanted or device.type != "cuda":
+    if not enabled or device.type != "cuda":
         return None
     return CudaGraphs if fused("kv_cache_append_", torch.empty(0, device=device)) else None
 

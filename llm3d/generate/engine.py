@@ -96,7 +96,7 @@ class Generator:
             assert running.reason is not None
             reply = Reply(running.tokens, running.log_probabilities, running.reason)
             replies[running.number][running.reply] = reply
-        return [[found[i] for i in range(len(found))] for found in replies]
+        return [[by_number[i] for i in range(len(by_number))] for by_number in replies]
 
     def check(self, requests: Sequence[Request], cache_bytes: int | None) -> None:
         """Raise InputError where one of the requests does not fit the cache. Called by all ranks of a replica."""

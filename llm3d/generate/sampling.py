@@ -156,13 +156,13 @@ def _least_candidates(scores: Tensor, settings: _Settings, top_k: int, group: Pr
     count = max(top_k + 1, _FIRST_CANDIDATES if bool((settings.top_p < 1).any()) else 0)
     while True:
         count = min(count, width)
-        found, complete = _best_of_ranks(scores, count, group)
-        within_k = torch.arange(found.shape[1], device=found.device) < k
-        mass = _weights(found).masked_fill(~within_k, 0)
+        candidates, complete = _best_of_ranks(scores, count, group)
+        within_k = torch.arange(candidates.shape[1], device=candidates.device) < k
+        mass = _weights(candidates).masked_fill(~within_k, 0)
         of_all = mass.sum(1, keepdim=True).where(settings.top_k > 0, totals)
         above = mass.cumsum(1) - mass  # of the likelier ones
         kept = within_k & ((above < settings.top_p * of_all) | (settings.top_p >= 1))
-        least = found.masked_fill(~kept, math.inf).amin(1, keepdim=True)
+        least = candidates.masked_fill(~kept, math.inf).amin(1, keepdim=True)
         unlimited = (settings.top_k == 0) & (settings.top_p >= 1)
         if count == width or bool(((least > complete) | unlimited).all()):
             return least.masked_fill(unlimited, -math.inf)
@@ -198,7 +198,7 @@ def _draw(
     mine = ends[:, -1]
     totals = mine[None] if is_alone(group) else gather_rows(mine[None], group)[0]  # [n, rows]
     ends_of_ranks = totals.cumsum(0)
-    wanted = (numbers.to(scores.device) * ends_of_ranks[-1]).long()
-    wanted -= ends_of_ranks[group.rank()] - mine  # counted from where this rank's part starts
-    at = torch.searchsorted(ends, wanted[:, None], right=True)[:, 0]
-    return all_reduce_sum(torch.where((wanted >= 0) & (wanted < mine), at + first_id, 0), group)
+    targets = (numbers.to(scores.device) * ends_of_ranks[-1]).long()
+    targets -= ends_of_ranks[group.rank()] - mine  # counted from where this rank's part starts
+    at = torch.searchsorted(ends, targets[:, None], right=True)[:, 0]
+    return all_reduce_sum(torch.where((targets >= 0) & (targets < mine), at + first_id, 0), group)

@@ -190,7 +190,9 @@ class Scheduler:
 
 def request_for(config: Config, detokenizer: Detokenizer, tokens: Sequence[int], number: int) -> Request:
     """What `generate` asks for, of one prompt; the same number and run.seed draw the same."""
-    asked = config.generate
-    sampling = Sampling(asked.temperature, asked.top_k, asked.top_p, asked.min_p, asked.repetition_penalty)
+    settings = config.generate
+    sampling = Sampling(
+        settings.temperature, settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty
+    )
     seed = derive_key(config.run.seed, number) >> 1
-    return Request(tokens, asked.max_new_tokens, detokenizer.ends, sampling, asked.num_replies, seed)
+    return Request(tokens, settings.max_new_tokens, detokenizer.ends, sampling, settings.num_replies, seed)

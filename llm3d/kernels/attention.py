@@ -55,10 +55,10 @@ def _activate(choice: str, capability: tuple[int, int]) -> None:
     """Have PyTorch's flash attention operations call the package's kernels."""
     module, capabilities = PACKAGES[choice]
     if capability[0] not in capabilities:
-        wanted = " or ".join(f"{major}.x" for major in capabilities)
+        supported = " or ".join(f"{major}.x" for major in capabilities)
         has = ".".join(map(str, capability))
         raise InputError(
-            f"kernels.attention: {choice} is for GPUs of compute capability {wanted}; this one has {has}"
+            f"kernels.attention: {choice} is for GPUs of compute capability {supported}; this one has {has}"
         )
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
     if activate is None or choice.upper() not in torch.nn.attention.list_flash_attention_impls():

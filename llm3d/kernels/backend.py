@@ -95,10 +95,10 @@ def is_plain_torch() -> bool:
 
 def of(op: str, device: torch.device | str) -> str:
     """What computes one operation on a device: native cpu avx512, native cuda, the name of a package, reference."""
-    found = fused(op, torch.empty(0, device=device))
-    if found is None:
+    kernel = fused(op, torch.empty(0, device=device))
+    if kernel is None:
         return "reference"
-    return _name(device) if isinstance(found, OpOverload) else _chosen
+    return _name(device) if isinstance(kernel, OpOverload) else _chosen
 
 
 def describe(device: torch.device | str) -> str:

@@ -105,10 +105,10 @@ class LanguageModelHead(nn.Module):
 
         Not under sequence parallelism, where the tokens are not yet gathered.
         """
-        targets, wanted = batch.targets, batch.num_targets
-        if self.sequence_parallel or not 0 < 4 * wanted < 3 * len(targets):
+        targets, num_targets = batch.targets, batch.num_targets
+        if self.sequence_parallel or not 0 < 4 * num_targets < 3 * len(targets):
             return self.token_terms(hidden, targets)
-        places = torch.nonzero_static(targets >= 0, size=wanted)[:, 0]
+        places = torch.nonzero_static(targets >= 0, size=num_targets)[:, 0]
         return self.token_terms(hidden[places], targets[places]).spread(places, len(targets))
 
 

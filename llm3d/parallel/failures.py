@@ -66,13 +66,13 @@ def failures_end_all_ranks() -> Iterator[None]:
 
 def _address() -> tuple[int, bytes]:
     """The port on which the first rank hears from all, and what they show it to be known; from it to all, 24 bytes."""
-    told = torch.zeros(24, dtype=torch.uint8)
+    payload = torch.zeros(24, dtype=torch.uint8)
     if dist.get_rank() == 0:
         hub = _Hub(dist.get_world_size())
         hub.start()
-        told = torch.frombuffer(bytearray(hub.port.to_bytes(8, "little") + hub.token), dtype=torch.uint8)
-    dist.broadcast(told, 0)
-    packed = bytes(told.numpy())
+        payload = torch.frombuffer(bytearray(hub.port.to_bytes(8, "little") + hub.token), dtype=torch.uint8)
+    dist.broadcast(payload, 0)
+    packed = bytes(payload.numpy())
     return int.from_bytes(packed[:8], "little"), packed[8:]
 
 
@@ -101,8 +101,8 @@ class _Watch(threading.Thread):
         except OSError:
             line = b""
         gone = Failure(0, 3, f"on {os.environ['MASTER_ADDR']} {_KILLED}", killed=True)
-        told = json.loads(line) if line else gone._asdict()
-        self.failure = Failure(**told) if told else None
+        fields = json.loads(line) if line else gone._asdict()
+        self.failure = Failure(**fields) if fields else None
         self.heard.set()
         if self.failure and (self.failure.killed or not self.left.wait(GRACE_SECONDS)):
             self._end(self.failure)
@@ -199,16 +199,16 @@ class _Hub(threading.Thread):
         """-> whether it may say more: not a rank that is done or has failed, nor somebody who is no rank."""
         if connection not in self.ranks:
             with suppress(ValueError, KeyError, TypeError):
-                told = json.loads(line)
-                if secrets.compare_digest(bytes.fromhex(told["token"]), self.token):
-                    self.ranks[connection] = told["rank"], told["name"]
+                message = json.loads(line)
+                if secrets.compare_digest(bytes.fromhex(message["token"]), self.token):
+                    self.ranks[connection] = message["rank"], message["name"]
             return connection in self.ranks
-        told = json.loads(line)
-        if "code" in told and not self.reported:
+        message = json.loads(line)
+        if "code" in message and not self.reported:
             rank, name = self.ranks[connection]
-            self.reported = Failure(rank, told["code"], f"{name} failed: {told['message']}")
+            self.reported = Failure(rank, message["code"], f"{name} failed: {message['message']}")
             self.reported_at = time.monotonic()
-        self.num_done += "done" in told
+        self.num_done += "done" in message
         return False
 
 
@@ -226,8 +226,8 @@ def _exit_code(error: BaseException) -> int:
 
 def _in_words(error: BaseException) -> str:
     """One line."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, InputError | TrainingAborted) else f"{type(error).__name__}: {said}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, InputError | TrainingAborted) else f"{type(error).__name__}: {text}"
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -217,9 +217,9 @@ def whole_world() -> ProcessGroup:
 
 
 @contextmanager
-def process_group(wanted: str = "auto") -> Iterator[torch.device]:
-    """The world, for the time of the block; -> this rank's device. wanted: run.device."""
-    device = start_process_group(wanted)
+def process_group(kind: str = "auto") -> Iterator[torch.device]:
+    """The world, for the time of the block; -> this rank's device. kind: run.device."""
+    device = start_process_group(kind)
     try:
         with failures_end_all_ranks():
             yield device
@@ -231,13 +231,13 @@ def process_group(wanted: str = "auto") -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def device_of_this_process(wanted: str = "auto") -> torch.device:
+def device_of_this_process(kind: str = "auto") -> torch.device:
     """run.device: of `cuda` the GPU of this process's number on its host, `auto`: the CPU where there is none.
 
     Raises InputError where there is no GPU for each of the host's processes.
     """
-    gpus = 0 if wanted == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
-    if not gpus and wanted == "cuda":
+    gpus = 0 if kind == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
+    if not gpus and kind == "cuda":
         raise InputError("run.device: cuda, but there is no GPU that torch can use; auto takes the CPU then")
     if not gpus:
         return torch.device("cpu")
@@ -245,18 +245,18 @@ def device_of_this_process(wanted: str = "auto") -> torch.device:
     processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), rank + 1)
     if processes > gpus:
         raise InputError(
-            f"run.device: {wanted}, but there are {processes} processes on this machine and "
+            f"run.device: {kind}, but there are {processes} processes on this machine and "
             f"{counted(gpus, 'GPU')}; start one for each, or set run.device=cpu"
         )
     return torch.device("cuda", rank)
 
 
-def start_process_group(wanted: str = "auto") -> torch.device:
+def start_process_group(kind: str = "auto") -> torch.device:
     """Join the world that the environment describes (RANK and WORLD_SIZE; none: a world of one); -> this rank's device.
 
-    GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo. wanted: run.device.
+    GPUs talk through NCCL, with gloo beside it for small messages between hosts; CPUs through gloo. kind: run.device.
     """
-    device = device_of_this_process(wanted)
+    device = device_of_this_process(kind)
     prepare_for_many_ranks()
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -20,7 +20,7 @@ def choose_products(weights: Iterable[Tensor], group: ProcessGroup) -> None:
     large = (weight for weight in weights if weight.dim() == 2 and weight.numel() >= linear.MIN_WEIGHTS)
     shapes = sorted({(weight.shape[0], weight.shape[1]) for weight in large})
     everyones = [json.loads(theirs) for theirs in gather_bytes(json.dumps(shapes).encode(), group)]
-    wanted = sorted({(out, into) for theirs in everyones for out, into in theirs})
-    if wanted:
-        found = linear.faster_by_onednn(wanted) if group.rank() == 0 else ()
-        linear.take(json.loads(gather_bytes(json.dumps(found).encode(), group)[0]))
+    all_shapes = sorted({(out, into) for theirs in everyones for out, into in theirs})
+    if all_shapes:
+        kinds = linear.faster_by_onednn(all_shapes) if group.rank() == 0 else ()
+        linear.take(json.loads(gather_bytes(json.dumps(kinds).encode(), group)[0]))

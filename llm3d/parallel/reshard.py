@@ -39,27 +39,27 @@ class SyncStats(NamedTuple):
     seconds: float
 
 
-def plan_transfers(held: Sequence[Sequence[Box]], wanted: Sequence[Sequence[Box]]) -> list[Transfer]:
+def plan_transfers(held: Sequence[Sequence[Box]], requested: Sequence[Sequence[Box]]) -> list[Transfer]:
     """What makes every rank have what it wants: each element once, from the rank itself where it has it.
 
-    held, wanted: of each rank.  Of several other ranks that have the same box, the targets take turns.
+    held, requested: of each rank.  Of several other ranks that have the same box, the targets take turns.
     """
     holders: dict[str, dict[Box, list[int]]] = {}
     for rank, boxes in enumerate(held):
         for box in boxes:
             holders.setdefault(box.name, {}).setdefault(box, []).append(rank)
-    found = []
-    for target, boxes in enumerate(wanted):
+    transfers = []
+    for target, boxes in enumerate(requested):
         for box in boxes:
             sources = sorted(holders.get(box.name, {}).items(), key=lambda item: target not in item[1])
             missing = [box]
             for other, ranks in sources:
                 source = target if target in ranks else ranks[target % len(ranks)]
                 parts = [part for hole in missing if (part := hole.intersect(other)) is not None]
-                found += [Transfer(part, source, target) for part in parts]
+                transfers += [Transfer(part, source, target) for part in parts]
                 missing = [rest for hole in missing for rest in hole.without(other)]
             assert not missing, f"no rank holds {missing[0]}"
-    return found
+    return transfers
 
 
 def in_buckets(transfers: Iterable[Transfer], elements: int) -> list[list[Transfer]]:
@@ -90,13 +90,13 @@ class WeightSync:
     def __init__(
         self,
         held: Sequence[Box],
-        wanted: Sequence[Box],
+        requested: Sequence[Box],
         group: ProcessGroup,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        """held, wanted: this rank's.  bucket_bytes: of four bytes an element."""
+        """held, requested: this rank's.  bucket_bytes: of four bytes an element."""
         self.group, self.rank = group, group.rank()
-        everyones = [_decoded(part) for part in gather_bytes(_encoded(held, wanted), group)]
+        everyones = [_decoded(part) for part in gather_bytes(_encoded(held, requested), group)]
         transfers = plan_transfers([one for one, _ in everyones], [other for _, other in everyones])
         self.copied = [t.box for t in transfers if t.source == t.target == self.rank]
         between = in_buckets((t for t in transfers if t.source != t.target), max(1, bucket_bytes // 4))
@@ -167,15 +167,15 @@ class _Places:
         return self.example.new_empty(size)
 
 
-def _encoded(held: Sequence[Box], wanted: Sequence[Box]) -> bytes:
+def _encoded(held: Sequence[Box], requested: Sequence[Box]) -> bytes:
     return json.dumps(
-        [[[b.name, b.shape, b.offset, b.size] for b in boxes] for boxes in (held, wanted)]
+        [[[b.name, b.shape, b.offset, b.size] for b in boxes] for boxes in (held, requested)]
     ).encode()
 
 
 def _decoded(payload: bytes) -> tuple[list[Box], list[Box]]:
-    held, wanted = (
+    held, requested = (
         [Box(name, tuple(shape), tuple(offset), tuple(size)) for name, shape, offset, size in boxes]
         for boxes in json.loads(payload)
     )
-    return held, wanted
+    return held, requested

@@ -37,14 +37,14 @@ def phases_of_stages(
     writing = bytes_of_generation(generation_layout(layout))
     # In another layout a rank may be of any of its stages.
     handed = max([0, *(memory.parameters for r in roles if r.kind == "rollout" for memory in plans[r.name])])
-    found = []
+    phases = []
     for i in range(len(plans["policy"])):
         trained = {role.name: plans[role.name][i] for role in roles if role.kind == "trained"}
         frozen = {role.name: plans[role.name][i].parameters for role in roles if role.kind == "frozen"}
-        found.append(
+        phases.append(
             MemoryByPhase(trained, frozen, _peaks(trained, frozen, handed + writing, device_type != "cpu"))
         )
-    return found
+    return phases
 
 
 def _peaks(
@@ -71,15 +71,15 @@ def bytes_of_generation(layout: Config) -> int:
 
     layout: the settings that replies are written with.
     """
-    asked, model, size = layout.generate, layout.model, DTYPES[layout.precision.compute].itemsize
-    sequences, tensor = max(asked.max_sequences, asked.num_replies), layout.parallel.tensor
+    settings, model, size = layout.generate, layout.model, DTYPES[layout.precision.compute].itemsize
+    sequences, tensor = max(settings.max_sequences, settings.num_replies), layout.parallel.tensor
     heads = max(1, model.num_key_value_heads // tensor)
     stages = layout.parallel.layers_per_stage
     num_layers = max(stages or spread_layers(model.num_hidden_layers, layout.parallel.pipeline))
     block = 2 * BLOCK_SIZE * heads * model.head_dim * size * num_layers
     cache = block * sequences * -(-layout.data.sequence_length // BLOCK_SIZE)
-    cache = cache if asked.cache_bytes is None else min(cache, asked.cache_bytes)
-    longest = layout.data.sequence_length - asked.max_new_tokens
+    cache = cache if settings.cache_bytes is None else min(cache, settings.cache_bytes)
+    longest = layout.data.sequence_length - settings.max_new_tokens
     tokens = min(sequences * longest, max(MAX_PREFILL_TOKENS, longest))
     attended = max(model.hidden_size, model.num_attention_heads * model.head_dim)
     width = 3 * (model.hidden_size + attended) + 3 * model.intermediate_size // tensor

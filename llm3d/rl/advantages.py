@@ -60,13 +60,13 @@ def generalized_advantages(
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     following = torch.zeros_like(values[:, 0])
     advantage = following
-    found = torch.zeros_like(values)
+    advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         advantage = rewards[:, t] + gamma * following - values[:, t] + gamma * lam * advantage
-        found[:, t] = advantage
+        advantages[:, t] = advantage
         following = values[:, t]
-    found = found.masked_fill(~mask, 0.0)
-    return Advantages(found, found + values)
+    advantages = advantages.masked_fill(~mask, 0.0)
+    return Advantages(advantages, advantages + values)
 
 
 def group_advantages(scores: Tensor, group_size: int, kind: Literal["grpo", "rloo"]) -> Tensor:

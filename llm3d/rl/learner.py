@@ -177,37 +177,39 @@ class PPOLearner:
         self.record(rollouts.num_tokens)
         gap = masked_mean((rollouts.rollout_log_probs - scored.log_probabilities).abs(), mask).item()
         if not gap <= settings.log_probability_gate:
-            said = f"log-probabilities of replies are on average {gap:.3g} from what they were written with"
+            message = (
+                f"log-probabilities of replies are on average {gap:.3g} from what they were written with"
+            )
             limit = f"above ppo.log_probability_gate {settings.log_probability_gate:g}"
-            return StepResult(math.nan, math.nan, {}, problem=f"{said}, {limit}")
+            return StepResult(math.nan, math.nan, {}, problem=f"{message}, {limit}")
         with timing("values"):
             values = torch.zeros(mask.shape)
             if self.critic is not None:
                 values = token_values(self.critic, rollouts, lambda output, batch: output)
         kl = kl_estimate(scored.log_probabilities, scored.reference, settings.kl_estimator)
-        found = self._advantages(scored, kl, values)
+        estimate = self._advantages(scored, kl, values)
         weights = mask.float()
         if settings.loss_mean == "sequence":
             weights /= weights.sum(1, keepdim=True)
         tables = {
             "old_log_probabilities": scored.log_probabilities,
             "reference_log_probabilities": scored.reference,
-            "advantages": found.advantages,
-            "returns": found.returns,
+            "advantages": estimate.advantages,
+            "returns": estimate.returns,
             "old_values": values,
             "weights": weights,
         }
         result = self._update(rollouts, tables, lr, timing, tell)
         if result.problem:
             return result
-        metrics = self._about(scored, kl) | self._about_values(values, found, mask)
+        metrics = self._about(scored, kl) | self._about_values(values, estimate, mask)
         metrics |= {"rollout/log_probability_gap": gap, **result.metrics}
         metrics |= timing.metrics
         if self.rollout.synced is not None:
             metrics["timing_s/hand_over"] = self.rollout.synced.seconds  # part of gen
             metrics["rollout/handed_over_mib"] = self.rollout.synced.received_bytes / 2**20
         self._adapt(metrics["objective/kl"], len(rollouts))
-        examples = self.rewards.examples(rollouts, scored.raw, scored.scores, found.advantages)
+        examples = self.rewards.examples(rollouts, scored.raw, scored.scores, estimate.advantages)
         return result._replace(metrics=metrics, examples=examples)
 
     def _scored(self, prompts: Sequence[TokenizedPrompt], timing: Timing) -> Scored:
@@ -246,14 +248,14 @@ class PPOLearner:
             rewards = token_rewards(scores, kl, mask, coefficient)
             if settings.whiten_rewards:
                 rewards = whiten(rewards, mask, shift_mean=False)
-            found = generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
+            estimate = generalized_advantages(rewards, values, mask, settings.gamma, settings.lam)
         else:
             scores = scores - coefficient * kl.masked_fill(~mask, 0.0).sum(1)
             above = group_advantages(scores, self.config.generate.num_replies, settings.advantages)
-            found = Advantages(above[:, None] * mask, above[:, None] * mask)
+            estimate = Advantages(above[:, None] * mask, above[:, None] * mask)
         if settings.whiten_advantages:
-            found = found._replace(advantages=whiten(found.advantages, mask))
-        return found
+            estimate = estimate._replace(advantages=whiten(estimate.advantages, mask))
+        return estimate
 
     def _update(
         self,
@@ -345,15 +347,15 @@ class PPOLearner:
 
     def evaluate(self, batches: Iterable[Sequence[TokenizedPrompt]]) -> Evaluation:
         """Of replies to the validation prompts: their scores, how far the policy has gone, how long they are."""
-        found = list[dict[str, float]]()
+        metrics = list[dict[str, float]]()
         counts, num_prompts = list[int](), 0
         for prompts in batches:
             scored = self._scored(prompts, Timing(self.mesh.device))
             kl = kl_estimate(scored.log_probabilities, scored.reference, self.settings.kl_estimator)
-            found.append(self._about(scored, kl))
+            metrics.append(self._about(scored, kl))
             counts.append(len(scored.rollouts))
             num_prompts += len(prompts)
-        return Evaluation(_means(found, counts), num_prompts, "prompt")
+        return Evaluation(_means(metrics, counts), num_prompts, "prompt")
 
     def _about(self, scored: Scored, kl: Tensor) -> dict[str, float]:
         """Names that the users of TRL, and of verl, know."""
@@ -377,13 +379,13 @@ class PPOLearner:
             "response_length/clip_ratio": 1 - sum(rollouts.ended) / len(rollouts),
         }
 
-    def _about_values(self, values: Tensor, found: Advantages, mask: Tensor) -> dict[str, float]:
+    def _about_values(self, values: Tensor, estimate: Advantages, mask: Tensor) -> dict[str, float]:
         if self.critic is None:
             return {}
-        left, whole = (found.returns - values)[mask].var(), found.returns[mask].var()
+        left, whole = (estimate.returns - values)[mask].var(), estimate.returns[mask].var()
         return {
             "critic/values/mean": masked_mean(values, mask).item(),
-            "critic/returns/mean": masked_mean(found.returns, mask).item(),
+            "critic/returns/mean": masked_mean(estimate.returns, mask).item(),
             "critic/vf_explained_var": (1 - left / (whole + 1e-8)).item(),
         }
 
@@ -400,8 +402,8 @@ def _log_probabilities(output: TokenTerms, batch: PackedBatch) -> Tensor:
     return output.log_probabilities
 
 
-def _means(found: Sequence[dict[str, float]], weights: Sequence[float] | None = None) -> dict[str, float]:
-    return {name: float(np.average([each[name] for each in found], weights=weights)) for name in found[0]}
+def _means(metrics: Sequence[dict[str, float]], weights: Sequence[float] | None = None) -> dict[str, float]:
+    return {name: float(np.average([each[name] for each in metrics], weights=weights)) for name in metrics[0]}
 
 
 def set_temperature(model: ShardedModel, temperature: float) -> None:

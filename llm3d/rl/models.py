@@ -28,26 +28,30 @@ class ModelSettings(NamedTuple):
     rewards: list[PPOConfig | None]
 
 
-def settings_of_models(config: PPOConfig, found: Callable[[str | None, str], PPOConfig]) -> ModelSettings:
+def settings_of_models(
+    config: PPOConfig, settings_of: Callable[[str | None, str], PPOConfig]
+) -> ModelSettings:
     """What the settings say of models. Raises InputError where they cannot stand beside each other.
 
-    found: the settings of the model in a directory, None for the policy's, which a setting names.
+    settings_of: the settings of the model in a directory, None for the policy's, which a setting names.
     """
     rewards = [
-        None if source.model is None else found(source.model, f"ppo.rewards[{i}].model")
+        None if source.model is None else settings_of(source.model, f"ppo.rewards[{i}].model")
         for i, source in enumerate(config.ppo.rewards)
     ]
-    return ModelSettings(config, critic_settings(config, found), rewards)
+    return ModelSettings(config, critic_settings(config, settings_of), rewards)
 
 
-def critic_settings(config: PPOConfig, found: Callable[[str | None, str], PPOConfig]) -> PPOConfig | None:
+def critic_settings(
+    config: PPOConfig, settings_of: Callable[[str | None, str], PPOConfig]
+) -> PPOConfig | None:
     settings = config.ppo
     if settings.advantages != "gae":
         return None
     first_model = next((source.model for source in settings.rewards if source.model is not None), None)
     rate = settings.critic_lr or config.optim.lr
     least = config.optim.min_lr * rate / config.optim.lr
-    critic = found(settings.critic or first_model or config.model.path, "ppo.critic")
+    critic = settings_of(settings.critic or first_model or config.model.path, "ppo.critic")
     lora = config.lora.model_copy(update={"path": None})
     optim = config.optim.model_copy(update={"lr": rate, "min_lr": least})
     return critic.model_copy(update={"lora": lora, "optim": optim})
@@ -64,7 +68,7 @@ def critic_started_from(critic: PPOConfig | None, reward_model: PPOConfig, polic
 def companion_config(config: PPOConfig, tokenizer: Tokenizer, path: str | None, setting: str) -> PPOConfig:
     """The settings of the model in a directory, with the policy's tokenizer. Raises InputError where it cannot be."""
     assert path is not None, "checked with the settings"
-    found = checked_companion(config, model_at(path), path, setting)
+    companion = checked_companion(config, model_at(path), path, setting)
     named = Beside(setting, hugging_face_directory(path), "name a model with the policy's tokenizer")
     if not named.has_tokenizer:
         raise InputError(
@@ -72,7 +76,7 @@ def companion_config(config: PPOConfig, tokenizer: Tokenizer, path: str | None, 
             "copy the tokenizer that it was trained with beside its weights"
         )
     check_token_ids(tokenizer, [named])
-    return found
+    return companion
 
 
 def checked_companion(config: PPOConfig, model: ModelConfig, path: str, setting: str) -> PPOConfig:
@@ -111,7 +115,7 @@ def planned_settings(config: PPOConfig) -> tuple[ModelSettings, list[str]]:
     """
     remarks = dict[str, str]()
 
-    def found(path: str | None, setting: str) -> PPOConfig:
+    def settings_of(path: str | None, setting: str) -> PPOConfig:
         model = config.model
         if path is not None and Path(path).is_dir():
             model = model_at(path)
@@ -124,4 +128,4 @@ def planned_settings(config: PPOConfig) -> tuple[ModelSettings, list[str]]:
             remarks.setdefault(path, f"{setting}: no directory {path!r}; taken to be as large as the policy")
         return checked_companion(config, model, str(path), setting)
 
-    return settings_of_models(config, found), list(remarks.values())
+    return settings_of_models(config, settings_of), list(remarks.values())

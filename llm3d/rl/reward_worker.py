@@ -31,8 +31,8 @@ Scores = Callable[..., Any]
 def main() -> None:
     calls, answers = take_pipes()
 
-    def answer(said: dict[str, Any]) -> None:
-        answers.write(json.dumps(said) + "\n")
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
         answers.flush()
 
     try:
@@ -71,11 +71,11 @@ class Function(NamedTuple):
 
     def of(self, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Those of the columns that it takes."""
-        wanted = columns if self.takes is None else self.takes
+        accepted = columns if self.takes is None else self.takes
         return {
             name: values
             for name, values in columns.items()
-            if name in wanted and name not in self.not_columns
+            if name in accepted and name not in self.not_columns
         }
 
 
@@ -100,11 +100,11 @@ def imported(path: Path) -> ModuleType:
     sys.argv, sys.path[:] = [str(path)], [str(path.parent), *(place for place in sys.path if place != this)]
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
     name = f"{path.stem}_of_user" if taken else path.stem
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None, "the file's name ends in .py"
-    module = importlib.util.module_from_spec(found)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "the file's name ends in .py"
+    module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    found.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
@@ -139,13 +139,13 @@ def called(
     try:
         return {"scores": _numbers(function.call(prompts, replies, **columns), len(replies))}
     except (Exception, SystemExit) as error:  # whatever the user's function raises
-        said = _last_line(error)
+        message = _last_line(error)
     for i in range(len(replies)):
         alone = {name: [values[i]] for name, values in columns.items()}
         alike = _failure(function.call, [prompts[i]], [replies[i]], alone)
-        if alike is not None and _last_line(alike) == said:
-            return {"error": said, "place": i}
-    return {"error": said}
+        if alike is not None and _last_line(alike) == message:
+            return {"error": message, "place": i}
+    return {"error": message}
 
 
 def _failure(
@@ -158,8 +158,8 @@ def _failure(
     return None
 
 
-def _numbers(found: Iterable[Any], count: int) -> list[float]:
-    values = [float(value) for value in found]
+def _numbers(scores: Iterable[Any], count: int) -> list[float]:
+    values = [float(value) for value in scores]
     if len(values) != count:
         raise ValueError(f"number of scores: {len(values)}, of replies: {count}")
     wrong = [value for value in values if not math.isfinite(value)]
@@ -170,14 +170,14 @@ def _numbers(found: Iterable[Any], count: int) -> list[float]:
 
 def _last_line(error: BaseException) -> str:
     """What Python says of it, and where in the user's files."""
-    said = traceback.format_exception_only(error)[-1].strip()
+    message = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
-        return f"{said} ({error.filename} line {error.lineno})"
+        return f"{message} ({error.filename} line {error.lineno})"
     own = (__file__, "<frozen")
     places = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)
     ]
-    return f"{said} ({places[-1].filename} line {places[-1].lineno})" if places else said
+    return f"{message} ({places[-1].filename} line {places[-1].lineno})" if places else message
 
 
 if __name__ == "__main__":

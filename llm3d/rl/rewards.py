@@ -54,9 +54,9 @@ class RewardFunction:
             raise InputError(f"{setting}: {source.function!r} is not of the form FILE.py:NAME")
         if not Path(path).is_file():
             raise InputError(f"{setting}: no file {path!r}")
-        said = self._start()
-        self.takes: list[str] | None = said["takes"]
-        self._check_columns(prompts, said["needs"])
+        answer = self._start()
+        self.takes: list[str] | None = answer["takes"]
+        self._check_columns(prompts, answer["needs"])
 
     def _start(self) -> dict[str, Any]:
         """-> what the function says of columns."""
@@ -68,10 +68,10 @@ class RewardFunction:
             start_new_session=True,
         )
         self.close = weakref.finalize(self, _end, self.process)
-        said = self._answer(_SECONDS_TO_START, "to load")
-        if "error" in said:
-            raise InputError(f"{self.setting}: {self.named}: {said['error']}")
-        return said
+        answer = self._answer(_SECONDS_TO_START, "to load")
+        if "error" in answer:
+            raise InputError(f"{self.setting}: {self.named}: {answer['error']}")
+        return answer
 
     def columns(self, row: dict[str, Any]) -> dict[str, Any]:
         """What of a prompt's row the function takes."""
@@ -88,14 +88,14 @@ class RewardFunction:
             if not without:
                 continue
             known, first = sorted({key for prompt in prompts for key in prompt.row}), without[0]
-            said = f"{self.setting}: {self.named} needs a column {name!r}"
+            message = f"{self.setting}: {self.named} needs a column {name!r}"
             if len(without) < len(prompts):
                 raise InputError(
-                    f"{said}, which is not there in {len(without)} of {counted(len(prompts), 'prompt')}, "
+                    f"{message}, which is not there in {len(without)} of {counted(len(prompts), 'prompt')}, "
                     f"{first.where} the first; give it a default, such as {name}=None, or add the column"
                 )
             raise InputError(
-                f"{said}, which no prompt has; there are: {', '.join(known)}{nearest(name, known)}"
+                f"{message}, which no prompt has; there are: {', '.join(known)}{nearest(name, known)}"
             )
 
     def scores(self, rollouts: Rollouts, which: Sequence[int]) -> list[float]:
@@ -113,15 +113,17 @@ class RewardFunction:
         with suppress(BrokenPipeError):  # the answer then says that it has ended
             self.process.stdin.write(json.dumps(call, default=str).encode() + b"\n")
             self.process.stdin.flush()
-        said = self._answer(self.time_limit, f"for {counted(len(which), 'reply', 'replies')}")
-        if "error" in said:
-            raise InputError(f"{self.setting}: {self.named}: {said['error']}{self._of(call, said, prompts)}")
-        return list(said["scores"])
+        answer = self._answer(self.time_limit, f"for {counted(len(which), 'reply', 'replies')}")
+        if "error" in answer:
+            raise InputError(
+                f"{self.setting}: {self.named}: {answer['error']}{self._of(call, answer, prompts)}"
+            )
+        return list(answer["scores"])
 
-    def _of(self, call: dict[str, Any], said: dict[str, Any], prompts: Sequence[Any]) -> str:
-        if "place" not in said:
+    def _of(self, call: dict[str, Any], answer: dict[str, Any], prompts: Sequence[Any]) -> str:
+        if "place" not in answer:
             return ""
-        place = said["place"]
+        place = answer["place"]
         return f"; {prompts[place].where}, the reply {call['replies'][place]!r}"
 
     def _answer(self, seconds: float, what: str) -> dict[str, Any]:
@@ -136,8 +138,8 @@ class RewardFunction:
         if not line:
             code = self.process.wait()
             raise InputError(f"{self.setting}: {self.named}: its process ended with code {code}")
-        found: dict[str, Any] = json.loads(line)
-        return found
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -177,8 +179,8 @@ class Rewards:
     def columns(self, row: dict[str, Any]) -> dict[str, Any]:
         """What of a prompt's row the functions take, as JSON has it."""
         functions = [scorer for scorer in self.scorers if isinstance(scorer, RewardFunction)]
-        found = {name: value for function in functions for name, value in function.columns(row).items()}
-        return dict(json.loads(json.dumps(found, default=str)))
+        values = {name: value for function in functions for name, value in function.columns(row).items()}
+        return dict(json.loads(json.dumps(values, default=str)))
 
     @property
     def models(self) -> list[ShardedModel]:
@@ -186,26 +188,26 @@ class Rewards:
 
     def scores(self, rollouts: Rollouts) -> list[Tensor]:
         """Of each source, fp32 [replies], on every rank; before weights. Raises InputError on all ranks."""
-        found = []
+        scores = []
         for scorer, offset in zip(self.scorers, self.offsets, strict=True):
             if isinstance(scorer, RewardFunction):
-                found.append(self._by_function(scorer, rollouts))
+                scores.append(self._by_function(scorer, rollouts))
             else:
                 with scorer.loaded() as model:
-                    found.append(score_sequences(model, rollouts.samples) - offset)
-        return found
+                    scores.append(score_sequences(model, rollouts.samples) - offset)
+        return scores
 
     def center(self, config: PPOConfig, template: Template) -> None:
         """Have the replies of a model's `centered_on` score 0 on average from now on."""
         for i, (source, scorer) in enumerate(zip(self.sources, self.scorers, strict=True)):
             if source.centered_on is not None and isinstance(scorer, FrozenModel):
                 with input_errors_on_all(self.mesh.everyone):
-                    found, _ = read_samples(source.centered_on, "conversation", template, config.data)
-                samples = [found[j] for j in range(len(found))]
+                    sample_set, _ = read_samples(source.centered_on, "conversation", template, config.data)
+                samples = [sample_set[j] for j in range(len(sample_set))]
                 self.offsets[i] = score_sequences(scorer.model, samples).mean().item()
 
-    def total(self, found: Sequence[Tensor]) -> Tensor:
-        return torch.stack([s.weight * x for s, x in zip(self.sources, found, strict=True)]).sum(0)
+    def total(self, scores: Sequence[Tensor]) -> Tensor:
+        return torch.stack([s.weight * x for s, x in zip(self.sources, scores, strict=True)]).sum(0)
 
     def examples(
         self, rollouts: Rollouts, raw: Sequence[Tensor], scores: Tensor, advantages: Tensor
@@ -256,14 +258,14 @@ def spread_of_scores(
     raw: each source's, before weights, fp32 [replies].  scores: their sum.
     group_size: replies to a prompt, which stand next to each other.
     """
-    found = dict[str, float]()
+    metrics = dict[str, float]()
     for name, x in zip(names, raw, strict=True):
-        found |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": _deviation(x)}
-    found["reward_std"] = _deviation(scores)
+        metrics |= {f"rewards/{name}/mean": x.mean().item(), f"rewards/{name}/std": _deviation(x)}
+    metrics["reward_std"] = _deviation(scores)
     if group_size > 1:
         apart = scores.view(-1, group_size).std(1)
-        found["frac_reward_zero_std"] = torch.isclose(apart, torch.zeros(())).float().mean().item()
-    return found
+        metrics["frac_reward_zero_std"] = torch.isclose(apart, torch.zeros(())).float().mean().item()
+    return metrics
 
 
 def _deviation(scores: Tensor) -> float:

@@ -147,8 +147,8 @@ class RolloutGenerator:
         ]
         idle = self.policy.flat.kept_gradients if isinstance(self.policy, Trainer) else []
         with released_storage(idle), self._generator() as generator, input_errors_on_all(self.mesh.everyone):
-            found = generator.generate(requests, settings.max_sequences, settings.cache_bytes)
-        return all_gather_rollouts(prompts, mine, found, self.detokenizer.text, self.mesh)
+            replies = generator.generate(requests, settings.max_sequences, settings.cache_bytes)
+        return all_gather_rollouts(prompts, mine, replies, self.detokenizer.text, self.mesh)
 
     @contextmanager
     def _generator(self) -> Iterator[Generator]:
@@ -291,7 +291,7 @@ def training_batches(
         filled = torch.cat([known, torch.full((batch.num_targets - len(known),), of_texts)])
         return torch.zeros(len(batch.tokens)).masked_scatter(places, filled)
 
-    made = []
+    batches = []
     samples = [*(rollouts.sample(i) for i in which), *texts.samples]
     for items, batch in packed_samples(samples, model):
         replies = [which[i] for i in items if i < len(which)]  # texts come after them
@@ -301,8 +301,8 @@ def training_batches(
         }
         values["ptx_weights"] = laid_out([torch.zeros(lengths[i]) for i in replies], ptx_weight, batch)
         values["num_terms"] = sum(lengths[i] for i in replies) if by_token else len(replies)
-        made.append(RolloutBatch(**vars(batch), **values))
-    return made
+        batches.append(RolloutBatch(**vars(batch), **values))
+    return batches
 
 
 def text_sample(sample: Window) -> Sample:

@@ -29,8 +29,8 @@ class Timing:
 
     @property
     def metrics(self) -> dict[str, float]:
-        found = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
+        metrics = {f"timing_s/{name}": seconds for name, seconds in self.seconds.items()}
         if self.peaks:
-            found |= {f"memory_gib/{name}": peak for name, peak in self.peaks.items()}
-            found["memory_gib"] = max(self.peaks.values())
-        return found
+            metrics |= {f"memory_gib/{name}": peak for name, peak in self.peaks.items()}
+            metrics["memory_gib"] = max(self.peaks.values())
+        return metrics

@@ -96,7 +96,7 @@ def open_stage(config: PPOConfig, training: bool = True) -> PPOTask:
     template = load_template(config.data.template, tokenizer)
     train, valid = read_prompt_sets(template, config, training)
     detokenizer = Detokenizer(tokenizer, end_ids(config, tokenizer, template), config.generate.stop)
-    prompts = [prompt for found in (*train, *valid) for prompt in found.prompts]
+    prompts = [prompt for prompt_set in (*train, *valid) for prompt in prompt_set.prompts]
     rewards = [
         model or RewardFunction(source, f"ppo.rewards[{i}].function", prompts)
         for i, (source, model) in enumerate(zip(config.ppo.rewards, models, strict=True))

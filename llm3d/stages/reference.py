@@ -58,10 +58,15 @@ class LiveReference:
 
     def complete(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """Nothing is random in the reference. Its log-probabilities are known on the last pipeline stage alone."""
-        found = self.log_probabilities([replace(batch, keys=None, noise=None) for batch in microbatches])
-        if found is None:
+        log_probabilities = self.log_probabilities(
+            [replace(batch, keys=None, noise=None) for batch in microbatches]
+        )
+        if log_probabilities is None:
             return microbatches
-        return [replace(batch, reference=known) for batch, known in zip(microbatches, found, strict=True)]
+        return [
+            replace(batch, reference=known)
+            for batch, known in zip(microbatches, log_probabilities, strict=True)
+        ]
 
     def log_probabilities(self, microbatches: Sequence[PackedBatch]) -> list[Tensor] | None:
         """Of each microbatch's sequences, fp32 [sequences]; None but on the last pipeline stage."""
@@ -96,10 +101,10 @@ class CachedReference:
         if missing:
             load_first_weights(model)
         for number in missing:
-            found = reference_log_probabilities(model, data, number)
+            log_probabilities = reference_log_probabilities(model, data, number)
             with input_errors_on_all(mesh.everyone):
                 if mesh.rank == 0:
-                    _write(paths[number], found)
+                    _write(paths[number], log_probabilities)
         with input_errors_on_all(mesh.everyone):
             data.reference = [_read(path) for path in paths]
 
@@ -110,7 +115,7 @@ class CachedReference:
 @torch.no_grad()
 def reference_log_probabilities(model: ShardedModel, data: ChatData, number: int) -> Tensor:
     """Of all sequences of a set, by the weights as they are: fp32 [sequences], on every rank."""
-    mesh, found = model.mesh, torch.zeros(data.sets[number].num_sequences)
+    mesh, log_probabilities = model.mesh, torch.zeros(data.sets[number].num_sequences)
     for packed in data.everything(number, mesh):
         batches = [batch.to(mesh.device) for _, batch in packed]
         outputs = model.outputs(batches, sequence_log_probabilities)
@@ -120,9 +125,9 @@ def reference_log_probabilities(model: ShardedModel, data: ChatData, number: int
             spans = [data.sequences(place) for place in places]
             lengths = [span.stop - span.start for span in spans]
             for span, part in zip(spans, output.cpu().split(lengths), strict=True):
-                found[span] = part
-    dist.all_reduce(found, group=mesh.everyone)
-    return found
+                log_probabilities[span] = part
+    dist.all_reduce(log_probabilities, group=mesh.everyone)
+    return log_probabilities
 
 
 def reference_key(config: Config, samples: SampleSet) -> str:
@@ -148,10 +153,10 @@ def _read(path: Path) -> Tensor:
     return reader.tensor(stored)
 
 
-def _write(path: Path, found: Tensor) -> None:
+def _write(path: Path, log_probabilities: Tensor) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
-            save_file({_STORED: found}, partial)
+            save_file({_STORED: log_probabilities}, partial)
     except OSError as error:
         raise InputError(f"run.dir: {path}: {error.strerror}; name a directory that can be written") from None

@@ -48,9 +48,9 @@ class Stage(Generic[C]):
 
 def stage_of(config: Config) -> Stage[Any]:
     """The stage whose settings these are."""
-    found = importlib.import_module(f"llm3d.stages.{config.stage}").STAGE
-    assert isinstance(found, Stage)
-    return found
+    stage = importlib.import_module(f"llm3d.stages.{config.stage}").STAGE
+    assert isinstance(stage, Stage)
+    return stage
 
 
 # ---- what the settings name, opened ----

@@ -70,9 +70,9 @@ class Renderer:
 
     def reserve(self, spellings: Sequence[str]) -> None:
         """Name the special tokens that no text may hold."""
-        found = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
-        self._reserved = re.compile(found or "(?!)")
-        self._suspicious = re.compile(f"{found or '(?!)'}|[{''.join(MARKS)}]")
+        pattern = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+        self._reserved = re.compile(pattern or "(?!)")
+        self._suspicious = re.compile(f"{pattern or '(?!)'}|[{''.join(MARKS)}]")
 
     def chat(self, messages: Sequence[Message], kwargs: Fields) -> Chat:
         """Messages and keyword arguments in which every special token that must not be written is marked."""
@@ -143,11 +143,11 @@ def _split_generated(text: str, marks: Marks) -> Rendered:
 
 def _fields(message: Message) -> dict[str, Any]:
     """A message as transformers gives it to a template: nothing that is null, and thoughts by the usual names."""
-    found = {"role": message.role, "content": message.content, **message.extra}
-    thought = next((found[name] for name in _REASONING if found.get(name) is not None), None)
+    fields = {"role": message.role, "content": message.content, **message.extra}
+    thought = next((fields[name] for name in _REASONING if fields.get(name) is not None), None)
     if thought is not None:
-        found = {"thinking": thought, **found, "reasoning_content": thought}
-    return {name: value for name, value in found.items() if value is not None}
+        fields = {"thinking": thought, **fields, "reasoning_content": thought}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _texts(value: Any) -> Iterator[str]:

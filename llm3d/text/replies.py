@@ -67,17 +67,17 @@ class ReplyFinder:
     def __init__(self, renderer: Renderer, tokenizer: Tokenizer) -> None:
         self._renderer, self._tokenizer = renderer, tokenizer
         self._cut_out = frozenset(tokenizer.special_tokens.values())
-        said, user = self._try(_USER, _ASSISTANT), self._try(_USER)
-        asked = self._try(_USER, prompt=True)
-        again = said
+        exchange, user = self._try(_USER, _ASSISTANT), self._try(_USER)
+        prompt = self._try(_USER, prompt=True)
+        again = exchange
         with suppress(InputError):  # some templates take one turn alone
             again = self._try(_USER, _ASSISTANT, _USER)
-        if _ANSWER not in said.text:
+        if _ANSWER not in exchange.text:
             raise self._error("leaves out the text of a reply")
-        opening = self._find_opening(user.text, asked.text, said)
+        opening = self._find_opening(user.text, prompt.text, exchange)
         self.end_ids, self._ends_itself, self._next = frozenset[int](), True, {"user": "", "tool": ""}
-        self._find_ends(said.text, again.text)
-        self._find_ends_of_calls(asked.text)
+        self._find_ends(exchange.text, again.text)
+        self._find_ends_of_calls(prompt.text)
         self.reserved = self._find_reserved(user.text)
         self._cut_out = self.reserved | tokenizer.control_ids
         # It tells where a reply starts only if no text can hold it.
@@ -94,15 +94,15 @@ class ReplyFinder:
         text = _Text(whole.text, self.specials(whole.text, chat.marks))
         for i in _places(chat):
             try:
-                prompt, said = self._prompt(chat, i), self._said(chat, i, whole.text)
+                prompt, conversation = self._prompt(chat, i), self._conversation(chat, i, whole.text)
                 start = self._start(prompt, ended, text.text, at, chat.marks)
-                stop = self._stop(said, text, start, chat.marks)
+                stop = self._stop(conversation, text, start, chat.marks)
             except InputError:
                 if learned[i]:
                     raise
                 continue
             spans.append(Span(start, stop, i))
-            at, ended = stop, said
+            at, ended = stop, conversation
         return ReplySpans(spans, self._closing(chat, text, spans))
 
     def specials(self, text: str, marks: Marks = MARKS) -> list[Special]:
@@ -143,7 +143,7 @@ class ReplyFinder:
             raise self._error("does not tell where a reply starts that is the first message")
         return self._opening
 
-    def _said(self, chat: Chat, i: int, whole: str) -> str:
+    def _conversation(self, chat: Chat, i: int, whole: str) -> str:
         return whole if i + 1 == len(chat.messages) else self._renderer.render(chat.until(i + 1)).text
 
     def _start(self, prompt: str, ended: str, whole: str, at: int, marks: Marks) -> int:
@@ -165,20 +165,20 @@ class ReplyFinder:
     def _after_opening(self, prompt: str, whole: str, at: int) -> int:
         """Where a reply starts that is asked for as the first is; -1 if none is."""
         _, opening, rest = prompt.rpartition(self._opening) if self._opening else ("", "", "")
-        found = whole.find(opening, at)
-        if not opening or found < 0 or any(s.token_id in self.end_ids for s in self.specials(rest)):
+        position = whole.find(opening, at)
+        if not opening or position < 0 or any(s.token_id in self.end_ids for s in self.specials(rest)):
             return -1
-        return found + max(len(opening), self._alike(opening + rest, whole[found:]))
+        return position + max(len(opening), self._alike(opening + rest, whole[position:]))
 
-    def _stop(self, said: str, whole: _Text, start: int, marks: Marks) -> int:
-        """Where a reply that starts there has ended. said: the conversation up to it, with it."""
-        if whole.text.startswith(said):
-            before = _Text(said, [s for s in whole.specials if s.start < len(said)])
-            after = (s for s in whole.specials if s.start >= len(said))
+    def _stop(self, conversation: str, whole: _Text, start: int, marks: Marks) -> int:
+        """Where a reply that starts there has ended. conversation: up to it, with it."""
+        if whole.text.startswith(conversation):
+            before = _Text(conversation, [s for s in whole.specials if s.start < len(conversation)])
+            after = (s for s in whole.specials if s.start >= len(conversation))
             following = next(after, Special(len(whole.text), len(whole.text), -1))
             stop = self._last_end(before, start) if self._ends_itself else following.stop
         else:
-            ends = self.end_ids | {s.token_id for s in self.specials(said, marks)[-1:]}
+            ends = self.end_ids | {s.token_id for s in self.specials(conversation, marks)[-1:]}
             stop = next((s.stop for s in whole.specials if s.start >= start and s.token_id in ends), 0)
         if stop < start or (self._ends_itself and stop == start):
             raise self._error("writes a reply without an end token, or one that cannot be found")
@@ -189,14 +189,14 @@ class ReplyFinder:
 
         Some templates put more special tokens behind it.
         """
-        found, stop = 0, len(text.text)
+        end, stop = 0, len(text.text)
         for special in reversed(text.specials):
             if special.start < start or text.text[special.stop : stop].strip():
                 break
-            if not found or special.token_id in self.end_ids:
-                found = special.stop
+            if not end or special.token_id in self.end_ids:
+                end = special.stop
             stop = special.start
-        return found
+        return end
 
     def _closing(self, chat: Chat, whole: _Text, spans: Sequence[Span]) -> str:
         ends_with_reply = bool(spans) and spans[-1].stop == len(whole.text)
@@ -206,59 +206,59 @@ class ReplyFinder:
 
     # ---- in general ----
 
-    def _find_opening(self, user: str, asked: str, said: Rendered) -> str:
+    def _find_opening(self, user: str, prompt: str, exchange: Rendered) -> str:
         """What the template writes before every reply, if it can be told from what is before a user's text."""
-        start = self._alike(asked, user)
-        begin, before = asked[start:], said.text[: said.text.index(_ANSWER)]
+        start = self._alike(prompt, user)
+        begin, before = prompt[start:], exchange.text[: exchange.text.index(_ANSWER)]
         both = begin[: self._alike(begin, before[start:])]
         edges = {special.stop for special in self.specials(both)} | {len(both)}
         edges |= {i + 1 for i, letter in enumerate(both) if letter == "\n"}
         # The least that tells: after it, templates may write an empty thought, or none.
         opening = next((both[:edge] for edge in sorted(edges) if both[:edge] not in user), "")
-        if not said.generated:
-            self._check_opening(asked, before, start, bool(opening))
-        return opening if begin else asked.rpartition(_QUESTION)[2]
+        if not exchange.generated:
+            self._check_opening(prompt, before, start, bool(opening))
+        return opening if begin else prompt.rpartition(_QUESTION)[2]
 
-    def _check_opening(self, asked: str, before: str, start: int, is_telling: bool) -> None:
-        """asked: up to a reply, in a prompt; before: in a conversation; start: of what asks for one."""
-        begin, written = shown(asked[start:]), shown(before[start:])
-        if not before.startswith(asked[:start]):
+    def _check_opening(self, prompt: str, before: str, start: int, is_telling: bool) -> None:
+        """prompt: up to a reply; before: in a conversation; start: of what asks for one."""
+        begin, written = shown(prompt[start:]), shown(before[start:])
+        if not before.startswith(prompt[:start]):
             raise self._error("writes a prompt in another way when a reply follows it")
-        if start == len(asked) and before[start:].strip():
+        if start == len(prompt) and before[start:].strip():
             raise self._error(
                 f"puts {written} before a reply, but not when add_generation_prompt asks for one"
             )
-        if not before.startswith(asked) and not is_telling:
+        if not before.startswith(prompt) and not is_telling:
             raise self._error(
                 f"asks for a reply with {begin} and puts {written} before one: where a reply starts cannot be found"
             )
 
-    def _find_ends(self, said: str, again: str) -> None:
-        rest, after = said.rpartition(_ANSWER)[2], again.rpartition(_ANSWER)[2]
+    def _find_ends(self, exchange: str, again: str) -> None:
+        rest, after = exchange.rpartition(_ANSWER)[2], again.rpartition(_ANSWER)[2]
         ends = self.specials(rest)[:1]
         self._ends_itself = bool(ends)
         ends += [special for special in self.specials(after)[:1] if not after[: special.start].strip()]
         if not ends:
-            found = f"{shown(rest)}, which the tokenizer has no special token for" if rest else "nothing"
-            raise self._error(f"has no end token after a reply but {found}")
+            written = f"{shown(rest)}, which the tokenizer has no special token for" if rest else "nothing"
+            raise self._error(f"has no end token after a reply but {written}")
         self.end_id = ends[0].token_id
         self.end_ids = frozenset(special.token_id for special in ends)
         if not self._ends_itself:
             self._next = dict.fromkeys(self._next, after[ends[0].start : ends[0].stop])
 
-    def _find_ends_of_calls(self, asked: str) -> None:
+    def _find_ends_of_calls(self, prompt: str) -> None:
         with suppress(InputError):  # many templates know nothing of tools
             called = self._try(_USER, _CALL).text
-            rest = called[self._alike(called, asked) :]
+            rest = called[self._alike(called, prompt) :]
             if not self._ends_itself:
                 resulted = self._try(_USER, _CALL, _RESULT).text
                 rest = resulted[len(called) :] if resulted.startswith(called) else ""
-            found = self.specials(rest)
-            if found and self._ends_itself:
-                self.end_ids |= {found[-1].token_id}
-            elif found:
-                self.end_ids |= {found[0].token_id}
-                self._next["tool"] = rest[found[0].start : found[0].stop]
+            ends = self.specials(rest)
+            if ends and self._ends_itself:
+                self.end_ids |= {ends[-1].token_id}
+            elif ends:
+                self.end_ids |= {ends[0].token_id}
+                self._next["tool"] = rest[ends[0].start : ends[0].stop]
 
     def _find_reserved(self, user: str) -> frozenset[int]:
         """Special tokens, but for those that are markup of texts: tags that stand in pairs, as <think> and </think>.
@@ -297,9 +297,9 @@ class _Text(NamedTuple):
 
 def missing_tokens(renderer: Renderer, tokenizer: Tokenizer) -> list[str]:
     """What the template writes that looks like special tokens, and that the tokenizer has not."""
-    asked, said = _tried(renderer, _USER, _ASSISTANT), _tried(renderer, _USER, prompt=True)
-    found = LOOKS_SPECIAL.findall(asked.text + said.text)
-    return [token for token in dict.fromkeys(found) if token not in tokenizer.special_tokens]
+    exchange, prompt = _tried(renderer, _USER, _ASSISTANT), _tried(renderer, _USER, prompt=True)
+    spellings = LOOKS_SPECIAL.findall(exchange.text + prompt.text)
+    return [token for token in dict.fromkeys(spellings) if token not in tokenizer.special_tokens]
 
 
 def _tried(renderer: Renderer, *messages: Message, prompt: bool = False) -> Rendered:

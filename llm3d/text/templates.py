@@ -296,21 +296,21 @@ class _Stretch(NamedTuple):
 
 def _special_tokens(name: str, source: str, tokenizer: Tokenizer) -> dict[str, str]:
     """What transformers gives to templates: bos_token, eos_token, unk_token, ..., as they are spelled."""
-    found = dict[str, str]()
+    tokens = dict[str, str]()
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         config = read_json(tokenizer.directory / file) if tokenizer.directory else {}
         for key in ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
             token = config.get(key)
             token = token.get("content") if isinstance(token, dict) else token
-            found |= {key: token} if isinstance(token, str) else {}
+            tokens |= {key: token} if isinstance(token, str) else {}
     for end, index in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        found[f"{end}_token"] = (tokenizer.token(index) if index is not None else None) or ""
-    if "eos_token" in source and not found["eos_token"]:
+        tokens[f"{end}_token"] = (tokenizer.token(index) if index is not None else None) or ""
+    if "eos_token" in source and not tokens["eos_token"]:
         raise InputError(
             f"template {name} ends replies with the tokenizer's end token, and {tokenizer.file} has none; "
             "name it in tokenizer_config.json as eos_token, or choose another template"
         )
-    return found
+    return tokens
 
 
 def _template_beside(directory: Path) -> tuple[str, str] | None:

@@ -73,10 +73,10 @@ class Tokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos_id = self._side.token_id("bos_token", self._model)
         self.eos_id = self._side.token_id("eos_token", self._model)
-        asked = (
+        add_bos = (
             self._side.config.get("add_bos_token", True) if self._is_converted else self._puts_bos_before()
         )
-        self.adds_bos = bool(asked) and self.bos_id is not None
+        self.adds_bos = bool(add_bos) and self.bos_id is not None
         self.newline = self._encode_whole(["\n"])[0]
         self._limit = SENTENCEPIECE_TEXT if self._newlines_stand_alone(vocab) else LONG_TEXT
 

@@ -38,8 +38,8 @@ def _meminfo(path: Path) -> int | None:
         lines = path.read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    amounts = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(amounts[0]) * 1024 if amounts else None
 
 
 def _cgroup(path: Path) -> list[int | None]:
@@ -80,9 +80,9 @@ def allocated_bytes() -> int:
 
 @functools.cache
 def _mallinfo2() -> Any:
-    found = ctypes.CDLL(None).mallinfo2
-    found.restype = _MallInfo
-    return found
+    function = ctypes.CDLL(None).mallinfo2
+    function.restype = _MallInfo
+    return function
 
 
 class _MallInfo(ctypes.Structure):

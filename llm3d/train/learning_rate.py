@@ -36,8 +36,8 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 def phases(steps: int, config: OptimConfig) -> Phases:
     """Both as the settings ask for them; where a run is too short, shortened in proportion."""
-    asked = _asked(steps, config)
-    warmup, decay = asked
+    requested = _requested(steps, config)
+    warmup, decay = requested
     if warmup + decay > steps:
         warmup = warmup * steps // (warmup + decay)
         decay = min(decay, steps - warmup)
@@ -46,16 +46,16 @@ def phases(steps: int, config: OptimConfig) -> Phases:
 
 def shortened(steps: int, config: OptimConfig) -> str | None:
     """What to tell a user whose warm-up or decay does not fit the run; None where all does."""
-    asked, found = _asked(steps, config), phases(steps, config)
+    requested, actual = _requested(steps, config), phases(steps, config)
     changed = [
         f"the {name} is shortened from {counted(given, 'step')} to {got}"
-        for name, given, got in zip(("warm-up", "decay"), asked, found, strict=True)
+        for name, given, got in zip(("warm-up", "decay"), requested, actual, strict=True)
         if got < given
     ]
     return f"optim: in a run of {counted(steps, 'step')} {', '.join(changed)}" if changed else None
 
 
-def _asked(steps: int, config: OptimConfig) -> Phases:
+def _requested(steps: int, config: OptimConfig) -> Phases:
     """As the settings have it; of a decay that is all that follows the warm-up, 0."""
     warmup = config.warmup_steps
     if config.warmup_ratio is not None:

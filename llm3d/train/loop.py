@@ -122,8 +122,8 @@ def _evaluates(config: Config, steps: Steps, step: int) -> bool:
 def _evaluation(learner: Learner, data: TrainingData, report: Report, step: int) -> dict[str, float]:
     """Say what comes of the validation data; -> the numbers, by the names that metrics have."""
     numbers = learner.evaluate(data.evaluation(learner.model.mesh)).numbers
-    said = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
-    report.say(f"step {step}: validation {said}")
+    summary = ", ".join(f"{name} {rounded(value)}" for name, value in numbers.items())
+    report.say(f"step {step}: validation {summary}")
     for example in learner.examples():
         report.say(f"step {step}: {example}")
     return {f"valid_{name}": value for name, value in numbers.items()}
@@ -131,8 +131,8 @@ def _evaluation(learner: Learner, data: TrainingData, report: Report, step: int)
 
 def read_microbatches(data: TrainingData, mesh: Mesh, step: int) -> Sequence[Batch]:
     """Of this rank. What goes to a GPU is in pinned memory, from which it is copied while the host goes on."""
-    found = data.microbatches(step, mesh)
-    return [in_pinned_memory(batch) for batch in found] if mesh.device.type == "cuda" else found
+    microbatches = data.microbatches(step, mesh)
+    return [in_pinned_memory(batch) for batch in microbatches] if mesh.device.type == "cuda" else microbatches
 
 
 def in_pinned_memory(batch: Any) -> Any:

@@ -81,18 +81,18 @@ def _start(directory: Path) -> dict[str, str]:
 
 def digest_of_weights(directory: Path) -> str:
     """16 hex digits that change when the weights in a directory do: of sizes, and of samples all over the files."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     try:
         for path in sorted(directory.glob("*.safetensors")):
             size = path.stat().st_size
-            found.update(f"{path.name} {size} ".encode())
+            hasher.update(f"{path.name} {size} ".encode())
             with path.open("rb") as file:
                 for i in range(_SAMPLES):
                     file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-                    found.update(file.read(_SAMPLE_BYTES))
+                    hasher.update(file.read(_SAMPLE_BYTES))
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
-    return found.hexdigest()[:16]
+    return hasher.hexdigest()[:16]
 
 
 def _differ(stored: Any, now: Any) -> bool:
@@ -111,13 +111,13 @@ def _shown(value: Any) -> str:
 def _read(file: Path) -> dict[str, Any]:
     """Empty where there is none, as in checkpoints of earlier versions."""
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise InputError(f"{file}: damaged; remove this checkpoint and start again, from the one before it")
-    return found
+    return content

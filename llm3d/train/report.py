@@ -80,8 +80,8 @@ class Report:
         """
         if not self.speaks:
             return
-        said = [f"{name} {rounded(metrics[key])}" for key, name in _SHOWN.items() if key in metrics]
-        numbers = "  ".join([*said, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
+        parts = [f"{name} {rounded(metrics[key])}" for key, name in _SHOWN.items() if key in metrics]
+        numbers = "  ".join([*parts, f"{metrics['tokens_per_s']:,.0f} tokens/s"])
         self._progress.update(self._task, completed=metrics["step"], numbers=numbers)
         if not log:
             return

@@ -246,19 +246,19 @@ class Trainer(ShardedModel):
         self.flat.finish_gradients()
         norm, numbers = self.flat.gradient_norm() / scale, self._numbers(outputs)
         self.optimizer.step(lr, self._clip_factor(norm, loss=numbers[0]) / scale)
-        told = self._told(tell() if tell else None)
-        unread, signal, grad_norm, *found = torch.cat([told, norm[None], count, numbers]).tolist()
-        metrics = self._tally(found).report(self.objective)
+        shared = self._shared_notice(tell() if tell else None)
+        unread, signal, grad_norm, *totals = torch.cat([shared, norm[None], count, numbers]).tolist()
+        metrics = self._tally(totals).report(self.objective)
         notice = Notice(int(unread), int(signal))
         result = StepResult(metrics.pop("loss"), grad_norm, metrics, loss_scale, notice=notice)
         if not (math.isfinite(result.loss) and math.isfinite(grad_norm)):
             self.optimizer.forget_step()
         return self._judged(result)
 
-    def _told(self, notice: Notice | None) -> Tensor:
+    def _shared_notice(self, notice: Notice | None) -> Tensor:
         """All ranks' notice, fp64 [2] on the device."""
-        told = numbers_on(self.mesh.device, *(notice or Notice()))
-        return told if notice is None else all_reduce_max(told, self.mesh.everyone)
+        numbers = numbers_on(self.mesh.device, *(notice or Notice()))
+        return numbers if notice is None else all_reduce_max(numbers, self.mesh.everyone)
 
     def warm_up(self, microbatch: Batch) -> None:
         """Have the device load what a step runs on it, before stages send each other messages; changes nothing."""

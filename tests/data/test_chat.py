@@ -194,7 +194,7 @@ def test_much_that_is_too_long_is_warned_of(template: Template, tmp_path: Path) 
     for left_out, warns in ((1, False), (2, False), (10, True)):
         given = settings(sequence_length=int(lengths[-left_out - 1]))
         _, counts = read_samples(path, "conversation", template, given)
-        _, *warnings = counts.told(path, given)
+        _, *warnings = counts.summary(path, given)
         assert (counts.too_long > 2) is warns
         assert [f"WARNING: {counts.too_long / 40:.0%} is left out" in line for line in warnings] == [
             True
@@ -205,7 +205,7 @@ def test_much_that_is_too_long_is_warned_of(template: Template, tmp_path: Path) 
 def test_columns_that_are_not_read_are_told_with_their_rows(template: Template, tmp_path: Path) -> None:
     rows = [row | {"id": i, "source": None if i else "web"} for i, row in enumerate(many(3))]
     _, counts = read_samples(write(tmp_path / "rows.jsonl", rows), "conversation", template, settings())
-    assert counts.told("P", settings())[1:] == [
+    assert counts.summary("P", settings())[1:] == [
         "P: columns that are not read, with their rows: id (3), source (1)"
     ]
 

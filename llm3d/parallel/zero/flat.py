@@ -135,10 +135,10 @@ class FlatParameters:
             assert isinstance(parameter, ShardedParameter), "models are built of parallel layers"
             if parameter not in self._unit_of:
                 (trained if parameter.requires_grad or not trainable else frozen).append(parameter)
-        for new, made in ((trained, self.units), (frozen, self.frozen)):
+        for new, unit_list in ((trained, self.units), (frozen, self.frozen)):
             if new:
-                made.append(self._unit(new))
-                self._unit_of |= dict.fromkeys(new, made[-1])
+                unit_list.append(self._unit(new))
+                self._unit_of |= dict.fromkeys(new, unit_list[-1])
         units = dict.fromkeys(self._unit_of[parameter] for parameter in module.parameters())
         return _ModuleCall(tuple(units), getattr(module, "backward_reads_weights", True))
 

@@ -66,12 +66,12 @@ class Offload:
 
         PyTorch's own pinned memory is rounded up to a power of two, which for this much is too wasteful.
         """
-        made = torch.zeros(size, dtype=dtype, device=self.host)
+        buffer = torch.zeros(size, dtype=dtype, device=self.host)
         if self.is_cuda and size:
             runtime: Any = torch.cuda.cudart()
-            torch.cuda.check_error(int(runtime.cudaHostRegister(made.data_ptr(), made.nbytes, 0)))
-            weakref.finalize(made.untyped_storage(), runtime.cudaHostUnregister, made.data_ptr())
-        return made
+            torch.cuda.check_error(int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+            weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, buffer.data_ptr())
+        return buffer
 
     def ranges(self, start: int, stop: int) -> list[slice]:
         """start .. stop in chunks."""
