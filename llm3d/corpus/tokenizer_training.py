@@ -14,6 +14,7 @@ from llm3d.errors import InputError
 from llm3d.files import check_output, new_directory
 from llm3d.permutation import derive_key
 from llm3d.text.tokenizer import load_tokenizer
+from llm3d.wording import first_line
 
 KINDS = ("sentencepiece", "byte-level")
 PART = 1000  # characters in a part of a document: a sentence for sentencepiece, a unit of sampling for both
@@ -69,13 +70,24 @@ def train_tokenizer(
 
 
 class _Text:
-    """The text to train on, in parts, counted as it is read."""
+    """The text to train on, in parts, counted as it is read.
+
+    error: that ended the reading; a library in whose loop it was raised may report it as its own.
+    """
 
     def __init__(self, paths: Sequence[Path], form: Format, share: float, skip_bad: bool):
         self.paths, self.form, self.share, self.skip_bad = paths, form, share, skip_bad
         self.documents = self.parts = self.bytes = self.skipped = 0
+        self.error: InputError | None = None
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._parts()
+        except InputError as error:
+            self.error = error
+            raise
+
+    def _parts(self) -> Iterator[str]:
         for document in self._documents():
             for start in range(0, len(document), PART):
                 part = document[start : start + PART]
@@ -122,7 +134,9 @@ def _train_sentencepiece(text: _Text, directory: Path, vocab_size: int, coverage
             minloglevel=3,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise _sentencepiece_error(str(error), text, vocab_size) from error
+        if text.error is not None:
+            raise text.error from None
+        raise _sentencepiece_error(error, text, vocab_size) from error
     _check_text(text)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
 
@@ -135,8 +149,9 @@ def _sentences(text: Iterable[str]) -> Iterator[str]:
                 yield sentence
 
 
-def _sentencepiece_error(message: str, text: _Text, vocab_size: int) -> InputError:
+def _sentencepiece_error(error: Exception, text: _Text, vocab_size: int) -> InputError:
     _check_text(text)
+    message = str(error)
     high = re.search(r"value <= (\d+)", message)
     if high:
         return _too_large(vocab_size, int(high[1]))
@@ -147,7 +162,7 @@ def _sentencepiece_error(message: str, text: _Text, vocab_size: int) -> InputErr
             f"vocab_size {vocab_size} is too small: the characters of this text and 256 bytes need {needed}; "
             "raise it, or lower character_coverage"
         )
-    return InputError(f"sentencepiece cannot train on this text: {message}")
+    return InputError(f"sentencepiece cannot train on this text: {first_line(error)}")
 
 
 def _train_byte_level(text: _Text, directory: Path, vocab_size: int) -> None:

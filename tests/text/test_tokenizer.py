@@ -133,6 +133,18 @@ def test_training_that_cannot_succeed_says_why_and_leaves_nothing(tmp_path, kind
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])
+def test_a_record_without_text_is_named_in_one_line(tmp_path, kind):
+    """Though it is met inside a library's loop."""
+    file = write_jsonl(tmp_path / "text.jsonl", ["first", "second"])
+    with file.open("a") as lines:
+        lines.write('{"question": "third"}\n')
+    with pytest.raises(InputError, match=r"text\.jsonl line 3: no field 'text'") as caught:
+        train_tokenizer([file], tmp_path / "out", kind, 400)
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_kind_and_a_taken_output_are_refused(tmp_path, corpus_file):
     with pytest.raises(InputError, match="choose one of sentencepiece, byte-level"):
         train_tokenizer([corpus_file], tmp_path / "out", "wordpiece", 400)
