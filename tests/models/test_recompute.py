@@ -14,10 +14,9 @@ from llm3d.parallel.mesh import Mesh
 from llm3d.train.trainer import Trainer
 from tests import pool
 from tests.kernels.backends import needs_native
-from tests.parity.harness import LEARNING_RATE, MODEL, Layout, microbatches, settings, train
+from tests.parity.harness import LEARNING_RATE, Layout, microbatches, settings, shape_of, train
 
 PLAIN = Layout(micro=4)
-LAYERS = int(str(MODEL["num_hidden_layers"]))
 
 
 class Operations(TorchDispatchMode):
@@ -48,7 +47,8 @@ def additional_operations(layout: Layout, recompute: str) -> dict[str, float]:
         pool.run(operations_on_rank, layout.world_size, replace(layout, recompute=kind))[0]
         for kind in ("none", recompute)
     )
-    return {name: count / (microbatches_ * LAYERS) for name, count in (counts - plain).items()}
+    num_layers = dict(shape_of(layout))["num_hidden_layers"]
+    return {name: count / (microbatches_ * num_layers) for name, count in (counts - plain).items()}
 
 
 @needs_native

@@ -27,19 +27,19 @@ NUM_STEPS = (
 )
 VOCAB_SIZE = 515
 
-# Grouped queries, nothing a power of two, a vocabulary that two does not divide, more stages than divide the layers.
+# Grouped queries, nothing a power of two, a vocabulary that two does not divide.
 MODEL = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 120,
     "intermediate_size": 172,
-    "num_hidden_layers": 9,
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
     "rope_theta": 10000.0,
     "max_position_embeddings": 64,
 }
-TIED = (("tie_word_embeddings", True),)
-QWEN3 = (("model_type", "qwen3"), ("head_dim", 14))
+Shape = tuple[tuple[str, Any], ...]
+TIED: Shape = (("tie_word_embeddings", True),)
+QWEN3: Shape = (("model_type", "qwen3"), ("head_dim", 14))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Layout:
     recompute: str = "none"
     micro: int = 1
     layers_per_stage: tuple[int, ...] | None = None
-    model: tuple[tuple[str, Any], ...] = ()
+    model: Shape = ()
     compute: str = "fp32"
     zero: int = 0
     prefetch: int = 1
@@ -72,6 +72,16 @@ class Layout:
         words += [f"offload{self.offload:g}"] * (self.offload > 0)
         words += [f"micro{self.micro}"] * (self.micro > 1) + ["uneven"] * (self.layers_per_stage is not None)
         return "-".join(words + [f"{name}={value}" for name, value in self.model])
+
+
+def shape_of(layout: Layout) -> Shape:
+    """What the layout's model has beside MODEL: a layer more than stages, so that they differ, but not less than three.
+
+    A layer's collectives are those of the layer before.
+    """
+    stages = layout.pipeline * layout.chunks
+    num_layers = sum(layout.layers_per_stage) if layout.layers_per_stage else max(3, stages + 1)
+    return (("num_hidden_layers", num_layers), *layout.model)
 
 
 @dataclass
@@ -94,9 +104,9 @@ def trained(layout: Layout) -> Run:
     return train(layout)
 
 
-@functools.cache
-def one_process(model: tuple[tuple[str, object], ...]) -> Run:
-    return train(Layout(model=model))
+def one_process(layout: Layout) -> Run:
+    """What the layout's model does on one rank."""
+    return trained(Layout(model=shape_of(layout)))
 
 
 OnRank = tuple[Run, dict[str, list[tuple[Any, Tensor]]]]
@@ -146,7 +156,7 @@ def sections(layout: Layout) -> dict[str, Any]:
     """What the settings of every stage have."""
     return {
         "run": {"dir": "unused", "seed": 7},
-        "model": {**MODEL, **dict(layout.model)},
+        "model": {**MODEL, **dict(shape_of(layout))},
         "parallel": {
             "tensor": layout.tensor,
             "pipeline": layout.pipeline,

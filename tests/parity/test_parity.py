@@ -47,19 +47,19 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_loss_and_gradient_norm_do_not_depend_on_the_layout(layout: Layout) -> None:
-    expected, actual = one_process(layout.model), trained(layout)
+    expected, actual = one_process(layout), trained(layout)
     assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_gradients_do_not_depend_on_the_layout(layout: Layout) -> None:
-    assert_same_tensors(trained(layout).gradients, one_process(layout.model).gradients, 1e-5)
+    assert_same_tensors(trained(layout).gradients, one_process(layout).gradients, 1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_weights_after_some_steps_do_not_depend_on_the_layout(layout: Layout) -> None:
-    assert_same_tensors(trained(layout).weights, one_process(layout.model).weights)
+    assert_same_tensors(trained(layout).weights, one_process(layout).weights)
 
 
 def test_training_changes_every_weight_and_lowers_the_loss() -> None:
@@ -69,7 +69,7 @@ def test_training_changes_every_weight_and_lowers_the_loss() -> None:
 
 
 def test_one_process_does_not_depend_on_microbatching_or_recomputing() -> None:
-    expected = one_process(())
+    expected = one_process(Layout())
     for layout in (Layout(micro=4), replace(Layout(micro=8), recompute="full")):
         run = trained(layout)
         assert run.losses == pytest.approx(expected.losses, rel=1e-5)

@@ -81,7 +81,7 @@ LAYOUTS += [
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_does_not_depend_on_the_stage(layout: Layout) -> None:
-    expected, actual = one_process(layout.model), trained(layout)
+    expected, actual = one_process(layout), trained(layout)
     assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
     assert_same_tensors(actual.gradients, expected.gradients, 1e-5)
@@ -130,7 +130,7 @@ def with_native_sums(layout: Layout) -> tuple[Run, dict[str, Any]]:
     ids=str,
 )
 def test_training_does_not_depend_on_how_ranks_sum(layout: Layout) -> None:
-    expected = one_process(layout.model)
+    expected = one_process(layout)
     for run, _ in pool.run(with_native_sums, layout.world_size, layout):
         assert run.losses == pytest.approx(expected.losses[:2], rel=1e-5)
         assert run.grad_norms == pytest.approx(expected.grad_norms[:2], rel=1e-5)

@@ -62,7 +62,7 @@ def test_pytorch_counts_the_same_products(mesh: Mesh) -> None:
     counts = counter.get_flop_counts()["Global"]
     products = sum(counts[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm_))
     ours = step_flops(config.model, [], sum(len(one.tokens) for one in batches))
-    norms = 6 * 8 * 24 * (2 * 9 + 1) * 120
+    norms = 6 * 8 * 24 * (2 * config.model.num_hidden_layers + 1) * 120
     assert products == ours - norms
 
 
