@@ -3,7 +3,8 @@
 // The pair (a, b) = (x[i], x[i + head_dim / 2]) of a head of the token at position p, with c and s from row p of the
 // tables, becomes (a c - b s, b c + a s); backward, with -s, turns it back.
 //
-// A block takes a few tokens, and all its threads share the packs of all their heads. A token's row of the tables comes from memory once and stays in the first-level cache for its other heads.
+// A block takes a few tokens, and all its threads share the packs of all their heads. A token's row of the tables
+// comes from memory once and stays in the first-level cache for its other heads.
 #include "common/elements.h"
 #include "rope/shape.h"
 

@@ -56,7 +56,7 @@ def _locate(location: tuple[int | str, ...], root: type[Config]) -> tuple[str, l
 
 
 def _is_union(annotation: object) -> bool:
-    """Of more than a type and None."""
+    """Whether an annotation names several types beside None."""
     members = [member for member in get_args(annotation) if member is not type(None)]
     return get_origin(annotation) in (Union, UnionType) and len(members) > 1
 

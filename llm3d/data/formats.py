@@ -427,7 +427,7 @@ _PLAIN = (
     ),
 )
 # The same with a label, and comparisons taken apart, for replies that are learned from one by one.
-_LABELLED = tuple(
+_LABELED = tuple(
     replace(
         form,
         kind="labeled",
@@ -440,4 +440,4 @@ _LABELLED = tuple(
     for form in _PLAIN
     if form.kind == "conversation" or form.name == "preference"
 )
-_FORMS = _PLAIN + _LABELLED
+_FORMS = _PLAIN + _LABELED

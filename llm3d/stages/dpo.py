@@ -20,6 +20,7 @@ from llm3d.data.conversations import open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
 from llm3d.parallel.cross_entropy import TokenTerms
+from llm3d.stages.pairs import PAIR_METRICS, pair_metrics
 from llm3d.stages.reference import (
     CachedReference,
     LiveReference,
@@ -60,16 +61,7 @@ class PreferenceObjective:
     settings: DPOSettings
     head: HeadName = "language"
     unit: str = "sample"
-    sums: tuple[str, ...] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "nll_loss",
-        "chosen_targets",
-    )
+    sums: tuple[str, ...] = (*PAIR_METRICS, "nll_loss", "chosen_targets")
     maxima: tuple[str, ...] = ()
 
     def count(self, batch: Any) -> int:
@@ -91,20 +83,8 @@ class PreferenceObjective:
         nll = -(weights * (log_p / length)[batch.better]).sum()
         loss = (weights * dpo_loss(difference, settings)).sum() + settings.rpo_alpha * nll
         rewards = settings.beta * above_reference
-        chosen, rejected = rewards[batch.better], rewards[batch.worse]
-        reported = torch.stack(
-            [
-                chosen,
-                rejected,
-                (chosen > rejected).float(),
-                chosen - rejected,
-                log_p[batch.better],
-                log_p[batch.worse],
-                -log_p[batch.better],
-                lengths[batch.better],
-            ]
-        )
-        return torch.cat([loss[None], (weights * reported).sum(1).detach()])
+        metrics = [*pair_metrics(rewards, log_p, batch), -log_p[batch.better], lengths[batch.better]]
+        return torch.cat([loss[None], (weights * torch.stack(metrics)).sum(1).detach()])
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         *others, (_, nll), (_, targets) = means.items()

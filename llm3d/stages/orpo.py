@@ -18,6 +18,7 @@ from llm3d.data.conversations import open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
 from llm3d.parallel.cross_entropy import TokenTerms
+from llm3d.stages.pairs import PAIR_METRICS, pair_metrics
 from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.train.objective import of_padding
 
@@ -39,17 +40,7 @@ class ORPOObjective:
     settings: ORPOSettings
     head: HeadName = "language"
     unit: str = "sample"
-    sums: tuple[str, ...] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "nll_loss",
-        "log_odds_ratio",
-        "log_odds_chosen",
-    )
+    sums: tuple[str, ...] = (*PAIR_METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
     maxima: tuple[str, ...] = ()
 
     def count(self, batch: Any) -> int:
@@ -65,22 +56,9 @@ class ORPOObjective:
         difference = odds[batch.better] - odds[batch.worse]
         ratio = logsigmoid(difference)
         nll = -log_p[batch.better] * batch.step_samples / batch.step_chosen_targets
-        chosen, rejected = mean_log_p[batch.better], mean_log_p[batch.worse]
-        reported = torch.stack(
-            [
-                beta * chosen,
-                beta * rejected,
-                (chosen > rejected).float(),
-                beta * (chosen - rejected),
-                chosen,
-                rejected,
-                nll,
-                ratio,
-                difference,
-            ]
-        )
+        metrics = [*pair_metrics(beta * mean_log_p, mean_log_p, batch), nll, ratio, difference]
         loss = (weights * (nll - beta * ratio)).sum()
-        return torch.cat([loss[None], (weights * reported).sum(1).detach()])
+        return torch.cat([loss[None], (weights * torch.stack(metrics)).sum(1).detach()])
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         return means

@@ -18,6 +18,7 @@ from llm3d.data.conversations import open_chat
 from llm3d.data.packed import PackedBatch
 from llm3d.models.heads import HeadName
 from llm3d.parallel.cross_entropy import TokenTerms
+from llm3d.stages.pairs import PAIR_METRICS, pair_metrics
 from llm3d.stages.stage import ModelTask, Stage, one_model
 from llm3d.train.objective import of_padding
 
@@ -29,14 +30,7 @@ class SimPOObjective:
     settings: SimPOSettings
     head: HeadName = "language"
     unit: str = "sample"
-    sums: tuple[str, ...] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-    )
+    sums: tuple[str, ...] = PAIR_METRICS
     maxima: tuple[str, ...] = ()
 
     def count(self, batch: Any) -> int:
@@ -46,19 +40,10 @@ class SimPOObjective:
         if not batch.num_sequences:
             return of_padding(output.log_probabilities, self)
         mean_log_p = batch.sum_by_sequence(output.log_probabilities) / batch.target_counts
-        chosen, rejected = mean_log_p[batch.better], mean_log_p[batch.worse]
-        margin = self.settings.beta * (chosen - rejected)
+        rewards = self.settings.beta * mean_log_p
+        margin = rewards[batch.better] - rewards[batch.worse]
         loss = -(batch.pair_weights * logsigmoid(margin - self.settings.gamma)).sum()
-        reported = torch.stack(
-            [
-                self.settings.beta * chosen,
-                self.settings.beta * rejected,
-                (margin > 0).float(),
-                margin,
-                chosen,
-                rejected,
-            ]
-        )
+        reported = torch.stack(pair_metrics(rewards, mean_log_p, batch))
         return torch.cat([loss[None], (batch.pair_weights * reported).sum(1).detach()])
 
     def report(self, means: dict[str, float]) -> dict[str, float]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from llm3d.config import ModelConfig, model_at
+from llm3d.config.families import ARCHITECTURES
 from llm3d.errors import InputError
+from llm3d.models.build import FAMILIES
 from tests import pool
 from tests.checkpoint.test_peft import IDS, LAYOUTS, PADDING, given_settings, language_model, scorer
 from tests.closeness import assert_same_logits
@@ -78,6 +81,11 @@ QWEN3_8B = {
 def read(directory: Path, **changes: object) -> ModelConfig:
     (directory / "config.json").write_text(json.dumps(QWEN3_8B | changes))
     return model_at(str(directory))
+
+
+def test_each_family_is_a_setting_and_has_layers() -> None:
+    settings = get_args(ModelConfig.model_fields["model_type"].annotation)
+    assert set(settings) == set(ARCHITECTURES) == set(FAMILIES)
 
 
 def test_the_published_settings_are_read(tmp_path: Path) -> None:

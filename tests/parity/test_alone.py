@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from llm3d.parallel import collectives
 from tests import pool
+from tests.closeness import assert_same_tensors
 from tests.gpu import RUNS_ON_GPU
 from tests.parity.harness import Layout, Run, put_together, train_on_rank
 
@@ -59,8 +60,7 @@ def expected_collectives(layout: Layout, native: bool) -> set[str]:
 def assert_same_training(actual: Run, expected: Run) -> None:
     assert actual.losses == pytest.approx(expected.losses, rel=1e-5)
     assert actual.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
-    for name, gradient in expected.gradients.items():
-        assert float((actual.gradients[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+    assert_same_tensors(actual.gradients, expected.gradients, 1e-5)
 
 
 def plain(layout: Layout, device: str) -> Run:
